@@ -1,0 +1,22 @@
+"""Install map: the folders kernels/ and quant/ are installed inside lora_core.
+
+A top-level import called "kernels" would shadow the PyPI package of that name, which transformers imports.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+MOVED = {
+    f"lora_core.{folder}": folder for folder in ("kernels", "quant") if (Path(__file__).parent / folder).is_dir()
+}
+
+setup(
+    packages=[*find_packages(include=["lora_core", "lora_core.*"]), *MOVED],
+    package_dir=MOVED,
+    package_data={
+        "lora_core": ["py.typed"],
+        "lora_core.plan": ["*.json"],
+        "lora_core.demo": ["*.json", "*.safetensors", "*.html"],
+    },
+)

@@ -1,0 +1,42 @@
+"""Shared set-up of the test suite: interpreter mode, NaN-poisoned allocations, GPU tests left out without a GPU."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# without a GPU the kernels run in Triton's interpreter; it must be chosen before triton is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# transformers and PEFT must not look for a model hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("default", deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+settings.register_profile("thorough", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect GPU tests where there is no GPU, so that they are counted and never pass by doing nothing."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> object:
+    """Fill what torch.empty returns with NaN: a result that reads memory nobody wrote cannot pass."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,25 +1,38 @@
-"""The program `lora-core`: one command a file in lora_core/commands, each loaded only when it is called."""
+"""The program `lora-core`: a file a command in lora_core/commands, imported only when it is called."""
 
 import importlib
 import sys
 
-import click
-from typer.core import TyperGroup
-from typer.main import Typer, get_command
-
 from lora_core.errors import LoraCoreError
 
-# command -> its one-line help; the module lora_core.commands.<command> holds `app`, a Typer of one command
-COMMANDS: dict[str, str] = {}
+# the module lora_core.commands.<name> holds a function of the same name
+COMMANDS = ("demo", "doctor", "memory", "inspect", "bench")
+
+USAGE_ERROR = 2
 
 
-class _LazyGroup(TyperGroup):
-    """A group that imports a command's module when the command is run, so that --help stays quick."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run `lora-core`; bad input ends with one line on standard error and exit status 2."""
+    import typer
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    app = typer.Typer(
+        name="lora-core",
+        help="LoRA and QLoRA from scratch: try it, check it, plan with it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        return get_command(importlib.import_module(f"lora_core.commands.{cmd_name}").app)
+    @app.callback()
+    def _root() -> None:
+        """Makes `lora-core COMMAND` the form even when a single command is loaded."""
+
+    wanted = [name for name in COMMANDS if name in arguments[:1]] or COMMANDS
+    for name in wanted:
+        app.command(name)(getattr(importlib.import_module(f"lora_core.commands.{name}"), name))
+    try:
+        app(args=arguments, prog_name="lora-core")
+    except LoraCoreError as error:
+        sys.stderr.write(f"lora-core: {type(error).__name__}: {error}\n")
+        sys.exit(USAGE_ERROR)

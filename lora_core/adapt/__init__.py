@@ -1,0 +1,1 @@
+"""Model surgery: one verb a file."""

@@ -1,0 +1,20 @@
+"""How many parameters a model has, and how many of them are trained."""
+
+from torch import nn
+
+from lora_core.quant import QuantizedWeight
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters; a quantised weight counts the weights it stands for."""
+    parameters = list(model.parameters())
+    quantized = sum(m.shape.numel() for m in model.modules() if isinstance(m, QuantizedWeight))
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return trainable, sum(p.numel() for p in parameters) + quantized
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print `trainable params: X || all params: Y || trainable%: Z`, in PEFT's format."""
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

@@ -1,0 +1,19 @@
+"""delete_adapter: remove an adapter from a model."""
+
+from torch import nn
+
+from lora_core.adapt.walk import require_adapters, require_unmerged
+from lora_core.adapt.withdraw import withdraw
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter; where none is left, the original layer comes back.
+
+    An adapter started by "pissa" or "olora" had taken a part out of the base weight: it is put back, to rounding.
+
+    Raises:
+        AdapterError: if there is no such adapter, or one is merged.
+    """
+    require_adapters(model, [adapter_name])
+    require_unmerged(model, f"delete adapter {adapter_name!r}")
+    withdraw(model, adapter_name)

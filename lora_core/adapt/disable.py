@@ -1,0 +1,36 @@
+"""disable_adapter: run the base model for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_core.adapt.merge import merge_adapter, merged_names, unmerge_adapter
+from lora_core.adapt.switch import parts
+from lora_core.errors import AdapterError
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base model inside the with block; merged adapters are taken out of the weights and put back after.
+
+    Biases trained with bias="all" or "lora_only" are part of the base layers and stay as they are.
+
+    Raises:
+        AdapterError: if the model has no adapters.
+    """
+    before = {part: part.enabled for part in parts(model)}
+    if not before:
+        raise AdapterError("disable_adapter: the model has no adapters; add one with add_adapter or load_adapter")
+    merged = merged_names(model)
+    if merged:
+        unmerge_adapter(model)
+    for part in before:
+        part.enabled = False
+    try:
+        yield model
+    finally:
+        for part, enabled in before.items():
+            part.enabled = enabled
+        if merged:
+            merge_adapter(model, merged)

@@ -1,0 +1,147 @@
+"""add_adapter: put low-rank adapters into a model, in place."""
+
+import warnings
+
+from torch import nn
+
+from lora_core.adapt.fast_path import forbid_fast_path
+from lora_core.adapt.kinds import adapted_kind
+from lora_core.adapt.switch import set_adapter
+from lora_core.adapt.target import find_targets, matches
+from lora_core.adapt.walk import adapter_names, places, replace, require_unmerged, tied_to
+from lora_core.adapt.withdraw import withdraw
+from lora_core.errors import AdapterError, ConfigError, TargetNotFoundError
+from lora_core.layers.adapter import Adapter, AdapterLayer
+from lora_core.layers.trainable_copy import TrainableCopy
+from lora_core.methods.lora import LoraConfig, initialise
+
+
+def add_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> nn.Module:
+    """Replace the targeted layers by adapted ones that share their weights, and freeze all but the new adapter.
+
+    At the start the model computes what it did before (but for init_lora_weights=False). The new adapter is the active
+    one.
+
+    Args:
+        model: any module; changed in place.
+        config: what to adapt and how.
+        adapter_name: a name without dots, new to this model.
+        autocast_adapter_dtype: keep A and B in float32 over a half-precision base, as PEFT does.
+    Returns:
+        model.
+    Raises:
+        TargetNotFoundError: if no module matches.
+        ConfigError: if a matching module cannot be adapted.
+        AdapterError: if the name is taken, or an adapter is merged.
+    Source: Hu et al. 2021.
+    """
+    inject(model, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=autocast_adapter_dtype)
+    set_adapter(model, adapter_name)
+    return model
+
+
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    *,
+    initialise_pairs: bool,
+    trainable: bool,
+    autocast_dtype: bool = True,
+) -> None:
+    """Create an adapter's matrices everywhere, without activating it. A failure leaves the model as it was."""
+    _check_name(model, adapter_name)
+    require_unmerged(model, f"add adapter {adapter_name!r}")
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"add_adapter: config is a {type(config).__name__}; want a LoraConfig")
+    targets = find_targets(model, config) if config.target_modules or not config.modules_to_save else []
+    saved = _modules_to_save(model, config)
+    where = places(model)
+    try:
+        for name in targets:
+            layer = _adapted(model, name, where)
+            adapter = Adapter(
+                rank=config.rank_of(name),
+                scaling=config.scaling_of(name),
+                dropout=config.lora_dropout,
+                config=config,
+                trainable=trainable,
+            )
+            layer.add(adapter_name, adapter, None if autocast_dtype else layer.weight.dtype)
+            if initialise_pairs:
+                initialise(layer, adapter_name, config.init_lora_weights)
+        for name in saved:
+            _copying(model, name, where).add(adapter_name, trainable)
+    except Exception:
+        withdraw(model, adapter_name)
+        raise
+
+
+def _adapted(model: nn.Module, name: str, where: dict[nn.Module, list[str]]) -> AdapterLayer:
+    """Return the adapted layer at this name, made now if it is not there yet."""
+    module = model.get_submodule(name)
+    if isinstance(module, AdapterLayer):
+        return module
+    kind = adapted_kind(module)
+    assert kind is not None
+    layer = kind(module)
+    replace(model, where[module], layer)
+    forbid_fast_path(model.get_submodule(name.rpartition(".")[0]))
+    return layer
+
+
+def _copying(model: nn.Module, name: str, where: dict[nn.Module, list[str]]) -> TrainableCopy:
+    module = model.get_submodule(name)
+    if isinstance(module, TrainableCopy):
+        return module
+    copies = TrainableCopy(module)
+    replace(model, where[module], copies)
+    return copies
+
+
+def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return the names of the modules trained whole, outermost ones only."""
+    if not config.modules_to_save:
+        return []
+    modules = {n: m for n, m in model.named_modules() if n}
+    found: list[str] = []
+    for name, module in modules.items():
+        inside = any(name.startswith(f + ".") for f in found)
+        if matches(name, config.modules_to_save) and not inside:
+            if isinstance(module, AdapterLayer):
+                raise ConfigError(f"modules_to_save names {name}, which an adapter targets: choose one of the two")
+            found.append(name)
+    for wanted in config.modules_to_save:
+        if not any(matches(n, [wanted]) for n in modules):
+            raise TargetNotFoundError(
+                f"modules_to_save: no module is called {wanted!r}; the last parts of names here are "
+                f"{', '.join(sorted({n.split('.')[-1] for n in modules}))}"
+            )
+    _warn_of_tied(model, found)
+    return found
+
+
+def _warn_of_tied(model: nn.Module, names: list[str]) -> None:
+    tied = tied_to(model)
+    for name in names:
+        for parameter_name, parameter in model.get_submodule(name).named_parameters():
+            others = [o for o in tied.get(id(parameter), []) if not o.startswith(name + ".")]
+            if others:
+                warnings.warn(
+                    f"modules_to_save: {name}.{parameter_name} is tied to {', '.join(others)}; the trained copy is not",
+                    UserWarning,
+                    stacklevel=5,
+                )
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name:
+        raise AdapterError(f"adapter name {name!r}: want a non-empty string without dots")
+    if name in adapter_names(model):
+        raise AdapterError(f"the model has an adapter {name!r} already: choose another name, or delete it first")

@@ -1,0 +1,226 @@
+"""merge_adapter, unmerge_adapter, merge_and_unload: adapters inside the weights, and out again.
+
+    W' = W + sum s B A, computed in float32 and rounded once to the dtype (or the 4-bit format) of W
+
+Rounding makes W' differ from W + s B A: the report says by how much. Subtracting s B A again would not give W back, so
+unmerging restores a copy that is kept in CPU memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapt.switch import parts
+from lora_core.adapt.walk import adapter_layers, places, replace, require_adapters, tied_to
+from lora_core.adapt.withdraw import allow_fast_paths
+from lora_core.errors import AdapterError, NonFiniteError
+from lora_core.layers.adapter import AdapterLayer, Merged
+from lora_core.layers.nf4_linear import LoraNF4Linear
+from lora_core.layers.trainable_copy import TrainableCopy
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """How exact one layer's merge is.
+
+    Args:
+        relative_error: ||W' - (W + s B A)|| / ||W + s B A||, Frobenius norms, in float64.
+        largest_error: the largest |W' - (W + s B A)| of an element.
+        requantized: the weight was quantised anew, which is most of the error.
+    """
+
+    relative_error: float
+    largest_error: float
+    requantized: bool
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Args:
+        names: the adapters merged.
+        layers: the error of each layer, by module name.
+        backup_bytes: CPU memory held to restore the weights; 0 once unloaded.
+    """
+
+    names: tuple[str, ...]
+    layers: dict[str, LayerMerge]
+    backup_bytes: int
+
+    @property
+    def worst(self) -> float:
+        """Return the largest relative error of a layer."""
+        return max((layer.relative_error for layer in self.layers.values()), default=0.0)
+
+    def __str__(self) -> str:
+        requantized = sum(layer.requantized for layer in self.layers.values())
+        cost = f", {requantized} of them requantised" if requantized else ""
+        return (
+            f"merged {', '.join(self.names)} into {len(self.layers)} layers{cost}: relative error of a weight at most "
+            f"{self.worst:.2e}; {self.backup_bytes / 2**20:.1f} MiB of CPU memory hold the weights as they were"
+        )
+
+
+def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> MergeReport:
+    """Add adapters' updates to the base weights, so that they cost nothing at inference.
+
+    While merged, the adapters' own matrices take no gradient; switching, adding and deleting are refused; saving an
+    adapter works.
+
+    Args:
+        model: a model with adapters.
+        adapter_names: which; by default the active ones.
+    Returns:
+        The error of each layer, and the memory that unmerging needs.
+    Raises:
+        AdapterError: if there is no such adapter, one is merged already, or a base weight is tied to another module.
+        NonFiniteError: if a merged weight would hold NaN or infinity; the model is left as it was.
+    """
+    return _merge(model, adapter_names, keep_backup=True)
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Restore the weights as they were before merge_adapter, bit for bit.
+
+    Raises:
+        AdapterError: if nothing is merged.
+    """
+    merged = [layer for layer in adapter_layers(model).values() if layer.merged]
+    if not merged:
+        raise AdapterError("unmerge_adapter: nothing is merged; call merge_adapter(model) first")
+    for layer in merged:
+        _unmerge(layer)
+
+
+def merge_and_unload(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
+    """Merge adapters for good and return the model without any adapter module.
+
+    Args:
+        model: a model with adapters, merged or not; changed in place.
+        adapter_names: which to merge; by default the merged or active ones. The others are dropped.
+    Returns:
+        model, with plain layers; modules_to_save become the trained ones.
+    Raises:
+        AdapterError, NonFiniteError: as merge_adapter.
+    """
+    if merged_names(model):
+        if adapter_names is not None and _names(adapter_names) != merged_names(model):
+            raise AdapterError(
+                f"merge_and_unload({adapter_names!r}): {list(merged_names(model))} is merged; call "
+                "unmerge_adapter(model) first"
+            )
+    else:
+        names = _merging_names(model, adapter_names)
+        _refuse_tied(model, names)
+        for layer in adapter_layers(model).values():
+            for other in [n for n in layer.adapters if n not in names]:
+                layer.remove(other)
+        _merge(model, names, keep_backup=False)
+    for module, where in places(model).items():
+        if isinstance(module, AdapterLayer):
+            replace(model, where, module.base_layer)
+        elif isinstance(module, TrainableCopy):
+            replace(model, where, module.running())
+    allow_fast_paths(model)
+    return model
+
+
+def merged_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the adapters that are inside the weights."""
+    return next((layer.merged.names for layer in adapter_layers(model).values() if layer.merged), ())
+
+
+def _merge(model: nn.Module, adapter_names: str | Sequence[str] | None, *, keep_backup: bool) -> MergeReport:
+    names = _merging_names(model, adapter_names)
+    _refuse_tied(model, names)
+    layers = {n: m for n, m in adapter_layers(model).items() if any(a in m.adapters for a in names)}
+    # all layers are checked before the first is changed, so that a refusal leaves the model as it was
+    for name, layer in layers.items():
+        _refuse_non_finite(name, layer, names)
+    report = {name: _merge_layer(layer, names, keep_backup) for name, layer in layers.items()}
+    held = sum(layer.merged.backup_bytes for layer in layers.values() if layer.merged)
+    return MergeReport(names, report, held)
+
+
+def _merged_weight(layer: AdapterLayer, names: tuple[str, ...]) -> Tensor:
+    """Return W + sum s B A in float32 or wider."""
+    weight = layer.read_weight()
+    for name in names:
+        if name in layer.adapters:
+            delta = layer.delta(name).to(weight.device)
+            weight = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+    return weight
+
+
+def _refuse_non_finite(name: str, layer: AdapterLayer, names: tuple[str, ...]) -> None:
+    if not torch.isfinite(_merged_weight(layer, names).to(layer.weight.dtype)).all():
+        raise NonFiniteError(
+            f"merging {', '.join(names)} into {name} gives NaN or infinity in {layer.weight.dtype}: the adapter is "
+            "broken, or its update too large for the dtype; nothing was changed"
+        )
+
+
+@torch.no_grad()
+def _merge_layer(layer: AdapterLayer, names: tuple[str, ...], keep_backup: bool) -> LayerMerge:
+    wanted = _merged_weight(layer, names)
+    truth = layer.read_weight().double()
+    for name in names:
+        if name in layer.adapters:
+            truth += layer.delta(name).to(truth.device)
+    backup = layer.backup_weight() if keep_backup else {}
+    layer.write_weight(wanted)
+    layer.merged = Merged(tuple(n for n in names if n in layer.adapters), backup)
+    layer.activate(layer.active)
+    error = layer.read_weight().double() - truth
+    return LayerMerge(
+        relative_error=_ratio(error.norm(), truth.norm()),
+        largest_error=error.abs().max().item() if error.numel() else 0.0,
+        requantized=isinstance(layer, LoraNF4Linear),
+    )
+
+
+def _ratio(error: Tensor, truth: Tensor) -> float:
+    return (error / truth).item() if truth else error.item()
+
+
+def _unmerge(layer: AdapterLayer) -> None:
+    assert layer.merged is not None
+    layer.restore_weight(layer.merged.backup)
+    layer.merged = None
+    layer.activate(layer.active)
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple[str, ...]:
+    already = merged_names(model)
+    if already:
+        raise AdapterError(f"{list(already)} is merged already: call unmerge_adapter(model) first")
+    if given is None:
+        active = [n for layer in adapter_layers(model).values() for n in layer.active]
+        copies = [p.active for p in parts(model) if isinstance(p, TrainableCopy) and p.active]
+        given = tuple(dict.fromkeys([*active, *copies]))
+    names = _names(given)
+    if not names:
+        raise AdapterError("merge_adapter: no adapter is active; name one, or call set_adapter(model, name) first")
+    require_adapters(model, names)
+    return names
+
+
+def _refuse_tied(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise AdapterError if a weight to be changed is used by another module too, which would change with it."""
+    tied = tied_to(model)
+    for name, layer in adapter_layers(model).items():
+        if not any(n in layer.adapters for n in names):
+            continue
+        others = [o for o in tied.get(id(layer.weight), []) if o != f"{name}.base_layer.weight"]
+        if others:
+            raise AdapterError(
+                f"cannot merge into {name}: its weight is tied to {', '.join(others)}, which would change too; untie "
+                "them (give one a clone of the weight), or keep the adapter unmerged"
+            )

@@ -1,0 +1,70 @@
+"""quantize_model: hold a model's linear layers in frozen NF4."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_core.adapt.kinds import is_transposed_linear
+from lora_core.adapt.target import matches, output_head
+from lora_core.adapt.walk import adapter_names, places, replace, tied_to
+from lora_core.errors import AdapterError, ConfigError, TargetNotFoundError
+from lora_core.layers.nf4_linear import NF4Linear
+from lora_core.methods.nf4 import NF4Config
+
+
+def quantize_model(
+    model: nn.Module, config: NF4Config | None = None, skip_modules: Sequence[str] | None = None
+) -> nn.Module:
+    """Replace linear layers by frozen NF4 ones, in place.
+
+    Left alone: the output head (unless skip_modules says otherwise), layers whose weight is tied to another module,
+    layers inside nn.MultiheadAttention, and what is quantised already.
+
+    Args:
+        model: any module without adapters; its linear layers (nn.Linear, transformers' Conv1D) are replaced.
+        config: the format; NF4Config() by default.
+        skip_modules: name suffixes to leave in full precision; by default the output head.
+    Returns:
+        model.
+    Raises:
+        NonFiniteError: if a weight holds NaN or infinity; the layers before it stay quantised.
+        TargetNotFoundError: if there is no layer to quantise.
+        AdapterError: if the model has adapters: quantise first, then add them.
+    Source: Dettmers et al. 2023, section 3.
+    """
+    config = config or NF4Config()
+    if not isinstance(config, NF4Config):
+        raise ConfigError(f"quantize_model: config is a {type(config).__name__}; want an NF4Config")
+    if adapter_names(model):
+        raise AdapterError(
+            f"quantize_model: the model has adapters {adapter_names(model)}; quantise it before adding any"
+        )
+    where = places(model)
+    chosen = {m: names for m, names in where.items() if _chosen(model, m, names, skip_modules)}
+    tied = tied_to(model)
+    chosen = {m: names for m, names in chosen.items() if id(m.weight) not in tied}
+    if not chosen and not any(isinstance(m, NF4Linear) for m in where):
+        raise TargetNotFoundError(
+            f"quantize_model: no linear layer to quantise outside skip_modules={skip_modules!r}; want nn.Linear or "
+            "transformers' Conv1D"
+        )
+    for module, names in chosen.items():
+        new = NF4Linear.from_dense(
+            module,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            compute_dtype=config.compute_dtype,
+            transposed=is_transposed_linear(module),
+        )
+        replace(model, names, new)
+    return model
+
+
+def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str] | None) -> bool:
+    if not isinstance(module, nn.Linear) and not is_transposed_linear(module):
+        return False
+    if isinstance(model.get_submodule(names[0].rpartition(".")[0]), nn.MultiheadAttention):
+        return False
+    if skip is None:
+        return module is not output_head(model)
+    return not any(matches(name, skip) for name in names)

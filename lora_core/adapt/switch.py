@@ -1,0 +1,68 @@
+"""set_adapter: which adapters a model runs and trains."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_core.adapt.walk import (
+    adapter_layers,
+    require_adapters,
+    require_unmerged,
+    trainable_copies,
+)
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.trainable_copy import TrainableCopy
+from lora_core.methods.lora import LoraConfig
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
+    """Run these adapters and no others, and freeze all else.
+
+    Of the active adapters those are trained that were added for training, with the modules and biases that their
+    configuration asks for.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: a name, or several whose updates are added; an empty list runs the base model.
+    Raises:
+        AdapterError: if there is no such adapter, or one is merged.
+    """
+    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    require_adapters(model, names)
+    require_unmerged(model, "switch adapters")
+    model.requires_grad_(False)
+    for part in parts(model):
+        part.activate(names)
+    for config in trained_configs(model, names):
+        for bias in chosen_biases(model, config.bias).values():
+            bias.requires_grad_(True)
+
+
+def parts(model: nn.Module) -> list[AdapterLayer | TrainableCopy]:
+    """Return all that adapters have put into a model."""
+    return [*adapter_layers(model).values(), *trainable_copies(model).values()]
+
+
+def trained_configs(model: nn.Module, names: Sequence[str]) -> list[LoraConfig]:
+    """Return the configurations of those adapters, of the named, that are being trained."""
+    found: dict[str, LoraConfig] = {}
+    for layer in adapter_layers(model).values():
+        for name in names:
+            if name in layer.adapters and layer.adapters[name].trainable:
+                found[name] = layer.adapters[name].config
+    return list(found.values())
+
+
+def chosen_biases(model: nn.Module, which: str) -> dict[str, nn.Parameter]:
+    """Return the bias parameters, by name, that LoraConfig.bias "none", "all" or "lora_only" trains."""
+    if which == "none":
+        return {}
+    adapted = tuple(f"{name}.base_layer." for name in adapter_layers(model))
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.split(".")[-1] == "bias"
+        and ".copies." not in name
+        and parameter.is_floating_point()
+        and (which == "all" or name.startswith(adapted))
+    }

@@ -1,0 +1,166 @@
+"""Choosing the modules to adapt: name suffixes, a regular expression, or "all-linear". PEFT's rules.
+
+A name matches a list when it is an entry or ends in "." + an entry; it matches a regular expression as a whole.
+"""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from lora_core.adapt.kinds import SUPPORTED, adapted_kind, is_linear
+from lora_core.errors import ConfigError, TargetNotFoundError
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.trainable_copy import TrainableCopy
+from lora_core.methods.lora import LoraConfig
+
+ALL_LINEAR = "all-linear"
+
+# what sequence classifiers call their head; PEFT leaves the same two out
+CLASSIFIER_HEADS = ("classifier", "score")
+
+SHOWN_CANDIDATES = 12
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return the names of the modules that config adapts, in the model's order.
+
+    Raises:
+        TargetNotFoundError: if none matches, listing names that could, closest first.
+        ConfigError: if a module matches that cannot be adapted.
+    """
+    wanted = config.target_modules
+    if wanted is None or len(wanted) == 0:
+        raise ConfigError(
+            "LoraConfig: target_modules is not set; give name suffixes such as ['q_proj', 'v_proj'], a regular "
+            "expression, or 'all-linear'"
+        )
+    candidates = dict(_candidates(model))
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        head = output_head(model, config.task_type)
+        found = [n for n, m in candidates.items() if is_linear(m) and m is not head and not _bypassed(model, n)]
+    else:
+        found = [n for n in candidates if matches(n, wanted)]
+        _warn_of_unmatched(wanted, candidates)
+    found = [n for n in found if not _left_out(n, config)]
+    found = [n for n in found if _layer_chosen(n, config)]
+    if not found:
+        raise TargetNotFoundError(_nothing_found(config, candidates))
+    for name in found:
+        _refuse_unsupported(model, name, candidates[name])
+    return found
+
+
+def matches(name: str, wanted: Sequence[str] | str) -> bool:
+    """Say whether a module name is one of the wanted."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | None:
+    """Return the layer that turns hidden states into scores, which "all-linear" leaves out.
+
+    A transformers model says which it is. Elsewhere it is the module called lm_head, or the last linear layer if it
+    leads from an embedding's dimension to its vocabulary.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if isinstance(head, nn.Module):
+        return head
+    if task_type == "SEQ_CLS":
+        return next(
+            (getattr(model, n) for n in CLASSIFIER_HEADS if isinstance(getattr(model, n, None), nn.Module)), None
+        )
+    linear = [(n, m) for n, m in _candidates(model) if is_linear(m)]
+    for name, module in linear:
+        if name.split(".")[-1] == "lm_head":
+            return module
+    tables = {tuple(m.weight.shape) for _, m in _candidates(model) if isinstance(m, nn.Embedding)}
+    if linear and tuple(linear[-1][1].weight.shape) in tables:
+        return linear[-1][1]
+    return None
+
+
+def _candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Walk the modules that were there before any adapter: nothing inside an adapted layer or a trainable copy."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        yield name, module
+        if isinstance(module, (AdapterLayer, TrainableCopy)):
+            inside = (*inside, name + ".")
+
+
+def _bypassed(model: nn.Module, name: str) -> bool:
+    """Say whether this layer's forward is never called: attention reads out_proj's weight past it."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, nn.MultiheadAttention)
+
+
+def _left_out(name: str, config: LoraConfig) -> bool:
+    saved = config.modules_to_save or ()
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved):
+        return True
+    return bool(config.exclude_modules) and matches(name, config.exclude_modules or ())
+
+
+def _layer_chosen(name: str, config: LoraConfig) -> bool:
+    """Apply layers_to_transform: the first number in the name, or the one after layers_pattern."""
+    chosen = config.layers_to_transform
+    if chosen is None or (not isinstance(chosen, int) and len(chosen) == 0):
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    hits = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)
+    hit = next((h for h in hits if h), None)
+    return hit is not None and int(hit.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
+
+
+def _warn_of_unmatched(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
+    if isinstance(wanted, str):
+        return
+    idle = [w for w in wanted if not any(matches(n, [w]) for n in candidates)]
+    if idle and len(idle) < len(wanted):
+        warnings.warn(f"target_modules: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=4)
+
+
+def _nothing_found(config: LoraConfig, candidates: dict[str, nn.Module]) -> str:
+    able = [n for n, m in candidates.items() if isinstance(m, AdapterLayer) or adapted_kind(m)]
+    suffixes = list(dict.fromkeys(n.split(".")[-1] if not n.split(".")[-1].isdigit() else n for n in able))
+    wanted = config.target_modules or ""
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+
+    def distance(suffix: str) -> float:
+        return -max((difflib.SequenceMatcher(None, suffix, w).ratio() for w in asked), default=0.0)
+
+    closest = sorted(suffixes, key=distance)[:SHOWN_CANDIDATES]
+    limits = [
+        f"{key}={value!r}"
+        for key, value in (
+            ("exclude_modules", config.exclude_modules),
+            ("layers_to_transform", config.layers_to_transform),
+            ("layers_pattern", config.layers_pattern),
+        )
+        if value
+    ]
+    return (
+        f"no module matches target_modules={config.target_modules!r}{' with ' + ', '.join(limits) if limits else ''}; "
+        f"want one of: {', '.join(closest) or 'none, this model has no layer that can be adapted'}"
+    )
+
+
+def _refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
+    if _bypassed(model, name):
+        raise ConfigError(
+            f"{name} belongs to nn.MultiheadAttention, which uses its weight without calling it: an adapter there "
+            "would do nothing; leave it out with exclude_modules"
+        )
+    if not isinstance(module, AdapterLayer) and adapted_kind(module) is None:
+        raise ConfigError(
+            f"{name} is a {type(module).__name__}, which cannot be adapted; want one of {SUPPORTED}: name such "
+            "layers in target_modules, or leave this one out with exclude_modules"
+        )

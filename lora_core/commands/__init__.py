@@ -1,0 +1,1 @@
+"""The commands of the program `lora-core`, one a file."""

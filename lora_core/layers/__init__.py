@@ -1,0 +1,1 @@
+"""Adapter layers and quantised layers: short nn.Modules, one kind a file."""

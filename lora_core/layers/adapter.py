@@ -1,0 +1,178 @@
+"""What every adapted layer shares: a frozen base layer and, by name, the low-rank pairs that change it.
+
+    y = base(x) + sum over active adapters i of  s_i B_i A_i drop(x)
+
+A subclass says which shapes A and B have, what their product adds to the base weight, and how to run them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.errors import AdapterError
+
+# adapters over a half-precision base are kept in fp32, as PEFT does: their small updates vanish in 8 bits of mantissa
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Adapter:
+    """What one adapter is at one layer, apart from its two matrices.
+
+    Args:
+        rank: R, the inner dimension of B A.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout: probability of zeroing an element of x before A, in [0, 1).
+        config: the configuration it was made from; kept to be saved.
+        trainable: whether activating it makes its matrices require gradients.
+        start: A and B at the start where the initialisation changed the base weight (W <- W - s B A), so that
+            the change can be undone or saved; else None.
+    """
+
+    rank: int
+    scaling: float
+    dropout: float
+    config: Any
+    trainable: bool
+    start: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+
+@dataclass
+class Merged:
+    """Which adapters are inside the base weight, and a CPU copy of what that weight was before."""
+
+    names: tuple[str, ...]
+    backup: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def backup_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.backup.values())
+
+
+class AdapterLayer(nn.Module):
+    """Base of the adapted layers; use a subclass.
+
+    Args:
+        base_layer: the layer to adapt; its parameters are shared, not copied.
+    """
+
+    # how PEFT names the two matrices in a checkpoint
+    PEFT_A: ClassVar[str] = "lora_A.weight"
+    PEFT_B: ClassVar[str] = "lora_B.weight"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_a = nn.ParameterDict()
+        self.lora_b = nn.ParameterDict()
+        self.adapters: dict[str, Adapter] = {}
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: Merged | None = None
+        self.train(base_layer.training)
+
+    # what a subclass defines
+
+    def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B at this rank."""
+        raise NotImplementedError
+
+    def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """Return B A in the shape of the base weight."""
+        raise NotImplementedError
+
+    # the base weight, as modules around this one expect to find it
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        return bias
+
+    def read_weight(self) -> Tensor:
+        """Return the base weight, dense, as a detached tensor that may share memory with it."""
+        weight: Tensor = self.base_layer.weight.detach()
+        return weight
+
+    @torch.no_grad()
+    def write_weight(self, value: Tensor) -> None:
+        """Overwrite the base weight with value, rounded to the weight's dtype."""
+        self.base_layer.weight.copy_(value)
+
+    def backup_weight(self) -> dict[str, Tensor]:
+        """Return a CPU copy of all that write_weight changes."""
+        return {"weight": self.base_layer.weight.detach().to("cpu", copy=True)}
+
+    @torch.no_grad()
+    def restore_weight(self, backup: dict[str, Tensor]) -> None:
+        """Put back, bit for bit, what backup_weight returned."""
+        self.base_layer.weight.copy_(backup["weight"])
+
+    # adapters
+
+    def add(self, name: str, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
+        """Create the matrices of an adapter, uninitialised, on the base weight's device.
+
+        Args:
+            name: the adapter's name.
+            adapter: its rank, scaling, dropout and configuration.
+            dtype: of A and B; by default the base weight's, and float32 where that is half precision.
+        """
+        if name in self.adapters:
+            raise AdapterError(f"adapter {name!r} exists already here: choose another name, or delete it first")
+        weight = self.weight
+        if dtype is None:
+            dtype = torch.float32 if weight.dtype in HALF_PRECISION else weight.dtype
+        shape_a, shape_b = self.pair_shapes(adapter.rank)
+        self.lora_a[name] = nn.Parameter(torch.empty(shape_a, dtype=dtype, device=weight.device))
+        self.lora_b[name] = nn.Parameter(torch.empty(shape_b, dtype=dtype, device=weight.device))
+        self.adapters[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter, undoing what its initialisation did to the base weight."""
+        adapter = self.adapters.pop(name)
+        if adapter.start is not None:
+            self.shift_weight(*adapter.start, adapter.scaling)
+        del self.lora_a[name], self.lora_b[name]
+        self.active = tuple(n for n in self.active if n != name)
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Run these adapters, of those this layer has, and make just the trainable ones require gradients."""
+        self.active = tuple(n for n in names if n in self.adapters)
+        for name, adapter in self.adapters.items():
+            wanted = adapter.trainable and name in self.active and self.merged is None
+            self.lora_a[name].requires_grad_(wanted)
+            self.lora_b[name].requires_grad_(wanted)
+
+    def running(self) -> tuple[str, ...]:
+        """Return the adapters that the next forward adds to the base layer's output."""
+        return self.active if self.enabled and self.merged is None else ()
+
+    def owed(self) -> list[tuple[Tensor, Tensor, float]]:
+        """Return A, B and s of what dormant adapters' initialisation took out of the base weight, to be added back."""
+        present = self.merged.names if self.merged else self.running()
+        return [(*a.start, a.scaling) for n, a in self.adapters.items() if a.start is not None and n not in present]
+
+    def delta(self, name: str) -> Tensor:
+        """Return s B A, what the adapter adds to the base weight: float32 or wider, the weight's shape."""
+        a, b = self.lora_a[name].detach(), self.lora_b[name].detach()
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return self.product(a.to(wide), b.to(wide)) * self.adapters[name].scaling
+
+    def shift_weight(self, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
+        """W <- W + factor B A, computed in float32 or wider and rounded once."""
+        device = self.weight.device
+        wide = torch.promote_types(lora_a.dtype, torch.float32)
+        product = self.product(lora_a.to(device, wide), lora_b.to(device, wide))
+        self.write_weight(self.read_weight().to(wide) + factor * product)
+
+    def extra_repr(self) -> str:
+        parts = [f"{name}: r={a.rank}, scaling={a.scaling:g}" for name, a in self.adapters.items()]
+        state = "merged" if self.merged else "active"
+        names = self.merged.names if self.merged else self.active
+        return "; ".join([*parts, f"{state}={list(names)}"])

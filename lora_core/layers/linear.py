@@ -1,0 +1,114 @@
+"""LoRA on nn.Linear, and on transformers' Conv1D, whose weight is stored transposed.
+
+    y = x W^T + b + s (drop(x) A^T) B^T        x [..., K], W [N, K], A [R, K], B [N, R]
+
+Source: Hu et al. 2021, eq. 3.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.dropout import fresh_seed
+from lora_core.ops.lora_linear import lora_linear
+from lora_core.reference.lora import lora_delta
+
+
+def runs_as_written(module: nn.Module, forward: Any) -> bool:
+    """Say whether calling module means calling this forward: no subclass, hook or patch stands between."""
+    return (
+        type(module).forward is forward
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+class LoraLinear(AdapterLayer):
+    """A linear layer with low-rank adapters.
+
+    Args:
+        base_layer: nn.Linear, weight [N, K].
+    """
+
+    @property
+    def in_features(self) -> int:
+        return int(self.base_layer.in_features)  # type: ignore[arg-type]
+
+    @property
+    def out_features(self) -> int:
+        return int(self.base_layer.out_features)  # type: ignore[arg-type]
+
+    def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, self.in_features), (self.out_features, rank)
+
+    def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        return lora_b @ lora_a
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output with the running adapters added.
+
+        Args:
+            x: shape [..., K], in the base weight's dtype.
+            args: passed on to the base layer, as kwargs are.
+        Returns:
+            Shape [..., N], the base output's dtype.
+        """
+        names = list(self.running())
+        if names and not args and not kwargs and self.can_fuse():
+            y = self.fused(x, names.pop(0))
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            y = y + self.low_rank(x, name).to(y.dtype)
+        for lora_a, lora_b, scaling in self.owed():
+            start = lora_delta(x.to(lora_a.dtype), lora_a.to(x.device), lora_b.to(x.device), scaling)
+            y = y + start.to(y.dtype)
+        return y
+
+    def can_fuse(self) -> bool:
+        """Say whether the op may stand in for calling the base layer."""
+        return runs_as_written(self.base_layer, nn.Linear.forward)
+
+    def fused(self, x: Tensor, name: str) -> Tensor:
+        """Return base and one adapter in one operation: its backward never keeps or forms a dense update."""
+        return lora_linear(x, self.weight, self.bias, *self.operands(x, name))
+
+    def operands(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
+        """Return A, B, scaling, dropout probability and mask seed for one forward."""
+        adapter = self.adapters[name]
+        dropout = adapter.dropout if self.training else 0.0
+        seed = fresh_seed(x.device) if dropout else None
+        return self.lora_a[name], self.lora_b[name], adapter.scaling, dropout, seed
+
+    def low_rank(self, x: Tensor, name: str) -> Tensor:
+        """Return s (drop(x) A^T) B^T alone, in the adapter's dtype."""
+        lora_a, lora_b, scaling, dropout, seed = self.operands(x, name)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(lora_a.dtype)
+        return lora_delta(x, lora_a, lora_b, scaling, dropout, seed)
+
+
+class LoraTransposedLinear(LoraLinear):
+    """LoRA on a layer that stores W^T: transformers' Conv1D, weight [K, N]."""
+
+    @property
+    def in_features(self) -> int:
+        return int(self.base_layer.weight.shape[0])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.base_layer.weight.shape[1])
+
+    def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        return (lora_b @ lora_a).T
+
+    def can_fuse(self) -> bool:
+        return runs_as_written(self.base_layer, type(self.base_layer).forward)
+
+    def fused(self, x: Tensor, name: str) -> Tensor:
+        return lora_linear(x, self.weight.T, self.bias, *self.operands(x, name))

@@ -1,0 +1,123 @@
+"""A frozen linear layer with an NF4 weight, and LoRA on it (QLoRA).
+
+    y = x W^T + b + s (drop(x) A^T) B^T        W = dequantise(codes, absmax), made for the call and let go
+
+Source: Dettmers et al. 2023, eq. 5.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.layers.linear import LoraLinear, runs_as_written
+from lora_core.ops.nf4_lora_linear import nf4_lora_linear
+from lora_core.quant import QuantizedWeight, quantize_nf4
+
+
+class NF4Linear(nn.Module):
+    """A linear layer whose weight is frozen in 4 bits.
+
+    Args:
+        weight: the quantised weight, logical shape [N, K].
+        bias: shape [N], or None.
+        compute_dtype: dtype of the matrix product; None takes that of x.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.compute_dtype = compute_dtype
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_dense(
+        cls, layer: Any, *, block_size: int, double_quant: bool, compute_dtype: torch.dtype | None, transposed: bool
+    ) -> "NF4Linear":
+        """Return a frozen NF4 layer with the weight and bias of a dense one.
+
+        Args:
+            layer: nn.Linear, or with transposed a layer that stores its weight as [K, N].
+            block_size: elements sharing one scale; a power of two from 32 to 4096.
+            double_quant: quantise the scales as well.
+            compute_dtype: as in NF4Linear.
+            transposed: the weight is stored as W^T.
+        Raises:
+            NonFiniteError: if the weight holds NaN or infinity.
+        """
+        dense = layer.weight.detach()
+        weight = quantize_nf4(dense.T if transposed else dense, block_size=block_size, double_quant=double_quant)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        new = cls(weight, bias, compute_dtype)
+        new.train(layer.training)
+        return new
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b; x [..., K] of any floating dtype, the result [..., N] in the same."""
+        return self.with_adapter(x, None, None, 0.0, 0.0, None)
+
+    def with_adapter(
+        self,
+        x: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        """Return x W^T + b + s (drop(x) A^T) B^T, computed in compute_dtype, in the dtype of x."""
+        compute = x if self.compute_dtype is None or _autocast(x) else x.to(self.compute_dtype)
+        bias = self.bias if self.bias is None or _autocast(x) else self.bias.to(compute.dtype)
+        y = nf4_lora_linear(compute, self.weight, bias, lora_a, lora_b, scaling, dropout, seed)
+        return y if _autocast(x) else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class LoraNF4Linear(LoraLinear):
+    """LoRA on a frozen NF4 layer.
+
+    Args:
+        base_layer: NF4Linear.
+    """
+
+    base_layer: NF4Linear
+
+    def can_fuse(self) -> bool:
+        return runs_as_written(self.base_layer, NF4Linear.forward)
+
+    def fused(self, x: Tensor, name: str) -> Tensor:
+        return self.base_layer.with_adapter(x, *self.operands(x, name))
+
+    def read_weight(self) -> Tensor:
+        return self.base_layer.weight.dequantize(torch.float32)
+
+    @torch.no_grad()
+    def write_weight(self, value: Tensor) -> None:
+        """Requantise value in the base weight's own format."""
+        old = self.base_layer.weight
+        new = quantize_nf4(value.to(torch.float32), block_size=old.block_size, double_quant=old.double_quant)
+        self.restore_weight(dict(new.named_buffers()))
+
+    def backup_weight(self) -> dict[str, Tensor]:
+        return {k: v.detach().to("cpu", copy=True) for k, v in self.base_layer.weight.named_buffers()}
+
+    @torch.no_grad()
+    def restore_weight(self, backup: dict[str, Tensor]) -> None:
+        for key, buffer in self.base_layer.weight.named_buffers():
+            buffer.copy_(backup[key])
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)

@@ -1,0 +1,192 @@
+"""LoRA and rsLoRA: the configuration, the scaling, and how A and B start.
+
+    Delta W = s B A,   s = alpha / r  (LoRA)   or   alpha / sqrt(r)  (rsLoRA)
+
+rsLoRA's square root keeps the update from collapsing as r grows: with A and B of entries of fixed size, B A x grows
+like sqrt(r), so dividing by r lets it vanish. Sources: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Kalajdzievski
+2023 (arXiv 2312.03732), theorem 3.2.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_core.errors import ConfigError
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.embedding import LoraEmbedding
+from lora_core.methods import olora, pissa
+from lora_core.methods.fields import checks_field_names
+
+# kaiming_uniform(a = sqrt 5) is U(-1/sqrt(K), 1/sqrt(K)), nn.Linear's own start; loralib and PEFT use it for A
+KAIMING_SLOPE = math.sqrt(5)
+
+BIASES = ("none", "all", "lora_only")
+
+
+@checks_field_names
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What to adapt and how; PEFT's field names and meanings.
+
+    Args:
+        r: rank R.
+        lora_alpha: alpha; the update is scaled by alpha / r.
+        lora_dropout: probability of zeroing an element of x before A, in [0, 1).
+        target_modules: name suffixes, a regular expression for whole names, or "all-linear" (every linear layer but
+            the output head).
+        exclude_modules: name suffixes, or a regular expression, never adapted.
+        bias: "none", "all" (train every bias of the model) or "lora_only" (those of adapted layers).
+        use_rslora: scale by alpha / sqrt(r).
+        use_dora: weight-decomposed adaptation; not available yet.
+        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal with standard deviation 1/r), False (both
+            uniform, so the model changes at once; for tests), "pissa", "pissa_niter_N", "olora".
+        rank_pattern: {regular expression or name suffix: rank} for single layers.
+        alpha_pattern: the same for alpha.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: the name of the list the indices count in, such as "layers".
+        modules_to_save: name suffixes of modules trained whole and saved with the adapter.
+        task_type: kept for PEFT; "SEQ_CLS" keeps the classifier out of "all-linear".
+        fan_in_fan_out: kept for PEFT; the layer's own type decides here.
+        extra: fields of a PEFT configuration that this library keeps and writes back without acting on them.
+    Raises:
+        ConfigError: on an unknown field (naming the nearest known one) or a value that cannot work.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: Sequence[str] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    modules_to_save: Sequence[str] | None = None
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ConfigError(f"LoraConfig: the rank of {name!r} is {rank!r}; want a whole number of at least 1")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ConfigError(f"LoraConfig: the alpha of {name!r} is {alpha!r}; want a finite number")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"LoraConfig: lora_dropout is {self.lora_dropout!r}; want a probability in [0, 1)")
+        if self.bias not in BIASES:
+            raise ConfigError(f"LoraConfig: bias is {self.bias!r}; want one of {', '.join(map(repr, BIASES))}")
+        if self.use_dora:
+            raise ConfigError("LoraConfig: use_dora=True is not available yet; leave it False")
+        check_initialisation(self.init_lora_weights)
+        for name in (self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern):
+            if isinstance(name, str):
+                check_expression(name)
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f"LoraConfig: modules_to_save is the string {self.modules_to_save!r}; want a list of names"
+            )
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank at the module of this name."""
+        return self.rank_pattern.get(_pattern_for(self.rank_pattern, module), self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """Return s at the module of this name."""
+        alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, module), self.lora_alpha)
+        rank = self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Return the fields a PEFT configuration may set."""
+        return [f.name for f in fields(cls) if f.name != "extra"]
+
+
+def check_initialisation(name: bool | str) -> None:
+    """Raise ConfigError unless this library can start A and B that way."""
+    plain = name in (True, False, "gaussian", "pissa", "olora")
+    if not plain and not (isinstance(name, str) and pissa.FAST.fullmatch(name)):
+        raise ConfigError(
+            f"LoraConfig: init_lora_weights is {name!r}; want True, False, 'gaussian', 'pissa', "
+            "'pissa_niter_N' or 'olora'"
+        )
+
+
+def check_expression(expression: str) -> None:
+    """Raise ConfigError unless this compiles as a regular expression."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"LoraConfig: {expression!r} is no regular expression: {error}") from None
+
+
+def _pattern_for(patterns: dict[str, Any], module: str) -> str:
+    """Return the first pattern that matches the end of a module's name, as PEFT does, or the name itself."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
+
+
+@torch.no_grad()
+def initialise(layer: AdapterLayer, name: str, how: bool | str) -> None:
+    """Fill an adapter's matrices in place.
+
+    Args:
+        layer: the adapted layer; "pissa" and "olora" change its base weight too.
+        name: the adapter.
+        how: LoraConfig.init_lora_weights.
+    """
+    lora_a, lora_b = layer.lora_a[name], layer.lora_b[name]
+    if isinstance(how, str) and how != "gaussian":
+        split = olora.split if how == "olora" else pissa.splitter(how)
+        start_from_weight(layer, name, split)
+    elif isinstance(layer, LoraEmbedding):
+        nn.init.normal_(lora_b)
+        nn.init.normal_(lora_a) if how is False else nn.init.zeros_(lora_a)
+    else:
+        if how == "gaussian":
+            nn.init.normal_(lora_a, std=1 / layer.adapters[name].rank)
+        else:
+            nn.init.kaiming_uniform_(lora_a, a=KAIMING_SLOPE)
+        nn.init.kaiming_uniform_(lora_b, a=KAIMING_SLOPE) if how is False else nn.init.zeros_(lora_b)
+
+
+def start_from_weight(layer: AdapterLayer, name: str, split: pissa.Split) -> None:
+    """Start A and B as a low-rank part of W and take that part out of W, so that the sum stays W.
+
+    The start is kept beside the adapter: without it neither the original weight nor an adapter for it could be had.
+    """
+    adapter = layer.adapters[name]
+    weight = layer.read_weight()
+    if weight.dim() != 2 or isinstance(layer, LoraEmbedding):
+        raise ConfigError(
+            f"init_lora_weights={adapter.config.init_lora_weights!r} splits the weight of a linear layer; "
+            f"this is a {type(layer.base_layer).__name__}: use True or 'gaussian' there"
+        )
+    if weight.is_meta:
+        raise ConfigError(
+            f"init_lora_weights={adapter.config.init_lora_weights!r} needs the weight's values, which a model on the "
+            "meta device does not have: load the weights first, or use True"
+        )
+    lora_a, lora_b = layer.lora_a[name], layer.lora_b[name]
+    outward = layer.product(lora_a, lora_b).shape == (lora_b.shape[0], lora_a.shape[1])
+    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    a, b = split(matrix if outward else matrix.T, adapter.rank, adapter.scaling)
+    if a.shape[0] < adapter.rank:
+        raise ConfigError(
+            f"init_lora_weights={adapter.config.init_lora_weights!r} at rank {adapter.rank} on a weight of shape "
+            f"{tuple(weight.shape)}: want a rank of at most {a.shape[0]}"
+        )
+    lora_a.copy_(a)
+    lora_b.copy_(b)
+    adapter.start = (lora_a.detach().to("cpu", copy=True), lora_b.detach().to("cpu", copy=True))
+    layer.shift_weight(lora_a.detach(), lora_b.detach(), -adapter.scaling)

@@ -1,0 +1,33 @@
+"""QLoRA's frozen base: which 4-bit format the weights are held in."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_core.errors import ConfigError
+from lora_core.methods.fields import checks_field_names
+
+
+@checks_field_names
+@dataclass(frozen=True, kw_only=True)
+class NF4Config:
+    """How quantize_model stores weights.
+
+    Args:
+        block_size: elements sharing one scale; a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits.
+        compute_dtype: dtype of the matrix products; None takes that of the layer's input.
+    Raises:
+        ConfigError: on an unknown field or a value that cannot work.
+    Source: Dettmers et al. 2023 (arXiv 2305.14314), section 3.
+    """
+
+    block_size: int = 64
+    double_quant: bool = True
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+            raise ConfigError(f"NF4Config: block_size is {self.block_size!r}; want a power of two from 32 to 4096")
+        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
+            raise ConfigError(f"NF4Config: compute_dtype is {self.compute_dtype}; want a floating dtype, or None")

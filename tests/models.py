@@ -1,0 +1,59 @@
+"""Small models that the tests adapt."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.q_proj(x)) * self.v_proj(x)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = Attention(width)
+        self.up_proj = nn.Linear(width, 2 * width)
+        self.down_proj = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class TinyDecoder(nn.Module):
+    """Embedding, blocks, head: the shape of a language model without attention over time."""
+
+    def __init__(self, vocabulary: int = 37, width: int = 24, depth: int = 3, tied: bool = False) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+def tokens(batch: int = 2, length: int = 5, vocabulary: int = 37) -> Tensor:
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def randomise(model: nn.Module, scale: float = 0.3) -> None:
+    """Give every adapter matrix random values, so that no update is zero."""
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=g))

@@ -28,6 +28,6 @@ def checks_field_names(cls: Config) -> Config:
 
 def unknown_field(owner: str, given: str, known: list[str]) -> str:
     """Return the message for a field that does not exist."""
-    near = difflib.get_close_matches(given, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
-    return f"{owner} has no field {given!r}: {hint}"
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{owner} has no field {given!r}: {hint}The fields are {', '.join(known)}"

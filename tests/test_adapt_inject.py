@@ -1,0 +1,286 @@
+"""Choosing layers and putting adapters into models."""
+
+import copy
+
+import pytest
+import torch
+from models import TinyDecoder, randomise, tokens
+from torch import nn
+
+import lora_core as lc
+from lora_core.adapt.count import count_parameters
+from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.trainable_copy import TrainableCopy
+
+LINEAR = ["attn.q_proj", "attn.v_proj", "up_proj", "down_proj"]
+
+
+def adapt(model=None, name="default", **config):
+    config = {"r": 2, "target_modules": "all-linear", **config}
+    return lc.add_adapter(model or TinyDecoder(), lc.LoraConfig(**config), name)
+
+
+def trained(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (["q_proj"], [f"layers.{i}.attn.q_proj" for i in range(3)]),
+        (["layers.1.up_proj"], ["layers.1.up_proj"]),
+        ("layers\\.[02]\\..*v_proj", ["layers.0.attn.v_proj", "layers.2.attn.v_proj"]),
+        ("all-linear", [f"layers.{i}.{n}" for i in range(3) for n in LINEAR]),
+        ("ALL-LINEAR", [f"layers.{i}.{n}" for i in range(3) for n in LINEAR]),
+        (["embed_tokens", "lm_head"], ["embed_tokens", "lm_head"]),
+    ],
+    ids=str,
+)
+def test_targets_are_found_by_suffix_expression_and_shorthand(wanted, expected):
+    assert list(adapter_layers(adapt(target_modules=wanted))) == expected
+
+
+def test_targets_match_whole_parts_of_a_name_only():
+    """'proj' is no suffix of 'q_proj' unless a dot stands before it."""
+    with pytest.raises(lc.TargetNotFoundError):
+        adapt(target_modules=["proj"])
+
+
+@pytest.mark.parametrize("excluded", [["q_proj", "layers.0.up_proj"], r".*q_proj|layers\.0\.up_proj"], ids=str)
+def test_excluded_modules_are_left_out(excluded):
+    found = list(adapter_layers(adapt(exclude_modules=excluded)))
+    assert not any("q_proj" in n for n in found)
+    assert "layers.0.up_proj" not in found and "layers.1.up_proj" in found
+
+
+@pytest.mark.parametrize("chosen", [1, [0, 2]])
+@pytest.mark.parametrize("pattern", [None, "layers", ["blocks", "layers"]])
+def test_layers_to_transform_picks_layers(chosen, pattern):
+    found = list(adapter_layers(adapt(layers_to_transform=chosen, layers_pattern=pattern)))
+    wanted = [chosen] if isinstance(chosen, int) else chosen
+    assert found == [f"layers.{i}.{n}" for i in wanted for n in LINEAR]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_leaves_the_head_out_whatever_its_name(tied):
+    model = TinyDecoder(tied=tied)
+    model.unembedding = model.lm_head
+    del model.lm_head
+    model.forward = None
+    assert "unembedding" not in adapter_layers(adapt(model))
+
+
+def test_all_linear_takes_every_layer_of_a_plain_stack():
+    model = adapt(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+    assert list(adapter_layers(model)) == ["0", "2"]
+
+
+def test_target_not_found_lists_the_closest_names_first_and_changes_nothing():
+    model = TinyDecoder()
+    with pytest.raises(lc.TargetNotFoundError, match=r"\['qproj'\].*want one of: q_proj"):
+        adapt(model, target_modules=["qproj"])
+    assert not adapter_layers(model) and trained(model) == {n for n, _ in model.named_parameters()}
+
+
+def test_target_not_found_names_the_limits_that_emptied_the_choice():
+    with pytest.raises(lc.TargetNotFoundError, match=r"layers_to_transform=7"):
+        adapt(layers_to_transform=7)
+
+
+def test_unmatched_entry_of_a_target_list_is_warned_of():
+    with pytest.warns(UserWarning, match="'query'"):
+        adapt(target_modules=["q_proj", "query"])
+
+
+@pytest.mark.parametrize(("wanted", "kind"), [(["norm"], "LayerNorm"), (["attn"], "Attention")])
+def test_target_of_a_kind_that_cannot_be_adapted_is_refused(wanted, kind):
+    model = TinyDecoder()
+    with pytest.raises(lc.ConfigError, match=f"{kind}.*nn.Linear"):
+        adapt(model, target_modules=["q_proj", *wanted])
+    assert not adapter_layers(model)
+
+
+def test_targets_left_unset_are_refused():
+    with pytest.raises(lc.ConfigError, match="target_modules is not set.*all-linear"):
+        adapt(target_modules=None)
+
+
+def test_attention_that_bypasses_its_projection_is_refused_and_left_out():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    with pytest.raises(lc.ConfigError, match="MultiheadAttention"):
+        adapt(model, target_modules=["out_proj"])
+    assert list(adapter_layers(adapt(model))) == ["1"]
+
+
+@pytest.mark.parametrize("name", ["", "a.b", None])
+def test_adapter_names_that_cannot_be_keys_are_refused(name):
+    with pytest.raises(lc.AdapterError, match="without dots"):
+        adapt(name=name)
+
+
+def test_adapter_name_that_is_taken_is_refused():
+    model = adapt()
+    with pytest.raises(lc.AdapterError, match="'default' already"):
+        adapt(model)
+
+
+def test_config_of_another_type_is_refused():
+    with pytest.raises(lc.ConfigError, match="dict; want a LoraConfig"):
+        lc.add_adapter(TinyDecoder(), {"r": 8})
+
+
+def test_add_adapter_returns_the_model_and_trains_its_matrices_only():
+    model = TinyDecoder()
+    assert adapt(model) is model
+    assert trained(model) == {n for n, _ in model.named_parameters() if "lora_" in n}
+    assert len(trained(model)) == 2 * 12
+
+
+def test_adding_a_second_adapter_trains_it_alone():
+    model = adapt(adapt(name="one"), name="two", target_modules=["q_proj"])
+    assert trained(model) == {n for n, _ in model.named_parameters() if n.endswith("two")}
+
+
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("lora_only", 9), ("all", 10)])
+def test_biases_are_trained_as_asked(bias, count):
+    model = adapt(bias=bias)
+    names = [n for n in trained(model) if n.endswith("bias")]
+    assert len(names) == count
+    if bias == "lora_only":
+        assert all(".base_layer.bias" in n for n in names)
+
+
+def test_modules_to_save_are_trained_in_a_copy():
+    model = TinyDecoder()
+    before, original = model(tokens()), model.lm_head
+    adapt(model, modules_to_save=["lm_head", "norm"])
+    assert isinstance(model.lm_head, TrainableCopy) and model.lm_head.original is original
+    assert torch.equal(model(tokens()), before)
+    extra = trained(model) - {n for n, _ in model.named_parameters() if "lora_" in n}
+    assert extra == {"lm_head.copies.default.weight", "norm.copies.default.weight", "norm.copies.default.bias"}
+    with torch.no_grad():
+        model.lm_head.copies["default"].weight.zero_()
+    assert not model(tokens()).any()
+    with lc.disable_adapter(model):
+        assert torch.equal(model(tokens()), before)
+
+
+def test_modules_to_save_alone_make_an_adapter():
+    model = adapt(target_modules=None, modules_to_save=["lm_head"])
+    assert trained(model) == {"lm_head.copies.default.weight"}
+
+
+def test_modules_to_save_that_do_not_exist_are_refused():
+    model = TinyDecoder()
+    with pytest.raises(lc.TargetNotFoundError, match="'head'.*lm_head"):
+        adapt(model, modules_to_save=["head"])
+    assert not adapter_layers(model)
+
+
+def test_modules_to_save_of_a_tied_weight_are_warned_of():
+    with pytest.warns(UserWarning, match="lm_head.weight is tied to embed_tokens.weight"):
+        adapt(TinyDecoder(tied=True), modules_to_save=["lm_head"])
+
+
+def test_injection_shares_the_base_weights():
+    model = TinyDecoder()
+    before = {n: p.data_ptr() for n, p in model.named_parameters()}
+    adapt(model)
+    assert {
+        n.replace(".base_layer", ""): p.data_ptr() for n, p in model.named_parameters() if "lora_" not in n
+    } == before
+
+
+def test_a_layer_used_twice_is_adapted_in_both_places():
+    shared = nn.Linear(6, 6)
+    model = adapt(nn.Sequential(shared, nn.ReLU(), shared))
+    assert model[0] is model[2] and len(adapter_layers(model)) == 1
+    lc.delete_adapter(model, "default")
+    assert model[0] is shared and model[2] is shared
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Conv1d(4, 4, 1, groups=2))
+    layers = list(model)
+    with pytest.raises(lc.ConfigError):
+        adapt(model, r=3, target_modules=["0", "1"])
+    assert [a is b for a, b in zip(model, layers, strict=True)] == [True, True]
+
+
+def test_injection_on_the_meta_device_allocates_nothing():
+    with torch.device("meta"):
+        model = TinyDecoder(vocabulary=32000, width=4096)
+    adapt(model, r=16)
+    assert all(p.is_meta for p in model.parameters())
+    assert model(torch.zeros(1, 2, dtype=torch.long, device="meta")).shape == (1, 2, 32000)
+
+
+def test_gradients_equal_those_of_the_summed_weight():
+    """dL/dA and dL/dB through the layer are those through W + s B A, by the chain rule in float64."""
+    model = adapt(TinyDecoder().double(), target_modules=["q_proj"])
+    randomise(model)
+    model(tokens()).square().sum().backward()
+    layer = model.layers[0].attn.q_proj
+    plain = copy.deepcopy(model)
+    q = plain.layers[0].attn.q_proj
+    a = q.lora_a["default"].detach().requires_grad_()
+    b = q.lora_b["default"].detach().requires_grad_()
+    whole = q.base_layer.weight + q.adapters["default"].scaling * (b @ a)
+    plain.layers[0].attn.q_proj = nn.Linear(24, 24, bias=False)
+    torch.func.functional_call(plain, {"layers.0.attn.q_proj.weight": whole}, (tokens(),)).square().sum().backward()
+    from tolerance import assert_within_rounding
+
+    for got, want in ((layer.lora_a["default"].grad, a.grad), (layer.lora_b["default"].grad, b.grad)):
+        assert_within_rounding(got.float(), lambda g: g, want, depth=1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_reach_the_adapters_under_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    model = adapt(TinyDecoder())
+    randomise(model)
+
+    def run(recompute):
+        x = model.embed_tokens(tokens())
+        for layer in model.layers:
+            x = checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant) if recompute else layer(x)
+        model.zero_grad()
+        model.lm_head(x).square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, recomputed = run(False), run(True)
+    assert all(plain[n].any() for n in plain)
+    assert all(torch.equal(plain[n], recomputed[n]) for n in plain)
+
+
+def test_encoder_layer_in_eval_mode_does_not_skip_its_adapters():
+    """PyTorch's inference path of nn.TransformerEncoderLayer reads the weights of its linear layers directly."""
+    model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        before = model(x)
+        adapt(model, target_modules=["linear1", "linear2"])
+        randomise(model)
+        assert not torch.equal(model.eval()(x), before)
+        lc.delete_adapter(model, "default")
+        assert torch.equal(model(x), before)
+
+
+def test_print_trainable_parameters_counts_like_the_formula(capsys):
+    model = adapt(r=2)
+    per_block = 2 * (24 + 24) * 2 + 2 * (24 + 48) * 2
+    whole = sum(p.numel() for p in TinyDecoder().parameters()) + 3 * per_block
+    lc.print_trainable_parameters(model)
+    share = 100 * 3 * per_block / whole
+    assert (
+        capsys.readouterr().out
+        == f"trainable params: {3 * per_block:,} || all params: {whole:,} || trainable%: {share:.4f}\n"
+    )
+
+
+def test_counting_sees_the_weights_behind_a_quantised_layer():
+    model = TinyDecoder()
+    _, before = count_parameters(model)
+    lc.quantize_model(model)
+    assert count_parameters(model)[1] == before

@@ -1,0 +1,185 @@
+"""Merging adapters into the weights, and out again bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from models import TinyDecoder, randomise, tokens
+from tolerance import assert_within_rounding
+from torch import nn
+
+import lora_core as lc
+from lora_core.adapt.walk import adapter_layers
+
+TARGETS = {
+    "linear": r".*_proj",
+    "embedding": ["embed_tokens"],
+    "everything": r".*(_proj|embed_tokens|lm_head)",
+}
+
+
+def adapted(dtype=torch.float32, targets=TARGETS["linear"], quantized=False):
+    model = TinyDecoder().to(dtype)
+    if quantized:
+        lc.quantize_model(model)
+    lc.add_adapter(model, lc.LoraConfig(r=2, lora_alpha=4, target_modules=targets))
+    randomise(model, 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("targets", TARGETS)
+def test_merged_weight_is_the_sum_rounded_once(dtype, targets):
+    model = adapted(dtype, TARGETS[targets])
+    parts = {
+        n: (m.weight.detach().clone(), m.lora_a["default"].detach(), m.lora_b["default"].detach(), m)
+        for n, m in adapter_layers(model).items()
+    }
+    lc.merge_adapter(model)
+    for weight, a, b, layer in parts.values():
+        scaling = layer.adapters["default"].scaling
+
+        def total(weight, a, b, layer=layer, scaling=scaling):
+            return weight + scaling * layer.product(a, b)
+
+        got = layer.weight.detach()
+        got = got.float() if dtype == torch.float64 else got
+        assert_within_rounding(got, total, weight, a, b, depth=2 + 1)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unmerging_restores_every_bit(dtype, quantized):
+    model = adapted(dtype, quantized=quantized)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = model(tokens())
+    for _ in range(3):
+        lc.merge_adapter(model)
+        assert not torch.equal(model(tokens()), before)
+        lc.unmerge_adapter(model)
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[k], state[k]) for k in state)
+    assert torch.equal(model(tokens()), before)
+
+
+def test_merging_several_adapters_rounds_their_sum_once():
+    model = adapted()
+    lc.add_adapter(model, lc.LoraConfig(r=5, target_modules=["q_proj"]), "other")
+    randomise(model, 0.1)
+    layer = model.layers[0].attn.q_proj
+    want = layer.weight + layer.delta("default") + layer.delta("other")
+    report = lc.merge_adapter(model, ["default", "other"])
+    assert report.names == ("default", "other")
+    assert torch.equal(layer.weight, want)
+
+
+def test_report_measures_the_error_against_float64():
+    model = adapted(torch.bfloat16)
+    layer = model.layers[0].attn.q_proj
+    truth = layer.weight.double() + layer.delta("default").double()
+    report = lc.merge_adapter(model)
+    error = layer.weight.double() - truth
+    row = report.layers["layers.0.attn.q_proj"]
+    assert row.relative_error == (error.norm() / truth.norm()).item()
+    assert row.largest_error == error.abs().max().item()
+    assert not row.requantized and len(report.layers) == 12
+    # a rounding to bfloat16 errs by at most 2^-9 of the value
+    assert 0 < report.worst < 2**-9
+    held = sum(2 * m.weight.numel() for m in adapter_layers(model).values())
+    assert report.backup_bytes == held
+    assert "12 layers" in str(report)
+
+
+def test_report_of_an_nf4_merge_says_what_requantising_cost():
+    model = adapted(quantized=True)
+    layer = model.layers[0].up_proj
+    truth = layer.read_weight().double() + layer.delta("default").double()
+    report = lc.merge_adapter(model)
+    row = report.layers["layers.0.up_proj"]
+    assert row.requantized
+    assert row.relative_error == ((layer.read_weight().double() - truth).norm() / truth.norm()).item()
+    # NF4 with blocks of 64 errs by about a tenth on a Gaussian weight: much more than any rounding
+    assert 0.01 < row.relative_error < 0.2
+    assert "requantised" in str(report)
+
+
+def test_backup_stays_out_of_the_state_dict():
+    model = adapted()
+    keys = set(model.state_dict())
+    lc.merge_adapter(model)
+    assert set(model.state_dict()) == keys
+
+
+def test_merged_adapters_take_no_gradient_until_unmerged():
+    model = adapted().train()
+    lc.merge_adapter(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    lc.unmerge_adapter(model)
+    assert sum(p.requires_grad for p in model.parameters()) == 24
+
+
+def test_merge_and_unload_leaves_plain_layers():
+    model = adapted(targets=TARGETS["everything"])
+    kinds = [type(m) for m in TinyDecoder().modules()]
+    twin = copy.deepcopy(model)
+    lc.merge_adapter(twin)
+    assert lc.merge_and_unload(model) is model
+    assert [type(m) for m in model.modules()] == kinds
+    assert set(model.state_dict()) == set(TinyDecoder().state_dict())
+    assert torch.equal(model(tokens()), twin(tokens()))
+    # an already merged model unloads to the same
+    assert torch.equal(lc.merge_and_unload(twin)(tokens()), model(tokens()))
+
+
+def test_merge_and_unload_keeps_the_trained_copies():
+    model = TinyDecoder()
+    lc.add_adapter(model, lc.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
+    with torch.no_grad():
+        model.norm.copies["default"].weight.fill_(3)
+    lc.merge_and_unload(model)
+    assert type(model.norm) is nn.LayerNorm and (model.norm.weight == 3).all()
+
+
+def test_merge_and_unload_of_one_adapter_drops_the_others():
+    model = adapted()
+    want = copy.deepcopy(model)
+    lc.add_adapter(model, lc.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "other")
+    lc.merge_and_unload(model, "default")
+    assert torch.equal(model(tokens()), lc.merge_and_unload(want)(tokens()))
+
+
+@pytest.mark.parametrize("verb", [lc.merge_adapter, lc.merge_and_unload])
+def test_merging_a_tied_weight_is_refused_and_changes_nothing(verb):
+    model = TinyDecoder(tied=True)
+    lc.add_adapter(model, lc.LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    randomise(model)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(lc.AdapterError, match=r"embed_tokens: its weight is tied to lm_head.weight"):
+        verb(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_merging_a_broken_adapter_is_refused_and_changes_nothing(value):
+    model = adapted(torch.float16)
+    with torch.no_grad():
+        model.layers[2].down_proj.lora_b["default"].fill_(value)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(lc.NonFiniteError, match=r"layers.2.down_proj.*float16"):
+        lc.merge_adapter(model)
+    assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in model.state_dict().items())
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+
+
+def test_merging_twice_and_unmerging_nothing_are_refused():
+    model = adapted()
+    with pytest.raises(lc.AdapterError, match="nothing is merged"):
+        lc.unmerge_adapter(model)
+    lc.merge_adapter(model)
+    with pytest.raises(lc.AdapterError, match="merged already"):
+        lc.merge_adapter(model)
+    lc.unmerge_adapter(model)
+    lc.set_adapter(model, [])
+    with pytest.raises(lc.AdapterError, match="no adapter is active"):
+        lc.merge_adapter(model)

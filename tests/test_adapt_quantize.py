@@ -1,0 +1,97 @@
+"""Holding a model's linear layers in NF4."""
+
+import pytest
+import torch
+from models import TinyDecoder, randomise, tokens
+from torch import nn
+
+import lora_core as lc
+from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.nf4_linear import LoraNF4Linear, NF4Linear
+
+
+def kinds(model):
+    return {n: type(m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, NF4Linear))}
+
+
+def test_quantising_replaces_all_but_the_head():
+    model = TinyDecoder()
+    assert lc.quantize_model(model) is model
+    assert [n for n, k in kinds(model).items() if k is nn.Linear] == ["lm_head"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "proj" in n)
+
+
+def test_skip_modules_are_left_alone_and_replace_the_default():
+    model = lc.quantize_model(TinyDecoder(), skip_modules=["q_proj"])
+    left = [n for n, k in kinds(model).items() if k is nn.Linear]
+    assert left == [f"layers.{i}.attn.q_proj" for i in range(3)]
+
+
+@pytest.mark.parametrize("skip", [None, [], ["q_proj"]])
+def test_tied_weights_are_never_quantised(skip):
+    model = lc.quantize_model(TinyDecoder(tied=True), skip_modules=skip)
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_quantised_model_equals_the_dense_model_of_the_dequantised_weights():
+    model, dense = TinyDecoder(), TinyDecoder()
+    dense.load_state_dict(model.state_dict())
+    lc.quantize_model(model)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, NF4Linear):
+                dense.get_submodule(name).weight.copy_(module.weight.dequantize())
+    assert torch.equal(model(tokens()), dense(tokens()))
+
+
+def test_adapters_on_a_quantised_model_train():
+    model = lc.quantize_model(TinyDecoder().bfloat16())
+    lc.add_adapter(model, lc.LoraConfig(r=4, target_modules="all-linear"))
+    randomise(model)
+    assert {type(m) for m in adapter_layers(model).values()} == {LoraNF4Linear}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(tokens()).float().logsumexp(-1).mean().backward()
+    optimizer.step()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {n for n, p in model.named_parameters() if "lora_" in n}
+
+
+def test_quantised_model_round_trips_through_its_state_dict():
+    model, other = lc.quantize_model(TinyDecoder()), lc.quantize_model(TinyDecoder())
+    assert not torch.equal(model(tokens()), other(tokens()))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(tokens()), other(tokens()))
+
+
+def test_casting_a_quantised_model_leaves_its_scales_alone():
+    model = lc.quantize_model(TinyDecoder())
+    want = model.layers[0].up_proj.weight.dequantize(torch.float32)
+    model.half()
+    assert torch.equal(model.layers[0].up_proj.weight.dequantize(torch.float32), want)
+    assert model(tokens()).dtype == torch.float16
+
+
+def test_transposed_layers_are_quantised_to_the_same_function():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(6, 64))
+    dense = model[0].weight.detach().clone()
+    lc.quantize_model(model)
+    assert torch.equal(model[0].weight.dequantize(), lc.quantize_nf4(dense.T).dequantize())
+    assert model(torch.randn(2, 64)).shape == (2, 6)
+
+
+def test_quantising_refuses_what_it_cannot_do():
+    with pytest.raises(lc.TargetNotFoundError, match="no linear layer"):
+        lc.quantize_model(nn.Sequential(nn.Conv1d(2, 2, 1)))
+    model = TinyDecoder()
+    with torch.no_grad():
+        model.layers[1].up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(lc.NonFiniteError):
+        lc.quantize_model(model)
+    with pytest.raises(lc.ConfigError, match="want an NF4Config"):
+        lc.quantize_model(TinyDecoder(), {"block_size": 64})
+    adapted = lc.add_adapter(TinyDecoder(), lc.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(lc.AdapterError, match="before adding"):
+        lc.quantize_model(adapted)

@@ -1,0 +1,119 @@
+"""Switching, disabling and deleting adapters."""
+
+import pytest
+import torch
+from models import TinyDecoder, randomise, tokens
+from torch import nn
+
+import lora_core as lc
+from lora_core.adapt.walk import adapter_layers, adapter_names
+
+
+@pytest.fixture
+def model():
+    """A model with adapters "one" and "two" on different layers, "two" active."""
+    model = TinyDecoder()
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), "one")
+    lc.add_adapter(model, lc.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"]), "two")
+    randomise(model)
+    return model.eval()
+
+
+def outputs(model, *choices):
+    result = []
+    for choice in choices:
+        lc.set_adapter(model, choice)
+        result.append(model(tokens()).detach())
+    return result
+
+
+def test_switching_changes_the_output_and_back(model):
+    one, two, both, again = outputs(model, "one", "two", ["one", "two"], "one")
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two) and not torch.equal(one, both) and not torch.equal(two, both)
+
+
+def test_no_adapter_runs_the_base_model(model):
+    with lc.disable_adapter(model):
+        base = model(tokens())
+    assert torch.equal(outputs(model, [])[0], base)
+
+
+def test_switching_trains_the_active_adapter_only(model):
+    lc.set_adapter(model, "one")
+    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == {"one"}
+    lc.set_adapter(model, "two")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert "norm.copies.two.weight" in trained and not any(n.endswith("one") for n in trained)
+
+
+def test_disabling_restores_even_after_an_error(model):
+    before = model(tokens())
+    with pytest.raises(RuntimeError, match="inside"), lc.disable_adapter(model):
+        assert not torch.equal(model(tokens()), before)
+        raise RuntimeError("inside")
+    assert torch.equal(model(tokens()), before)
+
+
+def test_disabling_nests(model):
+    before = model(tokens())
+    with lc.disable_adapter(model):
+        with lc.disable_adapter(model):
+            pass
+        assert not torch.equal(model(tokens()), before)
+    assert torch.equal(model(tokens()), before)
+
+
+def test_disabling_takes_merged_adapters_out_for_the_while():
+    model = TinyDecoder().eval()
+    base = model(tokens())
+    lc.add_adapter(model, lc.LoraConfig(target_modules="all-linear"))
+    randomise(model)
+    lc.merge_adapter(model)
+    merged = model(tokens())
+    with lc.disable_adapter(model):
+        assert torch.equal(model(tokens()), base)
+    assert torch.equal(model(tokens()), merged)
+
+
+def test_deleting_brings_the_plain_layers_back(model):
+    with lc.disable_adapter(model):
+        base = model(tokens())
+    one = outputs(model, "one")[0]
+    lc.delete_adapter(model, "two")
+    assert adapter_names(model) == ["one"]
+    assert torch.equal(model(tokens()), one)
+    assert type(model.layers[0].down_proj) is nn.Linear and type(model.norm) is nn.LayerNorm
+    lc.delete_adapter(model, "one")
+    assert not adapter_layers(model)
+    assert torch.equal(model(tokens()), base)
+
+
+@pytest.mark.parametrize("verb", [lc.set_adapter, lc.delete_adapter, lc.merge_adapter, lc.merge_and_unload])
+def test_an_unknown_adapter_is_refused_naming_the_known(model, verb):
+    with pytest.raises(lc.AdapterError, match=r"'three'.*\['one', 'two'\]"):
+        verb(model, "three")
+
+
+def test_disabling_a_model_without_adapters_is_refused():
+    with pytest.raises(lc.AdapterError, match="no adapters"), lc.disable_adapter(TinyDecoder()):
+        pass
+
+
+@pytest.mark.parametrize("verb", ["set", "delete", "add"])
+def test_changing_adapters_while_merged_is_refused(model, verb):
+    lc.merge_adapter(model)
+    with pytest.raises(lc.AdapterError, match="while .*two.* merged.*unmerge_adapter"):
+        if verb == "set":
+            lc.set_adapter(model, "one")
+        elif verb == "delete":
+            lc.delete_adapter(model, "one")
+        else:
+            lc.add_adapter(model, lc.LoraConfig(target_modules=["q_proj"]), "three")
+
+
+def test_train_and_eval_change_nothing_but_the_mode(model):
+    lc.set_adapter(model, "one")
+    state = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    model.train().eval().train()
+    assert all(torch.equal(p, state[n][0]) and p.requires_grad == state[n][1] for n, p in model.named_parameters())

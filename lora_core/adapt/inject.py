@@ -4,6 +4,7 @@ import warnings
 
 from torch import nn
 
+from lora_core.adapt.checkpointing import let_gradients_in
 from lora_core.adapt.fast_path import forbid_fast_path
 from lora_core.adapt.kinds import adapted_kind
 from lora_core.adapt.switch import set_adapter
@@ -81,6 +82,8 @@ def inject(
     except Exception:
         withdraw(model, adapter_name)
         raise
+    if trainable:
+        let_gradients_in(model)
 
 
 def _adapted(model: nn.Module, name: str, where: dict[nn.Module, list[str]]) -> AdapterLayer:

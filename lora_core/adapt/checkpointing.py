@@ -1,0 +1,15 @@
+"""Activation checkpointing over a frozen model: gradients must have a way in.
+
+Reentrant checkpointing (torch.utils.checkpoint with use_reentrant=True) runs a block without recording it and records
+it again in the backward, but only if one of the block's inputs requires a gradient. Over a frozen embedding none does,
+and the adapters inside would never be trained.
+"""
+
+from torch import nn
+
+
+def let_gradients_in(model: nn.Module) -> None:
+    """Make a transformers model that checkpoints activations give its blocks an input that requires a gradient."""
+    enable = getattr(model, "enable_input_require_grads", None)
+    if callable(enable) and any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()):
+        enable()

@@ -1,0 +1,126 @@
+"""Adapters in transformers' own models."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import randomise
+
+import lora_core as lc
+from lora_core.adapt.walk import adapter_layers
+
+pytestmark = pytest.mark.peer
+
+
+def llama(**fields):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**shape, "num_key_value_heads": 2, **fields}))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=16))
+
+
+MODELS = {"llama": llama, "gpt2": gpt2}
+TOKENS = torch.arange(12).view(2, 6) % 61
+
+
+def adapt(model, **config):
+    return lc.add_adapter(model, lc.LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
+
+
+def loss_of(model):
+    return model(input_ids=TOKENS, labels=TOKENS).loss
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_linear_takes_every_linear_layer_but_the_head(kind):
+    from transformers.pytorch_utils import Conv1D
+
+    model = MODELS[kind]()
+    linear = {n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and n != "lm_head"}
+    assert set(adapter_layers(adapt(model))) == linear
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_adapted_models_start_unchanged_and_learn(kind):
+    model = MODELS[kind]().eval()
+    before = loss_of(model)
+    adapt(model)
+    assert torch.equal(loss_of(model), before)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    assert loss_of(model) < before
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_checkpointing_gives_the_adapters_the_gradients_without_it(kind, reentrant):
+    plain = MODELS[kind]()
+    other = copy.deepcopy(plain)
+    # reentrant checkpointing also asks for a gradient at the embedding, so it is switched on before the adapters
+    keywords = {} if reentrant is None else {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    other.activation_checkpointing_enable(**keywords)
+    grads = []
+    for model in (plain, other):
+        adapt(model)
+        randomise(model)
+        model.train()
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss_of(model).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if "lora_" in n})
+    assert all(g is not None and g.any() for g in grads[1].values())
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_quantised_transformers_models_run_and_train_their_adapters(kind):
+    model = lc.quantize_model(MODELS[kind]())
+    assert next(m for n, m in model.named_modules() if n == "lm_head").__class__ is torch.nn.Linear
+    adapt(model)
+    loss_of(model).backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_b" in n)
+
+
+def test_merged_model_is_a_plain_transformers_model_again(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = llama().eval()
+    adapt(model)
+    randomise(model, 0.1)
+    lc.merge_and_unload(model)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_generation_runs_with_an_adapter_and_without():
+    model = llama().eval()
+    base = model.generate(TOKENS, max_new_tokens=4, do_sample=False)
+    adapt(model)
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=4, do_sample=False), base)
+    randomise(model, 2.0)
+    changed = model.generate(TOKENS, max_new_tokens=4, do_sample=False)
+    assert changed.shape == base.shape
+    with lc.disable_adapter(model):
+        assert torch.equal(model.generate(TOKENS, max_new_tokens=4, do_sample=False), base)
+
+
+def test_classifier_head_is_left_out_for_sequence_classification():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=61)
+    model = adapt(LlamaForSequenceClassification(LlamaConfig(**shape)), task_type="SEQ_CLS")
+    assert "score" not in adapter_layers(model) and len(adapter_layers(model)) == 7

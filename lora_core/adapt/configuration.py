@@ -1,0 +1,186 @@
+"""LoraConfig to and from PEFT's adapter_config.json.
+
+Source: PEFT 0.21.2, LoraConfig.
+"""
+
+import difflib
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from lora_core.errors import ConfigError
+from lora_core.methods.lora import LoraConfig
+
+PEFT_TYPE = "LORA"
+
+# Fields that change what the model computes and that are not implemented, with the values at which they do nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "megatron_config": (None, {}),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "ensure_weight_tying": (False, None),
+    "enable_lora": (None,),
+}
+
+# Starts that change the base weight in ways that only PEFT can repeat.
+REFUSED_STARTS = ("loftq", "corda", "lora_ga")
+
+# Starts that leave the base weight alone: once trained, an adapter is the same whatever it started from.
+FORGOTTEN_STARTS = ("eva", "orthogonal", "mica")
+
+# Fields that change nothing in the forward: kept and written back without a word.
+KEPT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "merge_weights",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+    }
+)
+
+# What is computed depends on these; two configurations that differ here cannot share one set of weights.
+ESSENTIAL = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "bias",
+    "use_rslora",
+    "init_lora_weights",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    *REFUSED,
+)
+
+# Fields whose null means their default.
+NULLABLE = ("rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora")
+
+
+def config_from_peft(values: Mapping[str, Any]) -> LoraConfig:
+    """Return the LoraConfig that the values of an adapter_config.json describe.
+
+    Fields unknown here go to LoraConfig.extra; those unknown to PEFT as well are reported in a warning.
+
+    Raises:
+        ConfigError: if it is not a LoRA adapter, or sets a field that changes the forward and is not implemented.
+    """
+    given = dict(values)
+    _require_lora(given.pop("peft_type", None))
+    given.pop("inference_mode", None)
+    for name, harmless in REFUSED.items():
+        value = given.get(name)
+        if value not in harmless:
+            raise ConfigError(
+                f"adapter_config.json sets {name} to {value!r}, which changes what the model computes and is not "
+                f"implemented: want {harmless[0]!r}; load this adapter with PEFT, or train one without {name}"
+            )
+    fields = {name: given.pop(name) for name in LoraConfig.field_names() if name in given}
+    fields = {name: value for name, value in fields.items() if value is not None or name not in NULLABLE}
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str):
+        _refuse_start(start)
+        # PEFT takes "OLoRA" and "Gaussian" too
+        fields["init_lora_weights"] = True if start.lower() in FORGOTTEN_STARTS else start.lower()
+    _report_unknown([name for name in given if name not in KEPT and name not in REFUSED])
+    return LoraConfig(**fields, extra=given)
+
+
+def config_to_peft(config: LoraConfig) -> dict[str, Any]:
+    """Return the values of the adapter_config.json for this configuration.
+
+    Raises:
+        ConfigError: if LoraConfig.extra holds something that JSON cannot.
+    """
+    known = {name: _plain(getattr(config, name)) for name in LoraConfig.field_names()}
+    values = {**config.extra, **known, "peft_type": PEFT_TYPE, "inference_mode": True}
+    if values["init_lora_weights"] not in (True, False, "gaussian"):
+        # "pissa" would have PEFT decompose the base weight again on loading
+        values["init_lora_weights"] = True
+    try:
+        # what is written is what is compared later: tuples become lists here, not only in the file
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"LoraConfig cannot be written as JSON: {error}; keep only strings, numbers, lists and dicts in extra"
+        ) from None
+    return plain
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that change what is computed and differ between two adapter_config.json."""
+    pairs = {name: (one.get(name), other.get(name)) for name in ESSENTIAL}
+    return {name: (a, b) for name, (a, b) in pairs.items() if _unordered(name, a) != _unordered(name, b)}
+
+
+def _require_lora(peft_type: Any) -> None:
+    if peft_type is None:
+        raise ConfigError(
+            f'adapter_config.json has no peft_type: want "peft_type": "{PEFT_TYPE}", the kind of adapter supported here'
+        )
+    if str(peft_type).upper() != PEFT_TYPE:
+        raise ConfigError(
+            f"adapter_config.json holds an adapter of peft_type {peft_type!r}; want {PEFT_TYPE!r} (LoRA and rsLoRA), "
+            "the one supported here: load others with PEFT"
+        )
+
+
+def _refuse_start(start: str) -> None:
+    if start.lower().startswith(REFUSED_STARTS):
+        raise ConfigError(
+            f"adapter_config.json has init_lora_weights {start!r}, which changed the base weight in a way that cannot "
+            "be repeated here: save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain "
+            "LoRA adapter, and load that"
+        )
+
+
+def _report_unknown(names: list[str]) -> None:
+    known = [*LoraConfig.field_names(), *REFUSED, *KEPT]
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in names}
+    if names:
+        told = ", ".join(f"{n} (did you mean {near[n][0]}?)" if near[n] else n for n in sorted(names))
+        warnings.warn(
+            f"adapter_config.json has fields that are not known here: {told}; they are kept and written back, and "
+            "otherwise ignored",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return value as JSON knows it; a set in a fixed order."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _unordered(name: str, value: Any) -> Any:
+    """Return a field so that two ways of writing the same thing are equal."""
+    if name in REFUSED and value in REFUSED[name]:
+        return REFUSED[name][0]
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = sorted(value)
+    # an empty list, an empty dict and false all mean what leaving the field out means
+    return value if value or name in ("r", "lora_alpha") else None

@@ -1,0 +1,192 @@
+"""An adapter's folder on disk: adapter_config.json and adapter_model.safetensors. A kill while writing breaks nothing.
+
+Each file is written whole under a temporary name, then renamed over the old one, the weights last. A process killed
+between the two renames leaves a new configuration beside old weights. Therefore the weights carry their own
+configuration in the file's metadata, and the new weights still lie there under their temporary name: reading sees
+that, and returns the old weights with the old configuration.
+"""
+
+import json
+import os
+import secrets
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_core.adapt.configuration import differences
+from lora_core.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PARTIAL = ".partial"
+METADATA_KEY = "adapter_config"
+
+# A temporary file that nobody has written to for this long belongs to a process that is gone.
+STALE_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A configuration, and the tensors that belong to it by PEFT's names."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write an adapter's two files; a process killed at any moment leaves the folder loadable, old or new.
+
+    Args:
+        folder: made if it does not exist; its other files are left alone.
+        config: the values of adapter_config.json.
+        tensors: on the CPU, contiguous, none sharing memory with another.
+    Raises:
+        CheckpointError: if the folder is a file.
+    """
+    from safetensors.torch import save_file
+
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: want the name of a folder, new or not, to save the adapter in")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    token = secrets.token_hex(4)
+    new = {name: folder / f".{name}.{token}{PARTIAL}" for name in (CONFIG, WEIGHTS)}
+    try:
+        new[CONFIG].write_text(text + "\n")
+        save_file(tensors, new[WEIGHTS], metadata={"format": "pt", METADATA_KEY: text})
+        for path in new.values():
+            _sync(path)
+        os.replace(new[CONFIG], folder / CONFIG)
+        os.replace(new[WEIGHTS], folder / WEIGHTS)
+        _sync(folder)
+    finally:
+        for path in new.values():
+            path.unlink(missing_ok=True)
+    _remove_stale(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read an adapter's two files and make sure that they belong together. Nothing is unpickled.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated or foreign, or the two are not of one generation.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no folder {folder}: want a local folder with {CONFIG} and {WEIGHTS}; download an adapter first"
+        )
+    if not (folder / WEIGHTS).exists():
+        raise CheckpointError(_no_weights(folder))
+    written = _read_config(folder / CONFIG)
+    tensors, embedded = _read_weights(folder / WEIGHTS)
+    if written is None and embedded is None:
+        raise CheckpointError(f"{folder} has no {CONFIG}: want the file that was saved beside {WEIGHTS}")
+    if written is None or written == embedded:
+        assert embedded is not None
+        return Checkpoint(embedded, tensors)
+    if embedded is None:
+        return Checkpoint(written, tensors)
+    if _save_was_interrupted(folder, written):
+        warnings.warn(
+            f"saving to {folder} was interrupted: loading the checkpoint before it, which is whole",
+            UserWarning,
+            stacklevel=3,
+        )
+        return Checkpoint(embedded, tensors)
+    differing = differences(written, embedded)
+    if differing:
+        told = "; ".join(f"{name} is {a!r}, the weights were saved with {b!r}" for name, (a, b) in differing.items())
+        raise CheckpointError(
+            f"{CONFIG} and {WEIGHTS} in {folder} are not of one generation: in {CONFIG} {told}. Put back the file "
+            f"saved with these weights, or remove {CONFIG} to use the copy inside {WEIGHTS}"
+        )
+    return Checkpoint(written, tensors)
+
+
+def _no_weights(folder: Path) -> str:
+    if (folder / PICKLE).exists():
+        return (
+            f"{folder} holds {PICKLE}, a pickle, which can run any code when it is read and is never loaded here; want "
+            f"{WEIGHTS}. Convert it where you trust it: safetensors.torch.save_file(torch.load('{PICKLE}', "
+            f"weights_only=True), '{WEIGHTS}', metadata={{'format': 'pt'}})"
+        )
+    names = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+    return f"{folder} has no {WEIGHTS}: want a folder saved by save_adapter or by PEFT; it holds {names}"
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is no JSON ({error}): truncated, or no adapter's; save the adapter again"
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}: want a JSON object with peft_type, r, ...")
+    return values
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. It is truncated or "
+            "foreign: copy or save it again"
+        ) from None
+    return tensors, _embedded(metadata)
+
+
+def _embedded(metadata: dict[str, str]) -> dict[str, Any] | None:
+    """Return the configuration inside the weights file; PEFT writes none."""
+    try:
+        values = json.loads(metadata.get(METADATA_KEY, "null"))
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _save_was_interrupted(folder: Path, written: dict[str, Any]) -> bool:
+    """Say whether the weights that belong to this configuration still wait under their temporary name."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in folder.glob(f".{WEIGHTS}.*{PARTIAL}"):
+        try:
+            with safe_open(path, "pt") as file:
+                if _embedded(file.metadata() or {}) == written:
+                    return True
+        except (SafetensorError, OSError):
+            continue
+    return False
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left; a younger file may belong to another process that is saving."""
+    for path in folder.glob(f".adapter_*{PARTIAL}"):
+        try:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            continue
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written, so that a rename never comes before the contents."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,127 @@
+"""An adapter's tensors by the names they have in PEFT's checkpoints.
+
+base_model.model.<module>.lora_A.weight     no adapter name in it, so that it can be loaded under another
+"""
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lora_core.adapt.walk import adapter_layers, trainable_copies
+from lora_core.errors import CheckpointError
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.embedding import LoraEmbedding
+from lora_core.methods.lora import LoraConfig
+from lora_core.quant import QuantizedWeight
+
+PREFIX = "base_model.model."
+
+# torch.compile puts this between a module and its parts
+COMPILED = "_orig_mod."
+
+# What PEFT calls the embeddings whose weights it saves beside an adapter that targets them.
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+# Some training frameworks write the names that PEFT has in memory, with the adapter's in the middle or at the end.
+NAMED_PAIR = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
+NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.[^.]+$")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile's and data parallelism's wrappers, whose names are not in a checkpoint."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def key(*parts: str) -> str:
+    """Return the checkpoint's name of a tensor of this module."""
+    return PREFIX + ".".join(p for p in parts if p).replace(COMPILED, "")
+
+
+def canonical(name: str) -> str | None:
+    """Return a checkpoint's name without what depends on which adapters its model had, or None to ignore it."""
+    if ".original_module." in name:
+        return None
+    name = NAMED_EMBEDDING.sub(r".\1", NAMED_PAIR.sub(r".\1.weight", name))
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, Tensor]:
+    """Return all that belongs to an adapter, the model's own tensors, by checkpoint name."""
+    found: dict[str, Tensor] = {}
+    for name, layer in adapter_layers(model).items():
+        if adapter_name in layer.adapters:
+            found[key(name, layer.PEFT_A)] = layer.lora_a[adapter_name]
+            found[key(name, layer.PEFT_B)] = layer.lora_b[adapter_name]
+    for name, copies in trainable_copies(model).items():
+        if adapter_name in copies.copies:
+            found.update(_copied(name, copies.copies[adapter_name]))
+    found.update(_biases(model, adapter_name, config))
+    return found
+
+
+def base_tensors(model: nn.Module, config: LoraConfig) -> dict[str, Tensor | None]:
+    """Return the base model's tensors that PEFT may save with an adapter, by canonical name; None: not to be loaded."""
+    found: dict[str, Tensor | None] = {}
+    if config.bias == "all":
+        # an attention mask called bias, as GPT-2 had
+        found.update({key(n): None for n, _ in model.named_buffers() if n.split(".")[-1] == "bias"})
+    layers = adapter_layers(model)
+    copies = trainable_copies(model)
+    for name, module in embeddings(model):
+        if name in copies:
+            continue
+        base = layers[name].base_layer if name in layers else module
+        if isinstance(getattr(base, "weight", None), QuantizedWeight):
+            found[key(name, "weight")] = None
+        found.update({key(name, n): p for n, p in base.named_parameters(recurse=False)})
+    return found
+
+
+def embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the embeddings, and the output layer of a language model, by name."""
+    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
+    known = [get() for get in getters if callable(get)]
+    for name, module in model.named_modules():
+        said = any(module is m for m in known)
+        if said or isinstance(module, LoraEmbedding) or name.split(".")[-1] in EMBEDDINGS:
+            yield name, module
+
+
+def _copied(name: str, module: nn.Module) -> dict[str, Tensor]:
+    if any(isinstance(m, QuantizedWeight) for m in module.modules()):
+        raise CheckpointError(
+            f"modules_to_save holds {name}, which is quantised and so cannot be trained or saved whole: leave it out "
+            "of quantize_model with skip_modules, or adapt it with target_modules"
+        )
+    state = module.state_dict(keep_vars=True)
+    return {key(name, k): t for k, t in state.items() if isinstance(t, Tensor)}
+
+
+def _biases(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, Tensor]:
+    """Return the base model's biases that this adapter trains.
+
+    A layer that another adapter alone has wrapped keeps its plain name: without that adapter there is no wrapper.
+    """
+    if config.bias == "none":
+        return {}
+    inside = tuple(f"{name}." for name in trainable_copies(model))
+    found: dict[str, Tensor] = {}
+    # a module reached by two names has two biases in a checkpoint, as in PEFT's
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, last = name.rpartition(".")
+        if last != "bias" or name.startswith(inside) or not parameter.is_floating_point():
+            continue
+        outer = model.get_submodule(owner.rpartition(".")[0])
+        adapted = isinstance(outer, AdapterLayer)
+        if adapted and adapter_name in outer.adapters:
+            found[key(name)] = parameter
+        elif config.bias == "all":
+            found[key(owner.removesuffix(".base_layer") if adapted else owner, last)] = parameter
+    return found

@@ -1,0 +1,204 @@
+"""load_adapter: read an adapter that save_adapter or PEFT wrote."""
+
+import dataclasses
+import difflib
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapt.configuration import config_from_peft
+from lora_core.adapt.files import WEIGHTS, read_checkpoint
+from lora_core.adapt.inject import inject
+from lora_core.adapt.keys import COMPILED, adapter_tensors, base_tensors, canonical, unwrapped
+from lora_core.adapt.switch import set_adapter
+from lora_core.adapt.target import matches
+from lora_core.adapt.walk import adapter_layers
+from lora_core.adapt.withdraw import withdraw
+from lora_core.errors import CheckpointError
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.methods.lora import LoraConfig, initialise
+
+# How many names of each kind a message lists.
+SHOWN = 8
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> nn.Module:
+    """Read an adapter into a model and run it.
+
+    Every tensor of the file has to have its place and every place its tensor. Biases trained with bias="all" or
+    "lora_only", and weights of the embeddings if PEFT saved them, are written into the base layers, as PEFT does.
+
+    Args:
+        model: the base model, with or without other adapters; changed in place.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        adapter_name: a name without dots, new to this model.
+        is_trainable: make exactly the adapter trainable; else everything is frozen.
+        autocast_adapter_dtype: keep A and B in float32 over a half-precision base, as PEFT does.
+    Returns:
+        model.
+    Raises:
+        CheckpointError: if a file is missing, truncated or foreign, or does not fit the model, with the differences;
+            if the model is on the meta device. The model is left as it was.
+        ConfigError: if the configuration asks for what is not implemented.
+        TargetNotFoundError: if no module matches.
+        AdapterError: if the name is taken, or an adapter is merged.
+    Source: PEFT's checkpoint format.
+    """
+    inner = unwrapped(model)
+    checkpoint = read_checkpoint(Path(folder))
+    config = _without_absent(inner, config_from_peft(checkpoint.config))
+    given = _canonical_tensors(checkpoint.tensors)
+    inject(
+        inner,
+        config,
+        adapter_name,
+        initialise_pairs=False,
+        trainable=is_trainable,
+        autocast_dtype=autocast_adapter_dtype,
+    )
+    try:
+        own = adapter_tensors(inner, adapter_name, config)
+        base = base_tensors(inner, config)
+        _check(Path(folder), given, own, base)
+        _restart(inner, adapter_name, config)
+    except Exception:
+        withdraw(inner, adapter_name)
+        raise
+    _fill({canonical(name): slot for name, slot in own.items()}, given)
+    _fill_base({name: slot for name, slot in base.items() if name in given}, given)
+    set_adapter(inner, adapter_name)
+    return model
+
+
+def _without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Drop modules_to_save that the model lacks: PEFT lists every name a classifier's head may have.
+
+    Nothing gets lost unseen: tensors of such a module would be found to have no place.
+    """
+    if not config.modules_to_save:
+        return config
+    names = [n.replace(COMPILED, "") for n, _ in model.named_modules()]
+    present = [m for m in config.modules_to_save if any(matches(n, [m]) for n in names)]
+    return dataclasses.replace(config, modules_to_save=present or None)
+
+
+def _canonical_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = canonical(name)
+        if short is None:
+            continue
+        if short in found and not torch.equal(found[short], tensor):
+            raise CheckpointError(
+                f"{WEIGHTS} holds two different tensors for {short}, one of them as {name}: want one adapter in a file"
+            )
+        found[short] = tensor
+    return found
+
+
+def _check(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], base: dict[str, Tensor | None]) -> None:
+    """Raise CheckpointError unless each tensor has a place, each place a tensor, and all shapes agree."""
+    unreal = next((name for name, slot in own.items() if slot.is_meta), None)
+    if unreal:
+        raise CheckpointError(
+            f"cannot load an adapter into a model on the meta device ({unreal} would have no values): load the base "
+            "weights first"
+        )
+    places: dict[str, Tensor | None] = {str(canonical(name)): slot for name, slot in own.items()}
+    shown = {str(canonical(name)): name for name in own}
+    missing = [shown[name] for name in places if name not in given]
+    places = {**base, **places}
+    unexpected = [name for name in given if name not in places]
+    fitting = {name: slot for name, slot in places.items() if slot is not None and name in given}
+    wrong = [
+        f"{shown.get(name, name)}: {_describe(given[name])} in the file, {_describe(slot)} in the model"
+        for name, slot in fitting.items()
+        if given[name].shape != slot.shape or given[name].is_floating_point() != slot.is_floating_point()
+    ]
+    if missing or unexpected or wrong:
+        near = [_nearest(name, missing) for name in unexpected]
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit the model."
+            + _listed("missing in the file", missing)
+            + _listed("unexpected in the file", [n + h for n, h in zip(unexpected, near, strict=True)])
+            + _listed("of the wrong shape or type", wrong)
+            + "\nWant the base model this adapter was made for, and its own adapter_config.json; the model is unchanged"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else f" {tensor.dtype}".replace("torch.", "")
+    return f"{list(tensor.shape)}{kind}"
+
+
+def _nearest(name: str, missing: list[str]) -> str:
+    near = difflib.get_close_matches(name, missing[: 10 * SHOWN], n=1, cutoff=0.9)
+    return f" (is it {near[0]}?)" if near else ""
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n    ".join([f"\n  {title} ({len(lines)}):", *lines[:SHOWN], *more])
+
+
+def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """Repeat a start that changed the base weight: the file's A and B belong to what it left of it, as PEFT has it."""
+    start = config.init_lora_weights
+    if start in (True, False, "gaussian"):
+        return
+    if start not in ("pissa", "olora"):
+        warnings.warn(
+            f"this adapter was started with {start!r} and not converted to a plain one: its random decomposition of "
+            "the base weight is repeated here only approximately; save it as plain LoRA where it was trained",
+            UserWarning,
+            stacklevel=4,
+        )
+    layers = [m for m in adapter_layers(model).values() if adapter_name in m.adapters]
+    before: dict[AdapterLayer, dict[str, Tensor]] = {}
+    try:
+        for layer in layers:
+            before[layer] = layer.backup_weight()
+            initialise(layer, adapter_name, start)
+    except Exception:
+        for layer, backup in before.items():
+            layer.adapters[adapter_name].start = None
+            layer.restore_weight(backup)
+        raise
+
+
+@torch.no_grad()
+def _fill(slots: dict[str | None, Tensor], given: dict[str, Tensor]) -> None:
+    for name, slot in slots.items():
+        slot.copy_(given[str(name)])
+
+
+@torch.no_grad()
+def _fill_base(slots: dict[str, Tensor | None], given: dict[str, Tensor]) -> None:
+    """Write embeddings that PEFT saved with the adapter into the base model, and say so where they differ."""
+    changed = []
+    for name, slot in slots.items():
+        if slot is None:
+            continue
+        new = given[name].to(slot)
+        if not torch.equal(new, slot):
+            changed.append(name)
+            slot.copy_(new)
+    if changed:
+        warnings.warn(
+            f"the checkpoint holds base weights that differ from the model's, and they were written into it: "
+            f"{', '.join(changed)}",
+            UserWarning,
+            stacklevel=4,
+        )

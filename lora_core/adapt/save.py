@@ -1,0 +1,133 @@
+"""save_adapter: write an adapter in PEFT's layout."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapt.configuration import config_to_peft
+from lora_core.adapt.files import write_checkpoint
+from lora_core.adapt.keys import COMPILED, adapter_tensors, key, unwrapped
+from lora_core.adapt.target import ALL_LINEAR, matches
+from lora_core.adapt.walk import adapter_layers, require_adapters, trainable_copies
+from lora_core.errors import CheckpointError
+from lora_core.layers.linear import LoraTransposedLinear
+from lora_core.methods.lora import LoraConfig
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Write adapter_config.json and adapter_model.safetensors, which PEFT and load_adapter read.
+
+    An adapter started by "pissa" or "olora" is written as a plain one of twice the rank for the original base weight:
+    A' = [A; A0], B' = [B, -B0]. A process killed while saving leaves the previous checkpoint whole. Saving while
+    merged is allowed.
+
+    Args:
+        model: a model with this adapter.
+        folder: made if it does not exist.
+        adapter_name: which; its name is not written.
+    Raises:
+        AdapterError: if there is no such adapter.
+        CheckpointError: if the adapter has no values yet (meta device), or the folder is a file.
+    Source: PEFT's checkpoint format; Meng et al. 2024 (arXiv 2404.02948), appendix C, for the plain form of PiSSA.
+    """
+    model = unwrapped(model)
+    require_adapters(model, [adapter_name])
+    config = adapter_config(model, adapter_name)
+    tensors = adapter_tensors(model, adapter_name, config)
+    unreal = next((name for name, t in tensors.items() if t.is_meta), None)
+    if unreal:
+        raise CheckpointError(
+            f"cannot save {adapter_name!r}: {unreal} is on the meta device and has no values; load or initialise the "
+            "model first"
+        )
+    tensors, config = _plain_lora(model, adapter_name, tensors, config)
+    config = _resolved(model, adapter_name, config)
+    values = _with_base_name(model, config_to_peft(config))
+    write_checkpoint(Path(folder), values, _on_cpu(tensors))
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """Return the configuration an adapter was made from; one that only trains whole modules says which."""
+    for layer in adapter_layers(model).values():
+        if adapter_name in layer.adapters:
+            config: LoraConfig = layer.adapters[adapter_name].config
+            return config
+    whole = [name for name, copies in trainable_copies(model).items() if adapter_name in copies.copies]
+    return LoraConfig(target_modules=[], modules_to_save=whole)
+
+
+def _plain_lora(
+    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], config: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Return an adapter for the base weight as it was before the start took a part out of it."""
+    layers = {n: m for n, m in adapter_layers(model).items() if adapter_name in m.adapters}
+    if not any(layer.adapters[adapter_name].start for layer in layers.values()):
+        return tensors, config
+    tensors = dict(tensors)
+    for name, layer in layers.items():
+        start = layer.adapters[adapter_name].start
+        assert start is not None
+        a, b = layer.lora_a[adapter_name].detach(), layer.lora_b[adapter_name].detach()
+        start_a, start_b = start[0].to(a), start[1].to(b)
+        tensors[key(name, layer.PEFT_A)] = torch.cat([a, start_a], dim=0)
+        tensors[key(name, layer.PEFT_B)] = torch.cat([b, -start_b], dim=1)
+    # s is alpha / r, or alpha / sqrt r: so that it stays as it is
+    growth = math.sqrt(2) if config.use_rslora else 2
+    doubled = dataclasses.replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=growth * config.lora_alpha,
+        rank_pattern={k: 2 * v for k, v in config.rank_pattern.items()},
+        alpha_pattern={k: growth * v for k, v in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+    return tensors, doubled
+
+
+def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
+    """Name the targets where the rule that chose them may choose others when loading, here or in PEFT."""
+    layers = adapter_layers(model)
+    targets = [n.replace(COMPILED, "") for n, m in layers.items() if adapter_name in m.adapters]
+    transposed = [isinstance(m, LoraTransposedLinear) for m in layers.values() if adapter_name in m.adapters]
+    if transposed and all(transposed):
+        config = dataclasses.replace(config, fan_in_fan_out=True)
+    wanted = config.target_modules
+    if config.layers_to_transform is not None:
+        return dataclasses.replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        return dataclasses.replace(config, target_modules=_shortest(model, targets))
+    return config
+
+
+def _shortest(model: nn.Module, targets: list[str]) -> list[str]:
+    """Return the last parts of the targets' names if these choose no other module, else the whole names."""
+    inside = tuple(f"{n}." for n in [*adapter_layers(model), *trainable_copies(model)])
+    names = [n.replace(COMPILED, "") for n, _ in model.named_modules() if n and not n.startswith(inside)]
+    suffixes = sorted({t.split(".")[-1] for t in targets})
+    chosen = {n for n in names if matches(n, suffixes)}
+    return suffixes if chosen == set(targets) else sorted(targets)
+
+
+def _with_base_name(model: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    """Add the name of the base model, if it knows it."""
+    name = getattr(model, "name_or_path", None)
+    if not values.get("base_model_name_or_path"):
+        values["base_model_name_or_path"] = name if isinstance(name, str) and name else None
+    return values
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as a file takes them: contiguous, in CPU memory, each in its own."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().to("cpu").contiguous()
+        pointer = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if pointer in seen else plain
+        seen.add(pointer)
+    return found

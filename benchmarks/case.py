@@ -1,0 +1,108 @@
+"""What a benchmark case consists of.
+
+A file in benchmarks/cases holds `SHAPES`, the shapes to run by default, and
+
+    def cases(shape: dict[str, int], device: str) -> Iterator[Case]
+
+A `Case` is one comparison: several providers doing the same work in the same mode. `check(name)` runs a provider once
+and says how far its result is from the truth; a provider that is out of tolerance is neither timed nor recorded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+
+class CheckError(AssertionError):
+    """A provider's result is out of tolerance, or was never checked."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of comparing one provider's result with the truth.
+
+    Args:
+        passed: whether it is within the tolerance.
+        max_error: largest absolute error.
+        rms_error: root mean square error.
+        reason: what is wrong, where it did not pass.
+    """
+
+    passed: bool
+    max_error: float
+    rms_error: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work.
+
+    Args:
+        name: "lora_core", "bitsandbytes", "peft", "torch", ...; the first provider of a case is this library.
+        run: one sample; without arguments, or taking what `prepare` returns.
+        prepare: run before every sample, not timed.
+        measure_memory: what to run for the peak memory, where that is not `run`.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    prepare: Callable[[], Any] | None = None
+    measure_memory: Callable[[], Any] | None = None
+
+    def fresh(self) -> Callable[[], Any]:
+        """Return the work of one sample as a function without arguments."""
+        return self.run if self.prepare is None else partial(self.run, self.prepare())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a case has to show, for the first provider; what is left at None is not claimed.
+
+    Args:
+        against: the rival it is about.
+        no_slower: the median is no larger than the rival's, or a tie.
+        speed: the rival's median over ours is at least this.
+        no_larger: the peak memory is no larger than the rival's.
+        limit_ms: the median is below this.
+    """
+
+    against: str = ""
+    no_slower: bool = False
+    speed: float | None = None
+    no_larger: bool = False
+    limit_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Args:
+        op: the operation's name, the case file's name.
+        mode: "fwd", "bwd" or "fwdbwd".
+        shape: M tokens, N out, K in, R rank; those that apply.
+        dtype: "float32", "bfloat16", "float16".
+        block_size: elements sharing a scale, None where nothing is quantised.
+        providers: this library first, its rivals after it.
+        check: compares one provider's result, by its name, with the truth.
+        bytes_moved: bytes that have to be read and written at least; None where it says nothing.
+        flops: floating-point operations needed; None where it says nothing.
+        claims: what the case has to show.
+        note: what the fields leave open, for the table's title.
+        seed: of the random inputs.
+    """
+
+    op: str
+    mode: str
+    shape: dict[str, int]
+    dtype: str
+    block_size: int | None
+    providers: list[Provider]
+    check: Callable[[str], Check]
+    bytes_moved: int | None = None
+    flops: int | None = None
+    claims: tuple[Claim, ...] = ()
+    note: str = ""
+    seed: int = 0

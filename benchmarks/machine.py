@@ -1,0 +1,107 @@
+"""The machine a measurement ran on, and how fast it copies and multiplies: the floor under any implementation."""
+
+import functools
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+COPY_BYTES = 256 * 2**20
+MATMUL_SIZE = 2048
+TRIES = 5
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Return the fields of a record that say where it was measured."""
+    import torch
+
+    on_gpu = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{processor()}, {torch.get_num_threads()} threads"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        **checkout(),
+        "device": name,
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def checkout() -> dict[str, Any]:
+    """Return the commit that is checked out, and whether tracked files differ from it."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "dirty": True}
+
+
+def _driver() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+@functools.cache
+def rates(device: str, dtype: str) -> tuple[float, float]:
+    """Return the bytes a second this device copies (read plus written) and the operations a second it multiplies with.
+
+    Measured: the best of a few tries.
+    """
+    import torch
+
+    source = torch.zeros(COPY_BYTES // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=getattr(torch, dtype), device=device)
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
+    copy_s = _best(lambda: target.copy_(source), synchronize)
+    matmul_s = _best(lambda: a @ a, synchronize)
+    return COPY_BYTES / copy_s, 2 * MATMUL_SIZE**3 / matmul_s
+
+
+def floor_ms(device: str, dtype: str, bytes_moved: int | None, flops: int | None) -> float | None:
+    """Return the least time the work can take here: bytes at the copy rate or operations at the matmul rate."""
+    if bytes_moved is None and flops is None:
+        return None
+    bytes_a_second, flops_a_second = rates(device, dtype)
+    return 1e3 * max((bytes_moved or 0) / bytes_a_second, (flops or 0) / flops_a_second)
+
+
+def _best(run: Callable[[], Any], synchronize: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(TRIES):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,168 @@
+"""Time several providers of the same work: interleaved samples in one process, the cache flushed between them.
+
+Only ratios within one run mean anything: the machine's speed changes from minute to minute, and interleaving lets
+every provider see the same changes. Our provider runs in two slots; how far its two medians lie apart, and how wide the
+samples scatter, is the spread inside which a ratio says nothing.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.case import Provider
+
+AGAIN = " (again)"
+
+# a normal distribution's 20th and 80th percentiles lie 1.683 standard deviations apart
+P20_TO_P80_SIGMAS = 1.683
+# standard error of a median of n normal samples, in sigma / sqrt(n): sqrt(pi / 2)
+MEDIAN_ERROR = 1.2533
+# two-sided 95%
+CONFIDENCE_SIGMAS = 1.96
+
+# more than the last-level cache of the processors and GPUs at hand
+FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the samples of one slot come to.
+
+    Args:
+        samples_ms: every sample, in the order taken.
+        warmup_ms: time spent before the first sample.
+    """
+
+    samples_ms: tuple[float, ...]
+    warmup_ms: float
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.samples_ms)
+
+    @property
+    def p20_ms(self) -> float:
+        return quantile(self.samples_ms, 0.2)
+
+    @property
+    def p80_ms(self) -> float:
+        return quantile(self.samples_ms, 0.8)
+
+
+def quantile(values: tuple[float, ...], share: float) -> float:
+    """Return the value below which a share of them lies, interpolated between neighbours."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def median_error(median_ms: float, p20_ms: float, p80_ms: float, samples: int) -> float:
+    """Return the relative standard error of a median, from what a row holds."""
+    sigma = (p80_ms - p20_ms) / P20_TO_P80_SIGMAS
+    return MEDIAN_ERROR * sigma / samples**0.5 / median_ms if median_ms else 0.0
+
+
+def spread(ours: Any, rival: Any, again: Any | None = None) -> float:
+    """Return the relative difference of two medians below which they count as equal.
+
+    The larger of the 95% interval of their ratio, from each one's scatter, and our provider's difference from itself.
+
+    Args:
+        ours: a Timing or Record, as the others are.
+        rival: what it is compared with.
+        again: the second slot of `ours`.
+    """
+    errors = []
+    for t in (ours, rival):
+        count = t.samples if isinstance(getattr(t, "samples", None), int) else len(t.samples_ms)
+        errors.append(median_error(t.median_ms, t.p20_ms, t.p80_ms, count))
+    scatter = CONFIDENCE_SIGMAS * sum(e * e for e in errors) ** 0.5
+    from_itself = abs(again.median_ms / ours.median_ms - 1) if again is not None and ours.median_ms else 0.0
+    return max(scatter, from_itself)
+
+
+def verdict(ours_ms: float, rival_ms: float, within: float) -> str:
+    """Say "faster", "slower" or "tie": a ratio inside the spread is a tie.
+
+    Args:
+        ours_ms: our median.
+        rival_ms: the rival's median.
+        within: the spread.
+    """
+    ratio = rival_ms / ours_ms
+    if 1 / (1 + within) <= ratio <= 1 + within:
+        return "tie"
+    return "faster" if ratio > 1 else "slower"
+
+
+def interleave(
+    providers: list[Provider],
+    samples: int,
+    device: str = "cpu",
+    seed: int = 0,
+    warmup: int = 2,
+    flush_bytes: int = FLUSH_BYTES,
+    repeat: str | None = None,
+) -> Iterator[dict[str, Timing]]:
+    """Take samples of every provider in turn, in an order shuffled anew each round; yield after each round.
+
+    The result so far is yielded, so that the caller can show progress; the last one is complete. Python's garbage
+    collector runs as it does in use.
+
+    Args:
+        providers: what to time.
+        samples: rounds.
+        device: "cpu" or a CUDA device, which is timed by its own events.
+        seed: of the shuffling.
+        warmup: runs of each before the first sample.
+        flush_bytes: size of the buffer written between samples; 0 leaves the cache warm.
+        repeat: the name that gets a second slot, for the self-against-self spread.
+    """
+    import torch
+
+    slots = {p.name: p for p in providers}
+    if repeat is not None:
+        slots[repeat + AGAIN] = slots[repeat]
+    buffer = torch.zeros(flush_bytes, dtype=torch.uint8, device=device) if flush_bytes else None
+    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    warmup_ms = {p.name: sum(clock(p, None) for _ in range(warmup)) for p in providers}
+    taken: dict[str, list[float]] = {name: [] for name in slots}
+    order, shuffle = list(slots), random.Random(seed).shuffle
+    for _ in range(samples):
+        shuffle(order)
+        for name in order:
+            taken[name].append(clock(slots[name], buffer))
+        yield {name: Timing(tuple(ms), warmup_ms[name.removesuffix(AGAIN)]) for name, ms in taken.items()}
+
+
+def _cpu_ms(provider: Provider, buffer: Any) -> float:
+    run = provider.fresh()
+    if buffer is not None:
+        buffer.add_(1)
+    start = time.perf_counter_ns()
+    result = run()
+    end = time.perf_counter_ns()
+    # freeing the result is not part of the work
+    del result
+    return (end - start) / 1e6
+
+
+def _cuda_ms(provider: Provider, buffer: Any) -> float:
+    import torch
+
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run = provider.fresh()
+    if buffer is not None:
+        buffer.add_(1)
+    torch.cuda.synchronize()
+    start.record()
+    result = run()
+    end.record()
+    torch.cuda.synchronize()
+    del result
+    return float(start.elapsed_time(end))

@@ -1,0 +1,178 @@
+"""Timing, memory and verdicts of the benchmarks, on work whose cost is known."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_benchmarks_record import row
+
+from benchmarks import shapes
+from benchmarks.case import Case, Check, Claim, Provider
+from benchmarks.memory import peak_bytes
+from benchmarks.record import Record, read
+from benchmarks.table import claim_lines, compare
+from benchmarks.timing import AGAIN, Timing, interleave, median_error, quantile, spread, verdict
+
+MIB = 2**20
+
+
+def last(rounds):
+    *_, final = rounds
+    return final
+
+
+def record_of(provider, median, scatter=0.0, samples=16, peak=1.0):
+    low, high = median * (1 - scatter), median * (1 + scatter)
+    return Record(**row(provider=provider, median_ms=median, p20_ms=low, p80_ms=high, samples=samples, peak_mib=peak))
+
+
+def test_benchmark_timing_recovers_a_known_ratio():
+    runs = [Provider("short", lambda: time.sleep(0.002)), Provider("long", lambda: time.sleep(0.006))]
+    timings = last(interleave(runs, samples=9, flush_bytes=0, repeat="short"))
+    assert set(timings) == {"short", "long", "short" + AGAIN}
+    ratio = timings["long"].median_ms / timings["short"].median_ms
+    # sleeping overshoots by a scheduler's tick, never undershoots
+    assert 1.5 < ratio < 4.5
+    assert verdict(timings["short"].median_ms, timings["long"].median_ms, 0.2) == "faster"
+    assert all(len(t.samples_ms) == 9 and t.warmup_ms >= 4 for t in timings.values())
+
+
+def test_benchmark_timing_interleaves_and_reports_every_round():
+    calls = []
+    runs = [Provider(name, lambda name=name: calls.append(name)) for name in "ab"]
+    rounds = list(interleave(runs, samples=6, warmup=0, flush_bytes=0))
+    assert [len(r["a"].samples_ms) for r in rounds] == [1, 2, 3, 4, 5, 6]
+    # each round holds every provider once, and the order changes between rounds
+    pairs = [tuple(calls[i : i + 2]) for i in range(0, len(calls), 2)]
+    assert set(pairs) == {("a", "b"), ("b", "a")}
+
+
+def test_benchmark_timing_leaves_preparation_out():
+    provider = Provider("p", lambda made: made, prepare=lambda: time.sleep(0.02))
+    timing = last(interleave([provider], samples=3, warmup=1, flush_bytes=0))["p"]
+    assert timing.median_ms < 10
+
+
+def test_benchmark_quantiles_interpolate():
+    assert [quantile((5.0, 1.0, 3.0), q) for q in (0.0, 0.25, 0.5, 1.0)] == [1.0, 2.0, 3.0, 5.0]
+
+
+def test_benchmark_median_error_matches_simulated_medians():
+    samples = np.random.default_rng(0).normal(100, 5, (4000, 25))
+    simulated = np.median(samples, axis=1).std() / 100
+    p20, p80 = np.quantile(samples, [0.2, 0.8])
+    assert median_error(100.0, p20, p80, 25) == pytest.approx(simulated, rel=0.1)
+
+
+def test_benchmark_ratio_inside_its_spread_is_a_tie():
+    assert verdict(100.0, 103.0, within=0.05) == "tie"
+    assert verdict(103.0, 100.0, within=0.05) == "tie"
+    assert verdict(100.0, 107.0, within=0.05) == "faster"
+    assert verdict(107.0, 100.0, within=0.05) == "slower"
+
+
+def test_benchmark_spread_takes_scatter_and_self_difference():
+    quiet, rival = record_of("lora_core", 100.0), record_of("rival", 110.0)
+    noisy = record_of("rival", 110.0, scatter=0.3)
+    assert spread(quiet, rival) == 0
+    assert spread(quiet, rival, record_of("lora_core" + AGAIN, 120.0)) == pytest.approx(0.2)
+    assert spread(quiet, noisy) > 0.1
+    as_timing = Timing((100.0,) * 16, 0.0)
+    assert spread(as_timing, noisy) == spread(quiet, noisy)
+
+
+def test_benchmark_comparison_uses_the_second_slot():
+    rows = [record_of("lora_core", 100.0), record_of("rival", 110.0), record_of("lora_core" + AGAIN, 88.0)]
+    assert compare(rows[:2], "lora_core", "rival")[2] == "faster"
+    assert compare(rows, "lora_core", "rival")[2] == "tie"
+
+
+@pytest.mark.parametrize(
+    ("claim", "held"),
+    [
+        (Claim("rival", no_slower=True), True),
+        (Claim("rival", speed=1.9), True),
+        (Claim("rival", speed=2.1), False),
+        (Claim("rival", no_larger=True), False),
+        (Claim(limit_ms=101), True),
+        (Claim(limit_ms=99), False),
+        (Claim("absent", no_slower=True), False),
+    ],
+)
+def test_benchmark_claims_hold_only_as_measured(claim, held):
+    rows = [record_of("lora_core", 100.0, peak=2.0), record_of("rival", 200.0, peak=1.0)]
+    lines, result = claim_lines([claim], rows, "lora_core")
+    assert result is held
+    assert lines[0].startswith("holds" if held else "DOES NOT HOLD")
+
+
+def test_benchmark_memory_counts_a_known_tensor():
+    def work():
+        first = torch.ones(8 * MIB, dtype=torch.uint8)
+        second = torch.ones(4 * MIB, dtype=torch.uint8)
+        del first
+        return second, torch.ones(2 * MIB, dtype=torch.uint8)
+
+    # 8 + 4 at the peak; 4 + 2 at the end; Python's own objects are far below a sixteenth of a MiB
+    assert 12 * MIB <= peak_bytes(work) < 12 * MIB + MIB // 16
+
+
+def test_benchmark_memory_counts_numpy_and_forgets_what_was_there():
+    held = torch.ones(16 * MIB, dtype=torch.uint8)
+    assert 4 * MIB <= peak_bytes(lambda: np.ones(4 * MIB, dtype=np.uint8)) < 4 * MIB + MIB // 16
+    assert peak_bytes(lambda: held.add_(1)) < MIB // 16
+
+
+def test_benchmark_memory_counts_the_backward():
+    x = torch.ones(512, 512, requires_grad=True)
+
+    # x is saved by the square; its gradient and one factor of it are alive together: three of 1 MiB
+    peak = peak_bytes(lambda: (x * x).sum().backward())
+    assert 2 * MIB <= peak <= 4 * MIB
+
+
+def test_benchmark_memory_refuses_an_unknown_device():
+    with pytest.raises(ValueError, match="want 'cpu' or 'cuda'"):
+        peak_bytes(lambda: None, "meta")
+
+
+def test_benchmark_shapes_are_parsed_or_refused():
+    assert shapes.parse("4096x128") == {"N": 4096, "K": 128}
+    assert shapes.parse("M=2,R=1") == {"M": 2, "R": 1}
+    for wrong in ("4096", "M=x", "rows=3", "M=0"):
+        with pytest.raises(ValueError, match="shape"):
+            shapes.parse(wrong)
+
+
+def planted_case(worst):
+    """A case whose rival is sound and whose own result is off by `worst`, with 0.1 allowed."""
+
+    def check(name):
+        error = worst if name == "lora_core" else 0.0
+        return Check(error <= 0.1, error, error, f"off by {error}")
+
+    providers = [Provider("lora_core", lambda: torch.ones(64)), Provider("rival", lambda: torch.ones(64))]
+    return Case("planted", "fwd", {"N": 64}, "float32", None, providers, check, bytes_moved=256)
+
+
+def test_benchmark_run_records_every_sound_provider(tmp_path, monkeypatch, capsys):
+    from benchmarks import run
+
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "cases_of", lambda *_: iter([planted_case(0.0)]))
+    assert run.main(["--samples", "3", "--results", str(tmp_path)]) == 0
+    rows = list(read(tmp_path / "planted.jsonl"))
+    assert {r.provider for r in rows} == {"lora_core", "rival", "lora_core" + AGAIN}
+    assert all(r.samples == 3 and r.floor_ms > 0 for r in rows)
+    assert "best rival" in capsys.readouterr().out
+
+
+def test_benchmark_run_neither_times_nor_records_a_wrong_result(tmp_path, monkeypatch, capsys):
+    from benchmarks import run
+
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "cases_of", lambda *_: iter([planted_case(0.5)]))
+    assert run.main(["--samples", "2", "--results", str(tmp_path)]) == run.FAILED
+    assert {r.provider for r in read(tmp_path / "planted.jsonl")} == {"rival"}
+    assert "failed its check" in capsys.readouterr().out

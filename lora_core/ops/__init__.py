@@ -1,0 +1,1 @@
+"""PyTorch operations lora_core::*: schema, checks, reference body, fake, gradient."""

@@ -1,0 +1,148 @@
+"""The operations lora_core::lora_linear and lora_core::lora_linear_backward.
+
+The mathematics stands in lora_core/reference/lora.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_shapes
+from lora_core.reference import lora as reference
+
+
+@torch.library.custom_op("lora_core::lora_linear", mutates_args=())
+def op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    flat = x.reshape(-1, weight.shape[1])
+    y, hidden = reference.forward(flat, weight, bias, lora_a, lora_b, scaling, dropout, seed)
+    return y.view(*x.shape[:-1], weight.shape[0]), hidden
+
+
+@op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, lora_a.new_empty(math.prod(x.shape[:-1]), lora_a.shape[0])
+
+
+@torch.library.custom_op("lora_core::lora_linear_backward", mutates_args=())
+def backward_op(
+    d_y: Tensor,
+    d_hidden: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    flat, flat_d_y = x.reshape(-1, weight.shape[1]), d_y.reshape(-1, weight.shape[0])
+    grads = reference.backward(flat_d_y, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
+    d_x, *others = (x.new_empty(0) if g is None else g for g in grads)
+    d_weight, d_bias, d_lora_a, d_lora_b = others
+    return d_x.view(x.shape) if needs[0] else d_x, d_weight, d_bias, d_lora_a, d_lora_b
+
+
+@backward_op.register_fake
+def _(
+    d_y: Tensor,
+    d_hidden: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias = d_y.new_empty(weight.shape[0])
+    shapes = (x, weight, bias, lora_a, lora_b)
+    d_x, d_weight, d_bias, d_lora_a, d_lora_b = (
+        t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(shapes, needs, strict=True)
+    )
+    return d_x, d_weight, d_bias, d_lora_a, d_lora_b
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], seed)
+
+
+def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
+    x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
+    if d_y is None:
+        d_y = x.new_zeros(*x.shape[:-1], weight.shape[0])
+    needs = list(ctx.needs_input_grad[:5])
+    grads = backward_op(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
+    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return *wanted, None, None, None
+
+
+op.register_autograd(_backward, setup_context=_save)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return x W^T + b + s (drop(x) A^T) B^T.
+
+    Differentiable in x, bias, lora_a, lora_b, and in weight if that is being trained; not twice. Under autocast all
+    operands are cast, as by torch.nn.functional.linear.
+
+    Args:
+        x: float32, float16, bfloat16 or float64 of shape [..., K], any strides.
+        weight: W, dtype of x, shape [N, K], any strides.
+        bias: b, dtype of x, shape [N], or None.
+        lora_a: A, dtype of x or float32, shape [R, K].
+        lora_b: B, dtype of lora_a, shape [N, R].
+        scaling: s, alpha / r.
+        dropout: probability of zeroing an element of x before A, in [0, 1).
+        seed: int64 tensor of one element, which fixes the mask; needed where dropout > 0.
+    Returns:
+        Shape [..., N], dtype of x.
+    Raises:
+        ShapeError, DtypeError, DeviceError: if the operands do not fit together.
+        ConfigError: if dropout is no probability, or has no seed.
+    Source: Hu et al. 2021, eq. 3.
+    """
+    cast = autocast_dtype(x)
+    if cast is not None:
+        x, weight, lora_a, lora_b = x.to(cast), weight.to(cast), lora_a.to(cast), lora_b.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    check_shapes("lora_linear", x, weight.shape, bias, lora_a, lora_b)
+    check_dtypes("lora_linear", {"x": x, "weight": weight, "bias": bias}, lora_a, lora_b)
+    check_devices("lora_linear", {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b})
+    check_dropout("lora_linear", dropout, seed)
+    y, _ = op(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)
+    return y

@@ -1,0 +1,1 @@
+"""The mathematics in plain PyTorch: the truth that every fast path is tested against."""

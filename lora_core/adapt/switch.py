@@ -58,11 +58,13 @@ def chosen_biases(model: nn.Module, which: str) -> dict[str, nn.Parameter]:
     if which == "none":
         return {}
     adapted = tuple(f"{name}.base_layer." for name in adapter_layers(model))
+    # a module trained whole has its own bias, and its original none to train
+    whole = tuple(f"{name}." for name in trainable_copies(model))
     return {
         name: parameter
         for name, parameter in model.named_parameters()
         if name.split(".")[-1] == "bias"
-        and ".copies." not in name
+        and not name.startswith(whole)
         and parameter.is_floating_point()
         and (which == "all" or name.startswith(adapted))
     }

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-MOVED = {
-    f"lora_core.{folder}": folder for folder in ("kernels", "quant") if (Path(__file__).parent / folder).is_dir()
-}
+MOVED = {f"lora_core.{folder}": folder for folder in ("kernels", "quant") if (Path(__file__).parent / folder).is_dir()}
 
 setup(
     packages=[*find_packages(include=["lora_core", "lora_core.*"]), *MOVED],

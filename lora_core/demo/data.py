@@ -40,7 +40,9 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def nats_per_byte(model: nn.Module, stream: Tensor, tokenizer: Tokenizer, context: int, limit: int | None = None) -> float:
+def nats_per_byte(
+    model: nn.Module, stream: Tensor, tokenizer: Tokenizer, context: int, limit: int | None = None
+) -> float:
     """Total cross entropy of a stream cut into windows, over the bytes that its tokens spell.
 
     Args:

@@ -38,7 +38,9 @@ class PretrainSettings:
     bfloat16: bool = True
 
 
-def pretrain(output: Path, settings: PretrainSettings, config: GPTConfig, scratch: Path | None = None) -> dict[str, object]:
+def pretrain(
+    output: Path, settings: PretrainSettings, config: GPTConfig, scratch: Path | None = None
+) -> dict[str, object]:
     """Trains a GPT on the prose and writes it in half precision with a record of how it was made.
 
     Args:
@@ -168,5 +170,3 @@ def _resume(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> int:
         state = {key: tensors[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[parameter].update(state)
     return int(tensors["step"])
-
-

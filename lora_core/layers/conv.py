@@ -9,12 +9,12 @@ channels back. Source: PEFT's checkpoint format; loralib folds the kernel into t
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.layers.adapter import AdapterLayer
+from lora_core.ops.checks import autocast_on
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d}
 
@@ -55,7 +55,7 @@ class LoraConv(AdapterLayer):
         y = self.base_layer(x)
         for name in self.running():
             adapter, lora_a, lora_b = self.adapters[name], self.lora_a[name], self.lora_b[name]
-            shared = x if torch.is_autocast_enabled(x.device.type) else x.to(lora_a.dtype)
+            shared = x if autocast_on(x) else x.to(lora_a.dtype)
             dropped = F.dropout(shared, adapter.dropout, self.training)
             low_rank = CONVOLUTIONS[self.dimensions](
                 self.convolve(dropped, lora_a), lora_b, groups=self.base_layer.groups

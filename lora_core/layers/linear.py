@@ -7,11 +7,11 @@ Source: Hu et al. 2021, eq. 3.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.dropout import fresh_seed
+from lora_core.ops.checks import autocast_on
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.reference.lora import lora_delta
 
@@ -88,7 +88,7 @@ class LoraLinear(AdapterLayer):
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return s (drop(x) A^T) B^T alone, in the adapter's dtype."""
         lora_a, lora_b, scaling, dropout, seed = self.operands(x, name)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_on(x):
             x = x.to(lora_a.dtype)
         return lora_delta(x, lora_a, lora_b, scaling, dropout, seed)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.layers.linear import LoraLinear, runs_as_written
+from lora_core.ops.checks import autocast_on
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.quant import QuantizedWeight, quantize_nf4
 
@@ -31,6 +32,7 @@ class NF4Linear(nn.Module):
         self.weight = weight
         self.compute_dtype = compute_dtype
         self.register_parameter("bias", bias)
+        self._register_state_dict_hook(_name_codes_weight)
 
     @classmethod
     def from_dense(
@@ -76,10 +78,15 @@ class NF4Linear(nn.Module):
         seed: Tensor | None,
     ) -> Tensor:
         """Return x W^T + b + s (drop(x) A^T) B^T, computed in compute_dtype, in the dtype of x."""
-        compute = x if self.compute_dtype is None or _autocast(x) else x.to(self.compute_dtype)
-        bias = self.bias if self.bias is None or _autocast(x) else self.bias.to(compute.dtype)
+        compute = x if self.compute_dtype is None or autocast_on(x) else x.to(self.compute_dtype)
+        bias = self.bias if self.bias is None or autocast_on(x) else self.bias.to(compute.dtype)
         y = nf4_lora_linear(compute, self.weight, bias, lora_a, lora_b, scaling, dropout, seed)
-        return y if _autocast(x) else y.to(x.dtype)
+        return y if autocast_on(x) else y.to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight.packed"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -119,5 +126,6 @@ class LoraNF4Linear(LoraLinear):
             buffer.copy_(backup[key])
 
 
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def _name_codes_weight(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give the packed codes the key that bitsandbytes gives them: the layer's own "weight"."""
+    state[f"{prefix}weight"] = state.pop(f"{prefix}weight.packed")

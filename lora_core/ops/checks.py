@@ -23,8 +23,8 @@ def check_shapes(
     if not fits:
         raise ShapeError(
             f"{op}: want x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R]; got x {tuple(x.shape)}, "
-            f"weight {tuple(weight)}, bias {None if bias is None else tuple(bias.shape)}, lora_a {tuple(lora_a.shape)}, "
-            f"lora_b {tuple(lora_b.shape)}"
+            f"weight {tuple(weight)}, bias {None if bias is None else tuple(bias.shape)}, "
+            f"lora_a {tuple(lora_a.shape)}, lora_b {tuple(lora_b.shape)}"
         )
 
 
@@ -65,6 +65,11 @@ def check_dropout(op: str, dropout: float, seed: Tensor | None) -> None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast, if it is on for x's device, wants linear layers to compute in."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocast_on(x):
         return torch.get_autocast_dtype(x.device.type)
     return None
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Say whether autocast is on for x's device; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -4,6 +4,7 @@ The mathematics stands in lora_core/reference/lora.py.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def _(
 def backward_op(
     d_y: Tensor,
     d_hidden: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -55,20 +56,22 @@ def backward_op(
     scaling: float,
     dropout: float,
     seed: Tensor | None,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    flat, flat_d_y = x.reshape(-1, weight.shape[1]), d_y.reshape(-1, weight.shape[0])
-    grads = reference.backward(flat_d_y, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
-    d_x, *others = (x.new_empty(0) if g is None else g for g in grads)
-    d_weight, d_bias, d_lora_a, d_lora_b = others
-    return d_x.view(x.shape) if needs[0] else d_x, d_weight, d_bias, d_lora_a, d_lora_b
+    columns, rows = weight.shape
+    flat = None if x is None else x.reshape(-1, rows)
+    grads = reference.backward(
+        d_y.reshape(-1, columns), d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
+    )
+    d_x, d_weight, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in grads)
+    return d_x.view(*d_y.shape[:-1], rows) if needs[0] else d_x, d_weight, d_bias, d_lora_a, d_lora_b
 
 
 @backward_op.register_fake
 def _(
     d_y: Tensor,
     d_hidden: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -76,12 +79,13 @@ def _(
     scaling: float,
     dropout: float,
     seed: Tensor | None,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias = d_y.new_empty(weight.shape[0])
-    shapes = (x, weight, bias, lora_a, lora_b)
+    columns, rows = weight.shape
+    like_x, like_bias = d_y.new_empty(*d_y.shape[:-1], rows), d_y.new_empty(columns)
     d_x, d_weight, d_bias, d_lora_a, d_lora_b = (
-        t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(shapes, needs, strict=True)
+        t.new_empty(t.shape) if need else d_y.new_empty(0)
+        for t, need in zip((like_x, weight, like_bias, lora_a, lora_b), needs, strict=True)
     )
     return d_x, d_weight, d_bias, d_lora_a, d_lora_b
 
@@ -89,14 +93,15 @@ def _(
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], seed)
+    _, need_weight, _, need_a, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if need_weight or need_a else None, weight, lora_a, lora_b, output[1], seed)
 
 
 def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     if d_y is None:
-        d_y = x.new_zeros(*x.shape[:-1], weight.shape[0])
-    needs = list(ctx.needs_input_grad[:5])
+        d_y = weight.new_zeros(hidden.shape[0], weight.shape[0])
+    needs = ctx.needs_input_grad[:5]
     grads = backward_op(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *wanted, None, None, None

@@ -24,7 +24,8 @@ the dtype of x.
 Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3; dropout before A as in the authors' loralib.
 """
 
-import torch
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -95,42 +96,44 @@ def forward(
 def backward(
     d_y: Tensor,
     d_hidden: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
     hidden: Tensor,
     scaling: float,
     dropout: float,
     seed: Tensor | None,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients (d_x, d_weight, d_bias, d_lora_a, d_lora_b) that needs asks for, None for the others.
 
     Args:
         d_y: G, shape [M, N].
         d_hidden: a gradient that reaches S by another way, shape [M, R], or None.
-        x, weight, lora_a, lora_b, hidden, scaling, dropout, seed: as the forward had or made them.
+        x: shape [M, K]; enters d_weight and d_lora_a only, else None will do.
+        weight: shape [N, K]; enters d_x only, else None will do.
+        lora_a, lora_b, hidden, scaling, dropout, seed: as the forward had or made them.
         needs: five flags.
     """
     need_x, need_weight, need_bias, need_a, need_b = needs
-    d_y_low = d_y.to(lora_a.dtype)
+    low = d_y.to(lora_a.dtype)
     d_x = d_weight = d_bias = d_lora_a = d_lora_b = None
     if need_b:
-        d_lora_b = (d_y_low.T @ hidden).mul_(scaling)
+        d_lora_b = (low.T @ hidden).mul_(scaling)
     if need_a or need_x:
-        d_s = (d_y_low @ lora_b).mul_(scaling)
+        d_s = (low @ lora_b).mul_(scaling)
         if d_hidden is not None:
             d_s = d_s + d_hidden
-    if need_a:
+    if need_a and x is not None:
         d_lora_a = d_s.T @ drop(x.to(lora_a.dtype), dropout, seed)
-    if need_x:
+    if need_x and weight is not None:
         d_x = (d_y @ weight).to(lora_a.dtype)
         # the mask depends on position alone, so it is applied to the gradient as to x
         d_x = d_x.addmm_(d_s, lora_a) if dropout == 0 else d_x.add_(drop(d_s @ lora_a, dropout, seed))
-        d_x = d_x.to(x.dtype)
+        d_x = d_x.to(d_y.dtype)
     if need_bias:
         d_bias = d_y.sum(0)
-    if need_weight:
+    if need_weight and x is not None:
         d_weight = d_y.T @ x
     return d_x, d_weight, d_bias, d_lora_a, d_lora_b

@@ -1,0 +1,1 @@
+"""Reading a checkpoint without a model: what it holds, and what is wrong with it."""

@@ -1,0 +1,169 @@
+"""What an adapter's folder says: its configuration, its pairs A and B, and whether the two agree."""
+
+import difflib
+import json
+import math
+import re
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from lora_core.adapt.configuration import KEPT, REFUSED, config_from_peft, differences
+from lora_core.adapt.files import CONFIG, METADATA_KEY
+from lora_core.adapt.keys import PREFIX, canonical
+from lora_core.adapt.target import matches
+from lora_core.errors import LoraCoreError
+from lora_core.inspect.files import Tensors
+from lora_core.inspect.report import Pair, Report
+from lora_core.methods.lora import LoraConfig
+
+HALF_A = re.compile(r"\.(lora_A\.weight|lora_embedding_A)$")
+
+# fields of adapter_config.json that are not LoraConfig's and are always there
+ALWAYS = ("peft_type", "inference_mode")
+
+SHOWN_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "modules_to_save", "init_lora_weights")
+
+
+def describe_adapter(report: Report, written: dict[str, Any] | None, tensors: Tensors) -> set[str]:
+    """Add to report what the configuration and the pairs say; return the names of the tensors accounted for.
+
+    Args:
+        report: changed in place.
+        written: adapter_config.json, if there is one.
+        tensors: the adapter's.
+    """
+    embedded = _embedded(tensors)
+    values = written if written is not None else embedded
+    _compare(report, written, embedded)
+    config = _configuration(report, values)
+    names = {str(canonical(n) or n): n for n in tensors.names()}
+    report.settings = _settings(values, config, list(names))
+    used: set[str] = set()
+    for name in sorted(names):
+        half = HALF_A.search(name)
+        if not half:
+            continue
+        other = name[: half.start()] + half.group().replace("_A", "_B")
+        if other not in names:
+            report.problems.append(f"{name} has no {other} beside it: the file is not whole")
+            continue
+        used |= {names[name], names[other]}
+        module = name[: half.start()].removeprefix(PREFIX)
+        a, b = tensors.read(names[name]), tensors.read(names[other])
+        pair = _pair(report, module, a, b, config)
+        if pair is not None:
+            report.pairs.append(pair)
+    orphans = [n for short, n in names.items() if "lora_B" in short and n not in used]
+    report.problems += [f"{n} has no A beside it: the file is not whole" for n in orphans if n.endswith("weight")]
+    _judge(report, values, config)
+    return used
+
+
+def update_norm(lora_a: Tensor, lora_b: Tensor) -> float:
+    """Return the Frobenius norm of B A as sqrt(trace((B^T B) (A A^T))), without forming B A.
+
+    Args:
+        lora_a: shape [R, ...].
+        lora_b: shape [N, R, ...].
+    """
+    a, b = lora_a.double().flatten(1), lora_b.double().flatten(1)
+    squared = float(((b.T @ b) * (a @ a.T)).sum())
+    # rounding may leave a tiny negative number where the product is zero
+    return math.sqrt(max(squared, 0.0)) if not math.isnan(squared) else math.nan
+
+
+def _pair(report: Report, module: str, a: Tensor, b: Tensor, config: LoraConfig | None) -> Pair | None:
+    if a.dim() < 2 or b.dim() < 2 or (b.shape[1] != a.shape[0] and b.dim() == 2):
+        report.problems.append(f"{module}: A is {list(a.shape)} and B {list(b.shape)}; want [R, K] and [N, R]")
+        return None
+    rank = int(a.shape[0])
+    scaling = config.scaling_of(module) if config is not None else None
+    if config is not None and config.rank_of(module) != rank:
+        report.problems.append(f"{module}: the configuration says rank {config.rank_of(module)}, A has {rank} rows")
+    finite = bool(a.isfinite().all()) and bool(b.isfinite().all())
+    if not finite:
+        report.problems.append(f"{module}: A or B holds NaN or infinity; train again with a smaller learning rate")
+    # a grouped convolution's B has R / groups columns: its product is not one matrix
+    norm = update_norm(a, b) if b.shape[1] == rank else math.nan
+    return Pair(
+        module=module,
+        rank=rank,
+        scaling=scaling,
+        shape_a=tuple(a.shape),
+        shape_b=tuple(b.shape),
+        dtype=str(a.dtype).removeprefix("torch."),
+        update_norm=norm * abs(scaling) if scaling is not None else norm,
+        untrained=finite and (not bool(a.any()) or not bool(b.any())),
+    )
+
+
+def _embedded(tensors: Tensors) -> dict[str, Any] | None:
+    try:
+        values = json.loads(tensors.metadata.get(METADATA_KEY, "null"))
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _compare(report: Report, written: dict[str, Any] | None, embedded: dict[str, Any] | None) -> None:
+    if written is None and embedded is None:
+        report.problems.append(f"there is no {CONFIG} and no copy of it in the weights: alpha and targets are unknown")
+    elif written is None:
+        report.notes.append(f"there is no {CONFIG}; this is the copy inside the weights")
+    elif embedded is not None:
+        for name, (a, b) in differences(written, embedded).items():
+            report.problems.append(
+                f"{CONFIG} and the weights' metadata differ in {name}: {a!r} and {b!r}; they are not of one generation"
+            )
+
+
+def _configuration(report: Report, values: dict[str, Any] | None) -> LoraConfig | None:
+    if values is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            # unknown fields are listed below
+            warnings.simplefilter("ignore")
+            return config_from_peft(values)
+    except (LoraCoreError, TypeError) as error:
+        report.problems.append(f"cannot be loaded here: {error}")
+        return None
+
+
+def _settings(values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]) -> dict[str, Any]:
+    values = values or {}
+    kind = str(values.get("peft_type", "LORA")).upper()
+    method = {"LORA": "LoRA"}.get(kind, kind)
+    if kind == "LORA" and values.get("use_rslora"):
+        method = "rsLoRA"
+    if any(n.endswith("lora_magnitude_vector") for n in names):
+        method = "DoRA"
+    found = {"method": method}
+    found.update({name: values[name] for name in SHOWN_SETTINGS if values.get(name) not in (None, [], {})})
+    if config is not None:
+        found["scaling"] = config.scaling_of("")
+    for name in ("rank_pattern", "alpha_pattern", "base_model_name_or_path", "peft_version"):
+        if values.get(name):
+            found[name] = values[name]
+    return found
+
+
+def _judge(report: Report, values: dict[str, Any] | None, config: LoraConfig | None) -> None:
+    """Add what only the whole shows."""
+    known = [*LoraConfig.field_names(), *REFUSED, *KEPT, *ALWAYS]
+    for name in sorted(set(values or {}) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        report.notes.append(f"{CONFIG} has a field that is not known here: {name} = {(values or {})[name]!r}{hint}")
+    untrained = [p.module for p in report.pairs if p.untrained]
+    if report.pairs and len(untrained) == len(report.pairs):
+        report.problems.append("adapter never trained: every B A is zero, so the base model's output does not change")
+    elif untrained:
+        report.notes.append(f"never trained, B A is zero: {', '.join(untrained)}")
+    targets = config.target_modules if config is not None else None
+    if targets is not None and not isinstance(targets, str):
+        idle = [t for t in targets if not any(matches(p.module, [t]) for p in report.pairs)]
+        if idle:
+            report.notes.append(f"target_modules without a tensor in the file: {', '.join(idle)}")

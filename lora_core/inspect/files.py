@@ -1,0 +1,153 @@
+"""Opening what a path names: safetensors and JSON only. A pickle can run any code when read, so none ever is."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_core.adapt.files import CONFIG, WEIGHTS
+from lora_core.errors import CheckpointError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+# a zip archive, which torch.save writes, and the start of a pickle of protocol 2 to 5
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+SHOWN_NAMES = 10
+
+# safetensors' names of dtypes, as PyTorch calls them
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+class Tensors:
+    """The tensors of a few safetensors files by name, each read only when asked for.
+
+    Args:
+        files: open safetensors files by path.
+    """
+
+    def __init__(self, files: dict[Path, Any]) -> None:
+        self.metadata: dict[str, str] = {}
+        self._owner: dict[str, Any] = {}
+        for path, file in files.items():
+            self.metadata.update(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if name in self._owner:
+                    raise CheckpointError(
+                        f"{path} holds {name}, which another file of the folder holds too; remove one"
+                    )
+                self._owner[name] = file
+
+    def names(self) -> list[str]:
+        """Return the tensors' names in order."""
+        return sorted(self._owner)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._owner[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Return a tensor's dtype without reading it."""
+        code = self._owner[name].get_slice(name).get_dtype()
+        return DTYPES.get(code, code.lower())
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
+        tensor: Tensor = self._owner[name].get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files that a folder or a file name stands for.
+
+    Raises:
+        CheckpointError: if there is none, or only pickles.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}; want an adapter's folder, a model's folder or a .safetensors file")
+    if path.is_file():
+        _refuse_pickle(path)
+        return [path]
+    if (path / WEIGHTS).exists():
+        return [path / WEIGHTS]
+    found = sorted(path.glob("*.safetensors"))
+    if (path / CONFIG).exists():
+        found = []
+    if found:
+        return found
+    pickles = [p for p in sorted(path.iterdir()) if p.suffix in PICKLES]
+    if pickles:
+        _refuse_pickle(pickles[0])
+    names = ", ".join(sorted(p.name for p in path.iterdir())[:SHOWN_NAMES]) or "nothing"
+    raise CheckpointError(f"{path} has no safetensors file, it holds {names}; want {WEIGHTS} or model.safetensors")
+
+
+@contextmanager
+def opened(paths: list[Path]) -> Iterator[Tensors]:
+    """Open safetensors files together.
+
+    Raises:
+        CheckpointError: if one is truncated or no safetensors file.
+    """
+    from contextlib import ExitStack
+
+    from safetensors import SafetensorError, safe_open
+
+    with ExitStack() as stack:
+        files = {}
+        for path in paths:
+            try:
+                files[path] = stack.enter_context(safe_open(path, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. It is truncated "
+                    "or foreign: copy or save it again"
+                ) from None
+        yield Tensors(files)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object, or None if there is no such file.
+
+    Raises:
+        CheckpointError: if it is not one.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): truncated or foreign; save it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; want a JSON object; save it again")
+    return values
+
+
+def _refuse_pickle(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(9)
+    # a safetensors file starts with 8 bytes of length, which may look like anything, and the brace of its JSON header
+    looks_pickled = start.startswith(PICKLE_STARTS) and not start.endswith(b"{")
+    if path.suffix in PICKLES or looks_pickled:
+        raise CheckpointError(
+            f"{path} is a pickle, which can run any code when it is read and is never opened here; want safetensors. "
+            "Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), "
+            "'model.safetensors')"
+        )

@@ -1,0 +1,101 @@
+"""The operation lora_core::nf4_dequantize: a dense weight from codes and plain or double-quantised scales."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import DeviceError, DtypeError, ShapeError
+from lora_core.ops.checks import FLOATS
+from lora_core.quant.blockwise import check_block_size
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+from lora_core.reference import nf4 as reference
+
+
+@torch.library.custom_op("lora_core::nf4_dequantize", mutates_args=())
+def op(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> Tensor:
+    return reference.nf4_dequantize(
+        codes, absmax, nested_absmax, nested_offset, shape, dtype, block_size, nested_block_size
+    )
+
+
+@op.register_fake
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def nf4_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int = 64,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> Tensor:
+    """Return level[code] * absmax, multiplied in float32 and rounded once to dtype; the same bits on every device.
+
+    Not differentiable: the weight is frozen.
+
+    Args:
+        codes: packed codes, uint8 with (n + 1) // 2 elements.
+        absmax: float32 [ceil(n / block_size)], or its uint8 codes where nested_absmax is given.
+        nested_absmax: float32 [ceil(len(absmax) / nested_block_size)], or None.
+        nested_offset: float32, one element, or None.
+        shape: of the weight, n elements.
+        dtype: of the result, floating.
+        block_size: elements sharing one scale.
+        nested_block_size: scales sharing one second-level scale.
+    Returns:
+        A new tensor of that shape and dtype.
+    Raises:
+        ShapeError, DtypeError, DeviceError, ConfigError: if the operands do not fit together.
+    Source: Dettmers et al. 2023, eq. 5 and 6.
+    """
+    check_block_size(block_size)
+    nested = nested_absmax is not None
+    n = math.prod(shape)
+    blocks = -(-n // block_size)
+    if nested != (nested_offset is not None):
+        raise ShapeError("nf4_dequantize: nested_absmax and nested_offset go together; got only one of them")
+    wanted = {"codes": (codes, -(-n // 2)), "absmax": (absmax, blocks)}
+    if nested_absmax is not None and nested_offset is not None:
+        wanted |= {
+            "nested_absmax": (nested_absmax, -(-blocks // nested_block_size)),
+            "nested_offset": (nested_offset, 1),
+        }
+    for name, (tensor, size) in wanted.items():
+        if tensor.numel() != size:
+            raise ShapeError(
+                f"nf4_dequantize: {name} has {tensor.numel()} elements; a weight of shape {tuple(shape)} in blocks of "
+                f"{block_size} wants {size}"
+            )
+        if tensor.device != codes.device:
+            raise DeviceError(f"nf4_dequantize: {name} is on {tensor.device}, codes on {codes.device}: want one device")
+    types = (codes.dtype, absmax.dtype)
+    if types != (torch.uint8, torch.uint8 if nested else torch.float32) or dtype not in FLOATS:
+        raise DtypeError(
+            f"nf4_dequantize: want codes torch.uint8, absmax {'torch.uint8' if nested else 'torch.float32'} and a "
+            f"floating dtype to return; got {types[0]}, {types[1]} and {dtype}"
+        )
+    return op(codes, absmax, nested_absmax, nested_offset, shape, dtype, block_size, nested_block_size)

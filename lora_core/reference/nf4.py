@@ -1,0 +1,58 @@
+"""NF4: quantise and dequantise a weight, with plain or double-quantised scales.
+
+    quantise:    absmax_j = max |w_i| of block j;  code_i = nearest NF4 level to w_i / absmax_j;  two codes a byte
+    dequantise:  w_i = level[code_i] * absmax_j, in float32, rounded once to the output dtype
+    nested:      absmax_j = level8[q_j] * absmax2 + offset first
+
+Source: Dettmers et al. 2023 (arXiv 2305.14314), sections 2 and 3.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.quant.blockwise import dequantize_blocks, quantize_blocks
+from lora_core.quant.codebook import codebook
+from lora_core.quant.double import NESTED_BLOCK_SIZE, dequantize_absmax
+from lora_core.quant.packing import pack, unpack
+
+
+def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return packed codes, uint8 [(n + 1) // 2, 1], and absmax, float32 [ceil(n / block_size)].
+
+    Args:
+        weight: float32, float16 or bfloat16 of any shape, n elements.
+        block_size: elements sharing one scale.
+    """
+    codes, absmax = quantize_blocks(weight, codebook("nf4"), block_size)
+    return pack(codes)[:, None], absmax
+
+
+def nf4_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> Tensor:
+    """Return the weight.
+
+    Args:
+        codes: packed codes, uint8 with (n + 1) // 2 elements.
+        absmax: float32 [ceil(n / block_size)], or its uint8 codes where nested_absmax is given.
+        nested_absmax: float32, second-level scales, or None.
+        nested_offset: float32, one element, or None.
+        shape: of the weight.
+        dtype: of the result.
+        block_size: elements sharing one scale.
+        nested_block_size: scales sharing one second-level scale.
+    """
+    if nested_absmax is not None and nested_offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset, nested_block_size)
+    flat = dequantize_blocks(unpack(codes, math.prod(shape)), absmax, codebook("nf4"), block_size, dtype)
+    return flat.view(*shape)

@@ -1,0 +1,5 @@
+"""Quantised weights: codebooks, packing, block-wise and double quantisation, and bitsandbytes' format."""
+
+from lora_core.quant.weight import QuantizedWeight, quantize, quantize_nf4
+
+__all__ = ["QuantizedWeight", "quantize", "quantize_nf4"]

@@ -1,0 +1,178 @@
+"""bitsandbytes' 4-bit state dict: read and written.
+
+    weight                                  uint8 [(n + 1) // 2, 1], packed codes
+    weight.absmax                           float32, or uint8 where nested
+    weight.quant_map                        float32 [16]
+    weight.nested_absmax                    float32                         where nested
+    weight.nested_quant_map                 float32 [256]                   where nested
+    weight.quant_state.bitsandbytes__nf4    a JSON object as uint8 bytes: quant_type, blocksize, dtype, shape, and
+                                            where nested nested_blocksize, nested_dtype, nested_offset
+
+Source: bitsandbytes 0.50, QuantState.as_dict(packed=True).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import CheckpointError, ConfigError
+from lora_core.quant.blockwise import BLOCK_SIZES
+from lora_core.quant.codebook import codebook
+from lora_core.quant.double import dequantize_absmax
+
+if TYPE_CHECKING:
+    from lora_core.quant.weight import QuantizedWeight
+
+STATE_KEY = "quant_state.bitsandbytes__"
+# the uniform codebook is this project's own, under a key that bitsandbytes does not take for one of its own
+OWN_STATE_KEY = "quant_state.lora_core__"
+SHARED_TYPES = ("nf4", "fp4")
+
+
+def write(weight: "QuantizedWeight", prefix: str) -> dict[str, Tensor]:
+    """Return the state dict of a weight under prefix.
+
+    Raises:
+        ConfigError: for a codebook that bitsandbytes does not have.
+    """
+    if weight.quant_type not in SHARED_TYPES:
+        raise ConfigError(
+            f"bitsandbytes has no {weight.quant_type!r}: want {' or '.join(SHARED_TYPES)}; requantise, or save with "
+            "state_dict()"
+        )
+    return {f"{prefix}.{k}" if k else prefix: v for k, v in entries(weight).items()}
+
+
+def entries(weight: "QuantizedWeight") -> dict[str, Tensor]:
+    """Return the tensors of a weight by suffix; the packed codes have the suffix ""."""
+    about: dict[str, Any] = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.block_size,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    found = {"": weight.codes, "absmax": weight.absmax, "quant_map": codebook(weight.quant_type).levels}
+    if weight.nested_absmax is not None and weight.nested_offset is not None:
+        found |= {"nested_absmax": weight.nested_absmax, "nested_quant_map": codebook("dynamic").levels}
+        offset = 0.0 if weight.is_meta else weight.nested_offset.item()
+        about |= {"nested_blocksize": weight.nested_block_size, "nested_dtype": "float32", "nested_offset": offset}
+    key = STATE_KEY if weight.quant_type in SHARED_TYPES else OWN_STATE_KEY
+    text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu")
+    # on the meta device nothing has values, and neither has this
+    device = weight.device
+    return {k: v.detach().to(device) for k, v in {**found, key + weight.quant_type: text}.items()}
+
+
+def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Return the arguments of QuantizedWeight that a state dict describes.
+
+    Raises:
+        CheckpointError: if keys are missing, sizes disagree, or a level map is unknown.
+    """
+    mine = {
+        k.removeprefix(prefix).removeprefix("."): v
+        for k, v in state.items()
+        if k == prefix or k.startswith(prefix + ".")
+    }
+    about = _about(mine, prefix)
+    kind, block_size, shape = about["quant_type"], about["blocksize"], torch.Size(about["shape"])
+    codes, absmax, levels = (_tensor(mine, key, prefix) for key in ("", "absmax", "quant_map"))
+    if about.get("packing_format_for_cpu"):
+        raise CheckpointError(
+            f"{prefix}: these bytes were repacked for CPU inference, which loses the nested scales; save the model "
+            "before its first forward in eval mode, or from a GPU"
+        )
+    if not torch.equal(levels.float().cpu(), codebook(kind).levels):
+        raise CheckpointError(f"{prefix}.quant_map is not the {kind} codebook: {levels.tolist()}")
+    if block_size not in BLOCK_SIZES:
+        raise CheckpointError(f"{prefix}: blocksize {block_size}; want one of {BLOCK_SIZES}")
+    n = shape.numel()
+    blocks = -(-n // block_size)
+    codes = _bytes(codes, prefix).reshape(-1, 1)
+    _check_size(f"{prefix} (shape {tuple(shape)})", codes, -(-n // 2))
+    _check_size(f"{prefix}.absmax (shape {tuple(shape)}, blocksize {block_size})", absmax, blocks)
+    found = {
+        "codes": codes,
+        "absmax": absmax.reshape(-1),
+        "nested_absmax": None,
+        "nested_offset": None,
+        "shape": shape,
+        "dtype": _dtype(about["dtype"], prefix),
+        "quant_type": kind,
+        "block_size": block_size,
+    }
+    if "nested_offset" not in about:
+        if absmax.dtype != torch.float32:
+            raise CheckpointError(f"{prefix}.absmax is {absmax.dtype}; want torch.float32 where it is not nested")
+        return found
+    return found | _nested(mine, about, found["absmax"], prefix)
+
+
+def _nested(mine: dict[str, Tensor], about: dict[str, Any], absmax: Tensor, prefix: str) -> dict[str, Any]:
+    scales = _tensor(mine, "nested_absmax", prefix).reshape(-1).float()
+    levels = _tensor(mine, "nested_quant_map", prefix).float()
+    size = about["nested_blocksize"]
+    if absmax.dtype != torch.uint8:
+        raise CheckpointError(f"{prefix}.absmax is {absmax.dtype}; want torch.uint8 where it is nested")
+    _check_size(f"{prefix}.nested_absmax (nested_blocksize {size})", scales, -(-absmax.numel() // size))
+    _check_size(f"{prefix}.nested_quant_map", levels, 256)
+    offset = torch.tensor(about["nested_offset"], dtype=torch.float32, device=absmax.device)
+    if not torch.equal(levels.cpu(), codebook("dynamic").levels):
+        # an 8-bit map of another making: the scales are decoded with it, exactly, and kept in float32
+        return {"absmax": dequantize_absmax(absmax, scales, offset, size, levels)}
+    return {"nested_absmax": scales, "nested_offset": offset, "nested_block_size": size}
+
+
+def _about(mine: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Return the JSON object, checked to have what a weight needs."""
+    keys = [k for k in mine if k.startswith((STATE_KEY, OWN_STATE_KEY))]
+    if not keys:
+        got = ", ".join(f"{prefix}.{k}" if k else prefix for k in mine) or "none"
+        raise CheckpointError(
+            f"no 4-bit state under {prefix!r}: want {prefix}.{STATE_KEY}nf4 beside the packed weight; the keys that "
+            f"start so are: {got}"
+        )
+    try:
+        about = json.loads(bytes(mine[keys[0]].cpu().to(torch.uint8).tolist()))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{prefix}.{keys[0]} is no JSON text: {error}; the file is damaged") from None
+    wanted = {"quant_type", "blocksize", "dtype", "shape"}
+    if isinstance(about, dict) and "nested_offset" in about:
+        wanted |= {"nested_blocksize"}
+    missing = sorted(wanted - set(about if isinstance(about, dict) else ()))
+    if missing:
+        raise CheckpointError(f"{prefix}.{keys[0]} does not say {', '.join(missing)}; the file is damaged")
+    if about["quant_type"] not in ("nf4", "fp4", "int4"):
+        raise CheckpointError(f"{prefix}: quant_type {about['quant_type']!r}; want nf4 or fp4")
+    return about
+
+
+def _tensor(mine: dict[str, Tensor], key: str, prefix: str) -> Tensor:
+    if key not in mine:
+        raise CheckpointError(f"{prefix}.{key} is missing beside {prefix}".replace(". is", " is"))
+    return mine[key].detach()
+
+
+def _bytes(codes: Tensor, prefix: str) -> Tensor:
+    """Return packed codes as uint8: bitsandbytes may store them in the bytes of another dtype (quant_storage)."""
+    if codes.dtype == torch.uint8:
+        return codes
+    try:
+        return codes.contiguous().view(-1).view(torch.uint8)
+    except RuntimeError:
+        raise CheckpointError(f"{prefix} is {codes.dtype}; want packed bytes, torch.uint8") from None
+
+
+def _check_size(what: str, tensor: Tensor, wanted: int) -> None:
+    if tensor.numel() != wanted:
+        raise CheckpointError(f"{what} has {tensor.numel()} elements, want {wanted}: the file is damaged or truncated")
+
+
+def _dtype(name: str, prefix: str) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{prefix}: dtype {name!r} is none of PyTorch's")
+    return dtype

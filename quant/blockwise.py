@@ -1,0 +1,86 @@
+"""Block-wise quantisation: each run of block_size elements is divided by its largest magnitude.
+
+    absmax_j = max |x_i| over block j         code_i = nearest level to x_i / absmax_j        x_i ~ level_i absmax_j
+
+Blocks run over the flattened tensor in row-major order and may straddle rows; the last may be short. One outlier
+spoils its own block only. Source: Dettmers et al. 2022 (arXiv 2110.02861), section 2.1.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import ConfigError, DtypeError, NonFiniteError
+from lora_core.quant.codebook import Codebook
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantize_blocks(x: Tensor, book: Codebook, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax) of x.
+
+    A block of zeros has absmax 0 and the code of zero.
+
+    Args:
+        x: float32, float16 or bfloat16 of any shape and strides.
+        book: the levels.
+        block_size: elements per scale.
+    Returns:
+        codes uint8 [n], one a byte, and absmax float32 [ceil(n / block_size)].
+    """
+    flat = x.reshape(-1).float()
+    n = flat.numel()
+    blocks = -(-n // block_size)
+    # the short last block is filled with zeros, which no maximum of magnitudes sees
+    padded = torch.cat([flat, flat.new_zeros(blocks * block_size - n)]).view(blocks, block_size)
+    absmax = padded.abs().amax(dim=1) if n else flat.new_zeros(0)
+    divisor = torch.where(absmax == 0, 1, absmax)
+    return book.encode(padded / divisor[:, None]).reshape(-1)[:n], absmax
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, book: Codebook, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Return level * absmax, multiplied in float32 and rounded once to dtype.
+
+    Args:
+        codes: uint8 [n].
+        absmax: float32 [ceil(n / block_size)].
+        book: the levels.
+        block_size: elements per scale.
+        dtype: of the result.
+    Returns:
+        Shape [n].
+    """
+    scale = absmax.repeat_interleave(block_size)[: codes.numel()]
+    return (book.decode(codes) * scale).to(dtype)
+
+
+def check_input(x: Tensor, block_size: int) -> None:
+    """Raise unless x can be quantised in blocks of this size.
+
+    Raises:
+        DtypeError: if x is not float32, float16 or bfloat16.
+        ConfigError: if block_size is no power of two from 32 to 4096.
+        NonFiniteError: if x holds NaN or infinity, naming the first place.
+    """
+    check_block_size(block_size)
+    if x.dtype not in DTYPES:
+        raise DtypeError(
+            f"cannot quantise {x.dtype}: want {', '.join(map(str, DTYPES))}; cast the weight first, e.g. with .float()"
+        )
+    if x.is_meta:
+        return
+    finite = x.isfinite()
+    if not finite.all():
+        where = (~finite).nonzero()
+        index = tuple(where[0].tolist())
+        raise NonFiniteError(
+            f"a weight to quantise holds {x[index].item()} at index {index}, and {len(where)} non-finite values in "
+            "all: one would spoil its whole block; repair or leave out the weight"
+        )
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise ConfigError unless block_size is a power of two from 32 to 4096."""
+    if block_size not in BLOCK_SIZES:
+        raise ConfigError(f"block_size is {block_size!r}; want one of {', '.join(map(str, BLOCK_SIZES))}")

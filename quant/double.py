@@ -1,0 +1,52 @@
+"""Double quantisation: the scales of the blocks are themselves stored in 8 bits.
+
+    offset = mean(absmax);   absmax - offset in blocks of 256, codes into the signed dynamic map
+    absmax ~ level * absmax2 + offset, the product and the sum rounded separately
+
+32 bits a scale become 8 + 32/256: at a block size of 64, 0.5 bits a weight become 0.127.
+Source: Dettmers et al. 2023 (arXiv 2305.14314), section 3.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_core.quant.blockwise import quantize_blocks
+from lora_core.quant.codebook import codebook
+
+NESTED_BLOCK_SIZE = 256
+
+
+def quantize_absmax(absmax: Tensor, block_size: int = NESTED_BLOCK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (codes, absmax2, offset) of scales.
+
+    Args:
+        absmax: float32 [b], not negative.
+        block_size: scales per second-level scale.
+    Returns:
+        codes uint8 [b], absmax2 float32 [ceil(b / block_size)], offset float32 [].
+    """
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    # a float32 sum of the largest scales can overflow although their mean does not
+    offset = torch.where(offset.isfinite(), offset, absmax.double().mean().float())
+    codes, absmax2 = quantize_blocks(absmax - offset, codebook("dynamic"), block_size)
+    return codes, absmax2, offset
+
+
+def dequantize_absmax(
+    codes: Tensor, absmax2: Tensor, offset: Tensor, block_size: int = NESTED_BLOCK_SIZE, levels: Tensor | None = None
+) -> Tensor:
+    """Return level * absmax2 + offset in float32, each operation rounded.
+
+    Args:
+        codes: uint8 [b].
+        absmax2: float32 [ceil(b / block_size)].
+        offset: float32, one element.
+        block_size: scales per second-level scale.
+        levels: float32 [256]; by default the signed dynamic map.
+    Returns:
+        float32 [b].
+    """
+    table = (codebook("dynamic").levels if levels is None else levels).to(codes.device)
+    scale = absmax2.repeat_interleave(block_size)[: codes.numel()]
+    product = table[codes.int()] * scale
+    return product + offset

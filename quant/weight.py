@@ -1,0 +1,258 @@
+"""QuantizedWeight: a frozen weight in 4 bits, with what is needed to get it back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.errors import CheckpointError
+from lora_core.quant import bitsandbytes
+from lora_core.quant.blockwise import check_input, dequantize_blocks, quantize_blocks
+from lora_core.quant.codebook import codebook
+from lora_core.quant.double import NESTED_BLOCK_SIZE, dequantize_absmax, quantize_absmax
+from lora_core.quant.packing import pack, unpack
+
+FOUR_BIT = ("nf4", "fp4", "int4")
+
+
+class QuantizedWeight(nn.Module):
+    """A weight of any shape held as 4-bit codes and block scales; made by quantize or from_bitsandbytes.
+
+    Moving it between devices moves all it holds. Casting it, as model.half() does, changes nothing: codes stay bytes
+    and scales stay float32.
+
+    Args:
+        codes: packed, uint8 [(n + 1) // 2, 1].
+        absmax: float32 [ceil(n / block_size)], or uint8 where the scales are quantised.
+        nested_absmax: float32 [ceil(len(absmax) / nested_block_size)] where they are, else None.
+        nested_offset: float32 [] where they are, else None.
+        shape: of the weight.
+        dtype: of the weight before, which dequantize returns by default.
+        quant_type: "nf4", "fp4" or "int4".
+        block_size: elements sharing one scale.
+        nested_block_size: scales sharing one second-level scale.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        nested_offset: Tensor | None,
+        *,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        nested_block_size: int = NESTED_BLOCK_SIZE,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("nested_offset", nested_offset)
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.quant_type = quant_type
+        self.block_size = block_size
+        self.nested_block_size = nested_block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @property
+    def is_meta(self) -> bool:
+        return self.codes.is_meta
+
+    @property
+    def double_quant(self) -> bool:
+        """Say whether the scales are quantised too."""
+        return self.nested_absmax is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that codes and scales take."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Return the bits held per weight, scales included; 0 for an empty weight."""
+        return 8 * self.nbytes / self.shape.numel() if self.shape.numel() else 0.0
+
+    def numel(self) -> int:
+        """Return how many weights it stands for."""
+        return self.shape.numel()
+
+    def dim(self) -> int:
+        """Return the number of dimensions of the weight."""
+        return len(self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight, level * absmax rounded once to dtype.
+
+        Args:
+            dtype: a floating dtype; by default that of the weight before.
+        Returns:
+            A new tensor of self.shape.
+        """
+        dtype = dtype or self.dtype
+        if self.quant_type == "nf4":
+            dense: Tensor = torch.ops.lora_core.nf4_dequantize(
+                self.codes,
+                self.absmax,
+                self.nested_absmax,
+                self.nested_offset,
+                self.shape,
+                dtype,
+                self.block_size,
+                self.nested_block_size,
+            )
+            return dense
+        codes = unpack(self.codes, self.shape.numel())
+        flat = dequantize_blocks(codes, self.dense_absmax(), codebook(self.quant_type), self.block_size, dtype)
+        return flat.view(self.shape)
+
+    def dense_absmax(self) -> Tensor:
+        """Return the scales in float32, as they enter the weights."""
+        if self.nested_absmax is None or self.nested_offset is None:
+            return self.absmax
+        return dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset, self.nested_block_size)
+
+    def to_bitsandbytes(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """Return the state dict that bitsandbytes writes for such a weight.
+
+        Args:
+            prefix: the key of the packed codes, and what the other keys start with.
+        Raises:
+            ConfigError: for "int4", which bitsandbytes does not have.
+        """
+        return bitsandbytes.write(self, prefix)
+
+    @classmethod
+    def from_bitsandbytes(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> "QuantizedWeight":
+        """Return the weight that bitsandbytes' state dict describes; it decodes to the same bits.
+
+        Args:
+            state: holds prefix and prefix + ".absmax" and so on; other keys are ignored.
+            prefix: the key of the packed codes.
+        Raises:
+            CheckpointError: if keys are missing, sizes disagree, or a level map is unknown.
+        """
+        return cls(**bitsandbytes.read(state, prefix))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
+        """Follow device moves and sharing, refuse casts."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    # the state dict holds bitsandbytes' keys, the packed codes as "packed"; NF4Linear renames that to its own "weight"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for key, value in bitsandbytes.entries(self).items():
+            destination[prefix + (key or "packed")] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        if "packed" not in mine:
+            missing_keys.append(prefix + "packed")
+            return
+        state = {f"weight.{k}": v for k, v in mine.items() if k != "packed"}
+        try:
+            read = bitsandbytes.read({"weight": mine["packed"], **state}, "weight")
+        except CheckpointError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        if read["shape"] != self.shape:
+            error_msgs.append(
+                f"{prefix.rstrip('.')}: the checkpoint's weight has shape {tuple(read['shape'])}, this one "
+                f"{tuple(self.shape)}"
+            )
+            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        device = self.device
+        for key in ("codes", "absmax", "nested_absmax", "nested_offset"):
+            value = read.pop(key)
+            if value is not None and not (assign or device.type == "meta"):
+                value = value.to(device, copy=True)
+            setattr(self, key, value)
+        for key, value in read.items():
+            setattr(self, key, value)
+        expected = bitsandbytes.entries(self)
+        unexpected_keys.extend(prefix + k for k in mine if k != "packed" and k not in expected and strict)
+
+    def extra_repr(self) -> str:
+        return (
+            f"shape={tuple(self.shape)}, {self.quant_type}, block_size={self.block_size}, "
+            f"double_quant={self.double_quant}, {self.bits_per_parameter:.3f} bits/parameter, dtype={self.dtype}"
+        )
+
+
+def quantize(
+    weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> QuantizedWeight:
+    """Return a weight in 4 bits.
+
+    Args:
+        weight: float32, float16 or bfloat16 of any shape and strides; not changed.
+        quant_type: "nf4", "fp4" or "int4".
+        block_size: elements sharing one scale; a power of two from 32 to 4096.
+        double_quant: quantise the scales too.
+    Raises:
+        DtypeError: if the weight is of another dtype.
+        NonFiniteError: if it holds NaN or infinity.
+        ConfigError: if quant_type or block_size is none of the above.
+    Source: Dettmers et al. 2023, section 3.
+    """
+    weight = weight.detach()
+    book = codebook(quant_type)
+    check_input(weight, block_size)
+    if quant_type == "nf4":
+        packed, absmax = torch.ops.lora_core.nf4_quantize(weight, block_size)
+    else:
+        codes, absmax = quantize_blocks(weight, book, block_size)
+        packed = pack(codes)[:, None]
+    nested: tuple[Tensor | None, Tensor | None] = (None, None)
+    if double_quant:
+        absmax, *rest = quantize_absmax(absmax)
+        nested = (rest[0], rest[1])
+    return QuantizedWeight(
+        packed,
+        absmax,
+        *nested,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+    )
+
+
+def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
+    """Return a weight in NF4; see quantize."""
+    return quantize(weight, "nf4", block_size, double_quant)

@@ -93,6 +93,7 @@ def _(
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.set_materialize_grads(False)
+    ctx.lead = x.shape[:-1]
     _, need_weight, _, need_a, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if need_weight or need_a else None, weight, lora_a, lora_b, output[1], seed)
 
@@ -100,7 +101,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     if d_y is None:
-        d_y = weight.new_zeros(hidden.shape[0], weight.shape[0])
+        d_y = weight.new_zeros(*ctx.lead, weight.shape[0])
     needs = ctx.needs_input_grad[:5]
     grads = backward_op(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]

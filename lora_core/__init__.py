@@ -14,8 +14,10 @@ from lora_core.adapt.count import print_trainable_parameters  # noqa: E402
 from lora_core.adapt.delete import delete_adapter  # noqa: E402
 from lora_core.adapt.disable import disable_adapter  # noqa: E402
 from lora_core.adapt.inject import add_adapter  # noqa: E402
+from lora_core.adapt.load import load_adapter  # noqa: E402
 from lora_core.adapt.merge import merge_adapter, merge_and_unload, unmerge_adapter  # noqa: E402
 from lora_core.adapt.quantize import quantize_model  # noqa: E402
+from lora_core.adapt.save import save_adapter  # noqa: E402
 from lora_core.adapt.switch import set_adapter  # noqa: E402
 from lora_core.errors import (  # noqa: E402
     AdapterError,
@@ -51,6 +53,7 @@ __all__ = [
     "add_adapter",
     "delete_adapter",
     "disable_adapter",
+    "load_adapter",
     "lora_linear",
     "merge_adapter",
     "merge_and_unload",
@@ -58,6 +61,7 @@ __all__ = [
     "print_trainable_parameters",
     "quantize_model",
     "quantize_nf4",
+    "save_adapter",
     "set_adapter",
     "unmerge_adapter",
 ]

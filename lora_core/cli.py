@@ -33,6 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
         app.command(name)(getattr(importlib.import_module(f"lora_core.commands.{name}"), name))
     try:
         app(args=arguments, prog_name="lora-core")
+    except SystemExit as done:
+        # a command that ends well is no reason to end the caller
+        if done.code:
+            raise
     except LoraCoreError as error:
         sys.stderr.write(f"lora-core: {type(error).__name__}: {error}\n")
         sys.exit(USAGE_ERROR)

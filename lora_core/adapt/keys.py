@@ -120,7 +120,7 @@ def _biases(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str
             continue
         outer = model.get_submodule(owner.rpartition(".")[0])
         adapted = isinstance(outer, AdapterLayer)
-        if adapted and adapter_name in outer.adapters:
+        if isinstance(outer, AdapterLayer) and adapter_name in outer.adapters:
             found[key(name)] = parameter
         elif config.bias == "all":
             found[key(owner.removesuffix(".base_layer") if adapted else owner, last)] = parameter

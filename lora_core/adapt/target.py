@@ -7,6 +7,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from torch import nn
 
@@ -78,9 +79,10 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
     for name, module in linear:
         if name.split(".")[-1] == "lm_head":
             return module
-    tables = {tuple(m.weight.shape) for _, m in _candidates(model) if isinstance(m, nn.Embedding)}
-    if linear and tuple(linear[-1][1].weight.shape) in tables:
-        return linear[-1][1]
+    tables = {m.weight.shape for _, m in _candidates(model) if isinstance(m, nn.Embedding)}
+    last: Any = linear[-1][1] if linear else None
+    if last is not None and last.weight.shape in tables:
+        return cast(nn.Module, last)
     return None
 
 

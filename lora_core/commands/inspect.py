@@ -90,7 +90,7 @@ def _show(report: Any, limit: int | None) -> None:
         console.print("no problems found")
 
 
-def _table(console: Any, title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]], limit: int | None) -> None:
+def _table(console: Any, title: str, heads: tuple[str, ...], rows: list[Any], limit: int | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 

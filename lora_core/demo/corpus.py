@@ -85,7 +85,9 @@ def _domain(name: str, documents: Iterable[str], limit_bytes: int | None = None)
     for document in documents:
         if document.strip():
             by_digest.setdefault(digest(document), document)
-    train, held_out, total, whole = [], [], 0, hashlib.sha256()
+    train: list[str] = []
+    held_out: list[str] = []
+    total, whole = 0, hashlib.sha256()
     for key in sorted(by_digest):
         if limit_bytes is not None and total >= limit_bytes:
             break

@@ -79,6 +79,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Predicts the next token; the output layer shares the embedding's weight (Press and Wolf 2017)."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config

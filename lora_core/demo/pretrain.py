@@ -6,6 +6,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class PretrainSettings:
     warmup: int = 200
     weight_decay: float = 0.1
     threads: int = 2
-    # bfloat16 matmuls (autocast) are 1.6 times as fast on cores with AVX512_BF16 and slower on others; False runs in fp32
+    # bfloat16 matmuls are 1.6 times as fast on cores with AVX512_BF16 and slower on others; False runs in float32
     bfloat16: bool = True
 
 
@@ -122,7 +123,7 @@ def _train(
     """AdamW with a cosine schedule; matrices decay, norms do not."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True)
     first = _resume(model, optimizer, scratch) if scratch is not None and scratch.exists() else 0
     context, saved_at, smooth = model.config.context, time.perf_counter(), 0.0

@@ -140,7 +140,7 @@ def _settings(values: dict[str, Any] | None, config: LoraConfig | None, names: l
         method = "rsLoRA"
     if any(n.endswith("lora_magnitude_vector") for n in names):
         method = "DoRA"
-    found = {"method": method}
+    found: dict[str, Any] = {"method": method}
     found.update({name: values[name] for name in SHOWN_SETTINGS if values.get(name) not in (None, [], {})})
     if config is not None:
         found["scaling"] = config.scaling_of("")

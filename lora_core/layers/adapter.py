@@ -62,6 +62,8 @@ class AdapterLayer(nn.Module):
     PEFT_A: ClassVar[str] = "lora_A.weight"
     PEFT_B: ClassVar[str] = "lora_B.weight"
 
+    base_layer: Any
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer

@@ -37,11 +37,11 @@ class LoraLinear(AdapterLayer):
 
     @property
     def in_features(self) -> int:
-        return int(self.base_layer.in_features)  # type: ignore[arg-type]
+        return int(self.base_layer.in_features)
 
     @property
     def out_features(self) -> int:
-        return int(self.base_layer.out_features)  # type: ignore[arg-type]
+        return int(self.base_layer.out_features)
 
     def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_features), (self.out_features, rank)

@@ -25,6 +25,8 @@ class NF4Linear(nn.Module):
         compute_dtype: dtype of the matrix product; None takes that of x.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, weight: QuantizedWeight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:

@@ -3,26 +3,27 @@
 import dataclasses
 import difflib
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lora_core.errors import ConfigError
 
-Config = TypeVar("Config", bound=type)
+Config = TypeVar("Config")
 
 
-def checks_field_names(cls: Config) -> Config:
+def checks_field_names(cls: type[Config]) -> type[Config]:
     """Decorate a dataclass: an unknown keyword raises ConfigError with the nearest known field."""
-    plain_init = cls.__init__
-    known = [f.name for f in dataclasses.fields(cls)]
+    plain_init: Callable[..., None] = cls.__init__
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     @functools.wraps(plain_init)
-    def init(self: Any, **values: Any) -> None:
+    def init(self: Config, **values: Any) -> None:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ConfigError(unknown_field(cls.__name__, unknown[0], known))
         plain_init(self, **values)
 
-    cls.__init__ = init  # type: ignore[method-assign,misc]
+    setattr(cls, "__init__", init)  # noqa: B010
     return cls
 
 

@@ -89,9 +89,9 @@ class LoraConfig:
         if self.use_dora:
             raise ConfigError("LoraConfig: use_dora=True is not available yet; leave it False")
         check_initialisation(self.init_lora_weights)
-        for name in (self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern):
-            if isinstance(name, str):
-                check_expression(name)
+        for expression in (self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern):
+            if isinstance(expression, str):
+                check_expression(expression)
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"LoraConfig: modules_to_save is the string {self.modules_to_save!r}; want a list of names"

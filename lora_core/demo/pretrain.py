@@ -1,7 +1,6 @@
 """Pre-trains the base on prose; makes base.safetensors, base.json and tokenizer.json."""
 
 import json
-import math
 import platform
 import time
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from lora_core.demo.data import loss_of, nats_per_byte, seed_dropout, token_stre
 from lora_core.demo.files import write_atomically
 from lora_core.demo.model import GPT, GPTConfig
 from lora_core.demo.progress import progress_bars
+from lora_core.demo.schedule import learning_rate_at
 from lora_core.demo.tokenizer import Tokenizer, train_tokenizer
 
 DEFAULT_STEPS = 6000
-# the working tree's own folder: the base is shipped with the package
-SHIPPED = Path(__file__).parent
 CHECKPOINT_SECONDS = 180.0
 
 
@@ -106,15 +104,6 @@ def tokenizer_text(corpus: Corpus) -> list[str]:
         text.append(document)
         budget -= len(document)
     return text
-
-
-def learning_rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear rise over the warm-up, then half a cosine down to a twentieth of the peak."""
-    warmup = max(1, min(warmup, steps // 10))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _train(

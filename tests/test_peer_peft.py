@@ -206,6 +206,24 @@ def test_adapter_made_here_loads_in_peft_and_gives_its_logits(case, tmp_path):
     assert all(torch.equal(written[n], theirs[n]) for n in written)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+        {"target_modules": r".*\.[qk]_proj", "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 5}},
+        {"target_modules": ["q_proj"], "init_lora_weights": "olora", "alpha_pattern": {r".*\.1\..*": 5}},
+    ],
+    ids=str,
+)
+def test_adapter_that_peft_could_not_make_or_convert_loads_there(config, tmp_path):
+    import peft
+
+    ours = scramble(in_ours(llama, **config))
+    lc.save_adapter(ours, tmp_path)
+    assert_same_output(ours, peft.PeftModel.from_pretrained(llama(), tmp_path).eval())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_adapter_through_both_libraries_comes_back_bit_for_bit(case, tmp_path):
     import peft

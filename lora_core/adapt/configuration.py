@@ -116,9 +116,6 @@ def config_to_peft(config: LoraConfig) -> dict[str, Any]:
     """
     known = {name: _plain(getattr(config, name)) for name in LoraConfig.field_names()}
     values = {**config.extra, **known, "peft_type": PEFT_TYPE, "inference_mode": True}
-    if values["init_lora_weights"] not in (True, False, "gaussian"):
-        # "pissa" would have PEFT decompose the base weight again on loading
-        values["init_lora_weights"] = True
     try:
         # what is written is what is compared later: tuples become lists here, not only in the file
         plain: dict[str, Any] = json.loads(json.dumps(values))

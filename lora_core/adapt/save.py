@@ -84,6 +84,7 @@ def _plain_lora(
         lora_alpha=growth * config.lora_alpha,
         rank_pattern={k: 2 * v for k, v in config.rank_pattern.items()},
         alpha_pattern={k: growth * v for k, v in config.alpha_pattern.items()},
+        # "pissa" would have PEFT decompose the base weight again on loading
         init_lora_weights=True,
     )
     return tensors, doubled

@@ -1,0 +1,42 @@
+"""Work on a long flat array, a chunk that fits in a core's cache at a time, on as many threads as PyTorch uses.
+
+NumPy's and PyTorch's inner loops let go of the interpreter lock, so plain Python threads share the work.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+# elements; PyTorch splits an operation over its own threads above this many, which must not happen in ours
+CHUNK = 32768
+
+
+def run(work: Callable[[int, int], None], count: int) -> None:
+    """Call work(first, last) on ranges that cover range(count); every first is a multiple of CHUNK.
+
+    Args:
+        work: called from several threads at once, on ranges that do not overlap.
+        count: elements in all.
+    """
+    chunks = -(-count // CHUNK)
+    threads = min(torch.get_num_threads(), chunks)
+    if threads <= 1:
+        work(0, count)
+        return
+    edges = [min(chunks * i // threads * CHUNK, count) for i in range(threads)] + [count]
+    # the calling thread takes the last share, and a failure in any share is raised here
+    others = [_pool(os.getpid(), threads - 1).submit(work, *edges[i : i + 2]) for i in range(threads - 1)]
+    try:
+        work(*edges[-2:])
+    finally:
+        for other in others:
+            other.result()
+
+
+# a forked process has the parent's pool without its threads, so it makes its own
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="lora_core")

@@ -7,6 +7,7 @@ when its module is imported.
 import importlib
 import importlib.util
 import pkgutil
+import sys
 
 
 def load() -> None:
@@ -29,3 +30,16 @@ def _import_all(package: str) -> None:
     for path in (spec.submodule_search_locations or []) if spec else []:
         for module in pkgutil.iter_modules([path]):
             importlib.import_module(f"{package}.{module.name}")
+
+
+def implementation(op: str, device_type: str) -> str:
+    """Return the module whose code runs an op on this type of device; "reference" where no fast path is loaded.
+
+    Args:
+        op: its name without the namespace, such as "nf4_dequantize". A fast path lives in a file of that name, an
+            op's backward beside its forward.
+        device_type: "cpu" or "cuda".
+    """
+    package = {"cpu": "lora_core.cpu", "cuda": "lora_core.kernels"}.get(device_type, "")
+    module = f"{package}.{op.removesuffix('_backward')}"
+    return module if module in sys.modules else "reference"

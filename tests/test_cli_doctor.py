@@ -1,0 +1,61 @@
+"""`lora-core doctor` and the program's shell."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_core import cli, doctor
+
+
+def test_doctor_finds_every_operation_sound(capsys):
+    cli.main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["healthy"] and len(report["checks"]) == 5
+    assert report["versions"]["torch"] == torch.__version__
+    runs = {c["operation"]: c["implementation"] for c in report["checks"]}
+    assert runs["nf4_dequantize"] == "lora_core.cpu.nf4_dequantize" and runs["lora_linear"] == "reference"
+
+
+@pytest.mark.parametrize("broken", ["nf4_quantize", "nf4_dequantize", "lora_linear", "nf4_lora_linear"])
+def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
+    """A result 1% off, or codes one off, is a failure and the exit status says so."""
+    right = getattr(doctor, broken)
+
+    def wrong(*args):
+        result = right(*args)
+        return (result[0] + 1, result[1]) if broken == "nf4_quantize" else result * 1.01
+
+    monkeypatch.setattr(doctor, broken, wrong)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor"])
+    assert stop.value.code == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_doctor_counts_an_exception_as_a_failure(monkeypatch):
+    def burst(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(doctor, "lora_linear", burst)
+    failed = [c for c in doctor.self_check("cpu") if not c.passed]
+    assert [c.operation for c in failed] == ["lora_linear", "lora_linear_backward"]
+    assert "MemoryError: no room" in failed[0].detail
+
+
+def test_program_help_names_every_command():
+    done = subprocess.run(
+        [sys.executable, "-c", "from lora_core.cli import main; main(['--help'])"], capture_output=True
+    )
+    assert done.returncode == 0
+    assert all(name in done.stdout.decode() for name in cli.COMMANDS)
+
+
+def test_program_ends_bad_input_with_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["inspect", "no/such/file"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("lora-core: CheckpointError:") and message.count("\n") == 1

@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# the models are tiny and the tests run in two processes: more threads would only wait for one another
+torch.set_num_threads(1)
+
 # transformers and PEFT must not look for a model hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -284,3 +284,18 @@ def test_counting_sees_the_weights_behind_a_quantised_layer():
     _, before = count_parameters(model)
     lc.quantize_model(model)
     assert count_parameters(model)[1] == before
+
+
+def test_injection_keeps_the_mode_of_every_module():
+    model = TinyDecoder().train()
+    model.layers[1].eval()
+    before = {n: m.training for n, m in model.named_modules()}
+    adapt(model, modules_to_save=["norm"])
+    after = {n.replace(".base_layer", "").replace(".original", ""): m.training for n, m in model.named_modules()}
+    assert all(after[n] == mode for n, mode in before.items())
+
+
+def test_modules_to_save_around_another_adapters_layer_are_refused():
+    model = adapt(name="one", target_modules=["q_proj"])
+    with pytest.raises(lc.ConfigError, match="layers.0.attn, where an adapter has a layer"):
+        adapt(model, name="two", target_modules=["up_proj"], modules_to_save=["layers.0.attn"])

@@ -117,8 +117,11 @@ def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     for name, module in modules.items():
         inside = any(name.startswith(f + ".") for f in found)
         if matches(name, config.modules_to_save) and not inside:
-            if isinstance(module, AdapterLayer):
-                raise ConfigError(f"modules_to_save names {name}, which an adapter targets: choose one of the two")
+            if any(isinstance(m, AdapterLayer) for m in module.modules()):
+                raise ConfigError(
+                    f"modules_to_save names {name}, where an adapter has a layer: choose one of the two, or delete that "
+                    "adapter first"
+                )
             found.append(name)
     for wanted in config.modules_to_save:
         if not any(matches(n, [wanted]) for n in modules):

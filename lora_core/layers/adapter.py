@@ -73,7 +73,7 @@ class AdapterLayer(nn.Module):
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: Merged | None = None
-        self.train(base_layer.training)
+        self.training = base_layer.training
 
     # what a subclass defines
 

@@ -55,7 +55,7 @@ class NF4Linear(nn.Module):
         weight = quantize_nf4(dense.T if transposed else dense, block_size=block_size, double_quant=double_quant)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         new = cls(weight, bias, compute_dtype)
-        new.train(layer.training)
+        new.training = layer.training
         return new
 
     @property

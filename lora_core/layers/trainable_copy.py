@@ -23,7 +23,7 @@ class TrainableCopy(nn.Module):
         self.trainable: dict[str, bool] = {}
         self.active: str | None = None
         self.enabled = True
-        self.train(original.training)
+        self.training = original.training
 
     @property
     def weight(self) -> Any:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 ROTARY_BASE = 10_000.0
 # standard deviation of the initial weights (Radford et al. 2019, as released)
 INITIAL_STD = 0.02
+# float32's machine epsilon, which nn.RMSNorm takes by itself; stated so that other dtypes compute the same function
+NORM_EPS = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width)
+        self.attention_norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -88,7 +90,7 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         cos, sin = rotary_tables(config.context, config.width // config.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -30,7 +30,11 @@ class Method:
         """The method's settings in a few words."""
         if not self.adapter:
             return f"every weight, rate {self.learning_rate:g}"
-        scale = f"alpha/sqrt(r) = {self.alpha / self.rank**0.5:g}" if self.rslora else f"alpha/r = {self.alpha / self.rank:g}"
+        scale = (
+            f"alpha/sqrt(r) = {self.alpha / self.rank**0.5:g}"
+            if self.rslora
+            else f"alpha/r = {self.alpha / self.rank:g}"
+        )
         base = "NF4 base with double quantisation" if self.quantized else "float32 base"
         return f"r = {self.rank}, {scale}, rate {self.learning_rate:g}, {base}"
 
@@ -63,7 +67,17 @@ class DemoSettings:
     @classmethod
     def quick(cls, seed: int = 0, base: Path = SHIPPED) -> "DemoSettings":
         """A run of seconds: every part, no learning to speak of."""
-        return cls(seed, 4, 4, table_windows=8, curve_windows=4, curve_points=2, agreement_windows=2, sample_tokens=8, base=base)
+        return cls(
+            seed,
+            4,
+            4,
+            table_windows=8,
+            curve_windows=4,
+            curve_points=2,
+            agreement_windows=2,
+            sample_tokens=8,
+            base=base,
+        )
 
 
 def check_seed(seed: int) -> None:

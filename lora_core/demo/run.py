@@ -1,0 +1,151 @@
+"""The whole demo: adapt four ways, compare, and write everything down."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_core.demo.adaptation import adapt, measure
+from lora_core.demo.agreement import check_agreement
+from lora_core.demo.base import Base, load_base
+from lora_core.demo.charts import DARK, LIGHT, draw_charts, require_matplotlib
+from lora_core.demo.files import write_atomically
+from lora_core.demo.page import page
+from lora_core.demo.progress import progress_bars
+from lora_core.demo.results import Results, Row, machine, peak_memory_bytes
+from lora_core.demo.sample import prompt_of, write
+from lora_core.demo.settings import METHODS, DemoSettings, check_output, check_seed, check_steps
+from lora_core.demo.text import Text, load_text
+from lora_core.demo.weights import Spectrum, quantization_errors, update_spectra
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+ADAPTER_FOLDER = "qlora-adapter"
+# what the other parts take, in training steps, so that the bar of the whole run moves evenly
+PREPARING, MEASURING, COMPARING = 35, 25, 40
+
+
+def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Results:
+    """Runs the demo and writes results.json, the charts, index.html and the QLoRA adapter.
+
+    Args:
+        output: a folder; its files are replaced one by one, each whole or not at all.
+        settings: seed and sizes.
+        device: where to run.
+    Returns:
+        All figures, every one measured in this run.
+    Raises:
+        ConfigError: on settings that cannot work.
+        CheckpointError: if the base cannot be read.
+        LoraCoreError: without matplotlib.
+    """
+    check_seed(settings.seed)
+    check_steps(settings.steps)
+    check_output(output)
+    require_matplotlib()
+    started = time.perf_counter()
+    base = load_base(settings.base)
+    with progress_bars() as progress, _deterministic(device):
+        total = PREPARING + len(METHODS) * (settings.steps + MEASURING) + COMPARING
+        whole = progress.add_task("[bold]whole demo", total=total, note="")
+        progress.update(whole, note="reading the standard library")
+        text = load_text(base)
+        unchanged = base.model().to(device)
+        prompt = prompt_of(text)
+        base_sample = write(unchanged, base, prompt, settings.sample_tokens, settings.seed)
+        at_start = measure(unchanged, text, base, settings)
+        progress.update(whole, advance=PREPARING, note="")
+        rows: list[Row] = []
+        spectra: list[Spectrum] = []
+        rank = max(method.rank for method in METHODS if method.adapter)
+        for method in METHODS:
+            bar = progress.add_task(method.title, total=settings.steps, note="")
+            advance = _advance(progress, bar, whole)
+            # the quantised base starts elsewhere, so it is measured anew
+            before = None if method.quantized else at_start
+            adapted = adapt(base, method, text, settings, device, before, advance)
+            rows.append(Row.of(adapted, write(adapted.model, base, prompt, settings.sample_tokens, settings.seed)))
+            if method.name == "full":
+                spectra = update_spectra(base, adapted.model, rank)
+            progress.update(whole, advance=MEASURING)
+        # QLoRA is the last of the methods
+        progress.update(whole, note="saving, reloading, merging, comparing")
+        results = Results(
+            setting=_setting(settings, base, text, device),
+            rows=rows,
+            agreement=check_agreement(adapted, base, text, settings, device, output / ADAPTER_FOLDER),
+            quantization=quantization_errors(base),
+            spectra=spectra,
+            rank=rank,
+            prompt=base.tokenizer.decode(prompt),
+            base_sample=base_sample,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        write_results(results, output)
+        progress.update(whole, completed=total, note="")
+    return results
+
+
+def write_results(results: Results, output: Path) -> None:
+    """Writes the figures, the charts and the page; all are made before the first is written."""
+    charts, dark = draw_charts(results, LIGHT), draw_charts(results, DARK)
+    html = page(results, charts, dark)
+    figures = json.dumps(results.as_dict(), indent=1) + "\n"
+    for name, content in charts.items():
+        write_atomically(output / name, _writer(content))
+    write_atomically(output / "results.json", _writer(figures.encode()))
+    write_atomically(output / "index.html", _writer(html.encode()))
+
+
+def _writer(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def _advance(progress: "Progress", bar: "TaskID", whole: "TaskID") -> Callable[[float], None]:
+    """Moves the method's bar and that of the whole run by a step."""
+
+    def advance(loss: float) -> None:
+        progress.update(bar, advance=1, note=f"{loss:.2f} nats/token")
+        progress.update(whole, advance=1)
+
+    return advance
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Asks PyTorch for operations that give the same numbers every time, and takes the wish back afterwards."""
+    if device.type == "cuda":
+        # cuBLAS needs a fixed workspace for that; read when the first handle is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def _setting(settings: DemoSettings, base: Base, text: Text, device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    record = base.record
+    return {
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "tokens_per_step": settings.batch * base.config.context,
+        "table_windows": settings.table_windows,
+        "parameters": record["parameters"],
+        "base_steps": record["steps"],
+        "base_nats_per_byte": record["held_out_nats_per_byte"],
+        "base_file_bytes": base.file_bytes,
+        "same_prose_as_base": record["prose_sha256"] == text.corpus.prose.sha256,
+        "prose_sha256": text.corpus.prose.sha256,
+        "code_sha256": text.corpus.code.sha256,
+        **machine(device),
+    }

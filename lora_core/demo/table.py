@@ -1,0 +1,61 @@
+"""The table of a run, for the terminal."""
+
+from typing import TYPE_CHECKING
+
+from lora_core.demo.results import Results, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MIB = 2**20
+COLUMNS = ("method", "trainable", "weights", "optimiser", "step", "code before", "after", "prose before", "after")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One method's line, as the terminal and the page show it."""
+    return (
+        row.title,
+        f"{row.trainable:,}",
+        f"{row.weight_bytes / MIB:.1f} MiB",
+        f"{row.optimizer_bytes / MIB:.1f} MiB",
+        f"{row.step_ms:.0f} ms",
+        f"{row.before.code:.3f}",
+        f"{row.after.code:.3f}",
+        f"{row.before.prose:.3f}",
+        f"{row.after.prose:.3f}",
+    )
+
+
+def agreement_lines(results: Results) -> list[str]:
+    """What saving, reloading and merging did, in sentences."""
+    found = results.agreement
+    exact = found.reloaded_difference == 0
+    change = "logits equal bit for bit" if exact else f"logits differ by up to {found.reloaded_difference:.1e}"
+    return [
+        f"Adapter saved and loaded into a fresh base: {change}.",
+        f"Merged into the dequantised weights in float32: logits differ by up to {found.merged_difference:.1e}; "
+        f"rms error against float64 is {found.merged_rounding:.1e} merged and {found.trained_rounding:.1e} unmerged.",
+        f"Merged back into NF4, the weights are rounded to 4 bits again (by up to {100 * found.requantizing_error:.1f}% "
+        f"of a layer's norm): held-out code {found.trained.code:.4f} -> {found.requantized.code:.4f} nats/byte.",
+        "All three forms agree." if found.agrees else "THE THREE FORMS DO NOT AGREE.",
+    ]
+
+
+def print_results(results: Results, console: "Console") -> None:
+    """Prints the table, the rates, the agreement and where the time went."""
+    from rich.table import Table
+
+    setting = results.setting
+    title = f"Loss in nats per byte of held-out text; {setting['steps']} steps of {setting['tokens_per_step']:,} tokens"
+    table = Table(title=title, title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in results.rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    for row in results.rows:
+        console.print(f"  {row.title}: {row.settings}", highlight=False, markup=False)
+    for line in agreement_lines(results):
+        console.print(line, highlight=False, markup=False)
+    memory = f"{results.peak_memory_bytes / MIB:,.0f} MiB"
+    console.print(f"{results.seconds:.0f} s, peak memory {memory}, {setting['device']}, seed {setting['seed']}")

@@ -55,8 +55,8 @@ def _draw(drawing: Any, results: Results, theme: Theme) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ink = {key: theme.ink for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
-    paper = {key: theme.paper for key in ("figure.facecolor", "axes.facecolor", "legend.facecolor")}
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink)
+    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), theme.paper)
     other = {"axes.edgecolor": theme.faint, "grid.color": theme.faint, "legend.edgecolor": theme.faint, "font.size": 10}
     hidden = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.6}
     with rc_context({**ink, **paper, **other, **hidden}):

@@ -49,8 +49,8 @@ def page(results: Results, light: dict[str, bytes], dark: dict[str, bytes]) -> s
 def _lead(results: Results) -> str:
     setting = results.setting
     return escape(
-        f"A GPT of {setting['parameters']:,} parameters, pre-trained for {setting['base_steps']:,} steps on the prose of "
-        f"Python's own documentation, learns Python source code in {setting['steps']} steps of "
+        f"A GPT of {setting['parameters']:,} parameters, pre-trained for {setting['base_steps']:,} steps on the prose "
+        f"of Python's own documentation, learns Python source code in {setting['steps']} steps of "
         f"{setting['tokens_per_step']:,} tokens. Every figure here was measured in this one run of "
         f"{results.seconds:.0f} seconds on {setting['device']}."
     )
@@ -61,7 +61,10 @@ def _rows(results: Results) -> str:
     values = [
         (row.weight_bytes, row.optimizer_bytes, row.step_ms, row.after.code, row.after.prose) for row in results.rows
     ]
-    best = {column: min(column_values) for column, column_values in zip(SMALLEST_IS_BEST, zip(*values), strict=True)}
+    best = {
+        column: min(column_values)
+        for column, column_values in zip(SMALLEST_IS_BEST, zip(*values, strict=True), strict=True)
+    }
     lines = []
     for row, own in zip(results.rows, values, strict=True):
         marked = {column for column, value in zip(SMALLEST_IS_BEST, own, strict=True) if value == best[column]}

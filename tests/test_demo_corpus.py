@@ -1,0 +1,198 @@
+"""The demo's text, tokenizer, model and base."""
+
+import ast
+import json
+import math
+
+import pytest
+import torch
+
+from lora_core.demo.base import SHIPPED, load_base
+from lora_core.demo.corpus import CODE_LIMIT_BYTES, HELD_OUT_ONE_IN, digest, load_corpus
+from lora_core.demo.data import nats_per_byte, token_stream, training_batch
+from lora_core.demo.model import GPT, GPTConfig
+from lora_core.demo.pretrain import PretrainSettings, pretrain
+from lora_core.demo.schedule import learning_rate_at
+from lora_core.demo.tokenizer import Tokenizer, train_tokenizer
+from lora_core.errors import CheckpointError
+
+TINY = GPTConfig(vocabulary=300, context=16, width=32, layers=2, heads=2, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return load_corpus()
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base()
+
+
+def test_demo_corpus_is_deterministic(corpus):
+    assert load_corpus() == corpus
+
+
+def test_demo_corpus_splits_by_content_without_overlap(corpus):
+    for domain in (corpus.prose, corpus.code):
+        train, held_out = ({digest(text) for text in side} for side in (domain.train, domain.held_out))
+        assert train and held_out and not train & held_out
+        assert len(train) == len(domain.train) and len(held_out) == len(domain.held_out)
+        assert all(int(key[-8:], 16) % HELD_OUT_ONE_IN == 0 for key in held_out)
+        assert all(int(key[-8:], 16) % HELD_OUT_ONE_IN for key in train)
+
+
+def test_demo_corpus_code_is_capped_and_holds_no_docstring_prose(corpus):
+    code = [*corpus.code.train, *corpus.code.held_out]
+    longest = max(len(text.encode()) for text in code)
+    assert sum(len(text.encode()) for text in code) < CODE_LIMIT_BYTES + longest
+    parsed = 0
+    for text in code:
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:
+            # a body that held nothing but its docstring
+            continue
+        parsed += 1
+        if ast.get_docstring(tree):
+            pytest.fail(f"a module's docstring is left: {text[:80]!r}")
+    assert parsed > len(code) // 4
+
+
+def test_demo_corpus_digest_ignores_indentation():
+    assert digest("a  b\n    c") == digest("a b c") != digest("a b d")
+
+
+def test_demo_tokenizer_gives_every_text_back(base, corpus):
+    for text in (*corpus.prose.held_out[:20], "naïve — 雪\t\0\n\n   x", ""):
+        assert base.tokenizer.decode(base.tokenizer.encode(text)) == text
+
+
+def test_demo_tokenizer_learns_the_most_frequent_pair_first():
+    tokenizer = train_tokenizer(["abab abab ab", "xy"], 259)
+    assert tokenizer.merges[0] == (ord("a"), ord("b"))
+    assert tokenizer.spelling[-1] == b"abab"
+
+
+def test_demo_tokenizer_is_deterministic_and_survives_a_file(tmp_path):
+    text = ["one two two three three three", "def one(two): return three"]
+    first, second = train_tokenizer(text, 280), train_tokenizer(text, 280)
+    assert first.merges == second.merges
+    first.save(tmp_path / "t.json")
+    assert Tokenizer.load(tmp_path / "t.json").merges == first.merges
+
+
+def test_demo_tokenizer_refuses_a_foreign_file(tmp_path):
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"t\.json.*lora-core demo --pretrain"):
+        Tokenizer.load(tmp_path / "t.json")
+
+
+def test_demo_model_sees_no_token_ahead():
+    model = GPT(TINY).double().eval()
+    tokens = torch.randint(300, (1, 16))
+    changed = tokens.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 300
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert (before[:, 9:] != after[:, 9:]).any(-1).all()
+
+
+def test_demo_model_knows_the_order_of_tokens():
+    model = GPT(TINY).eval()
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    assert not torch.equal(model(tokens)[0, -1], model(tokens[:, [1, 0, 2, 3]])[0, -1])
+
+
+def test_demo_batches_depend_on_seed_and_step_alone():
+    stream = torch.arange(1000)
+    first, targets = training_batch(stream, 4, 16, seed=1, step=2)
+    torch.manual_seed(99)
+    assert torch.equal(first, training_batch(stream, 4, 16, seed=1, step=2)[0])
+    assert torch.equal(first + 1, targets)
+    assert not torch.equal(first, training_batch(stream, 4, 16, seed=1, step=3)[0])
+    assert not torch.equal(first, training_batch(stream, 4, 16, seed=2, step=2)[0])
+
+
+def test_demo_nats_per_byte_of_a_uniform_guess_is_the_vocabulary_over_the_bytes():
+    tokenizer = Tokenizer([(97, 98)])
+
+    class Uniform(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, tokens):
+            return self.anchor + torch.zeros(*tokens.shape, len(tokenizer))
+
+    # "ab" is one token of two bytes: half the nats of a token that spells one
+    stream = torch.full((65,), 257)
+    assert math.isclose(nats_per_byte(Uniform(), stream, tokenizer, 16), math.log(258) / 2)
+
+
+def test_demo_learning_rate_rises_then_falls_to_a_twentieth():
+    rates = [learning_rate_at(step, 100, 1.0, 10) for step in range(101)]
+    assert rates.index(max(rates)) in (9, 10) and rates[0] < rates[5] < rates[9]
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert math.isclose(rates[-1], 0.05)
+
+
+def test_demo_base_reads_prose_as_well_as_its_record_says(base, corpus):
+    held_out = token_stream(corpus.prose.held_out, base.tokenizer)
+    loss = nats_per_byte(base.model(), held_out, base.tokenizer, base.config.context)
+    if corpus.prose.sha256 == base.record["prose_sha256"]:
+        # the sum of 40,000 tokens' float32 losses, made with other threads or another build
+        assert abs(loss - base.record["held_out_nats_per_byte"]) < 40_000 * torch.finfo(torch.float32).eps
+    assert loss < base.record["untrained_nats_per_byte"] / 2
+
+
+def test_demo_base_is_small_and_its_two_records_are_one(base):
+    assert base.file_bytes <= 8_000_000
+    assert base.record == json.loads((SHIPPED / "base.json").read_text())
+    assert {"command", "prose_sha256", "steps", "held_out_nats_per_byte"} <= base.record.keys()
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "foreign", "other tokenizer"])
+def test_demo_base_refuses_a_broken_folder(tmp_path, harm):
+    for name in ("base.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((SHIPPED / name).read_bytes())
+    file = tmp_path / "base.safetensors"
+    if harm == "missing":
+        file.unlink()
+    elif harm == "truncated":
+        file.write_bytes(file.read_bytes()[:100_000])
+    elif harm == "foreign":
+        file.write_bytes(b"not a model")
+    else:
+        Tokenizer([(97, 98)]).save(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="want"):
+        load_base(tmp_path)
+
+
+def test_demo_pretraining_goes_on_from_a_checkpoint_with_the_same_result(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("lora_core.demo.pretrain.train_tokenizer", lambda text, size: Tokenizer([]))
+    short = type(corpus.prose)("prose", corpus.prose.train[:300], corpus.prose.held_out[:20], corpus.prose.sha256)
+    monkeypatch.setattr("lora_core.demo.pretrain.load_corpus", lambda: type(corpus)(short, corpus.code))
+    settings = PretrainSettings(steps=4, seed=3, batch=2, bfloat16=False)
+    config = GPTConfig(vocabulary=257, context=16, width=32, layers=1, heads=2)
+    whole = pretrain(tmp_path / "whole", settings, config)
+    monkeypatch.setattr("lora_core.demo.pretrain.CHECKPOINT_SECONDS", 0.0)
+    scratch = tmp_path / "scratch.safetensors"
+    stopped = pytest.MonkeyPatch()
+    calls = []
+
+    def stop_at_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return training_batch(*arguments)
+
+    with stopped.context() as patch:
+        patch.setattr("lora_core.demo.pretrain.training_batch", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path / "resumed", settings, config, scratch)
+    assert not (tmp_path / "resumed" / "base.safetensors").exists()
+    resumed = pretrain(tmp_path / "resumed", settings, config, scratch)
+    assert resumed["held_out_nats_per_byte"] == whole["held_out_nats_per_byte"] < whole["untrained_nats_per_byte"]
+    first, second = (load_base(tmp_path / name).state for name in ("whole", "resumed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

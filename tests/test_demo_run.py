@@ -1,0 +1,213 @@
+"""The demo from end to end, in its quick form."""
+
+import dataclasses
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_core.adapt.load import load_adapter
+from lora_core.cli import main
+from lora_core.demo import run as demo_run
+from lora_core.demo.adaptation import held_bytes, measure
+from lora_core.demo.agreement import Agreement
+from lora_core.demo.base import load_base
+from lora_core.demo.files import write_atomically
+from lora_core.demo.run import run_demo
+from lora_core.demo.settings import DemoSettings, choose_device
+from lora_core.demo.table import cells, print_results
+from lora_core.demo.text import load_text
+from lora_core.errors import ConfigError, DeviceError, LoraCoreError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"index.html", "results.json", "loss_curves.png", "quantization_error.png", "singular_values.png"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return load_text(load_base())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """One quick run: its folder and its results."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_run, "load_text", lambda base: text)
+        return folder, run_demo(folder, DemoSettings.quick(), CPU)
+
+
+def test_demo_run_writes_every_file_and_no_other(finished):
+    folder, _ = finished
+    assert {path.name for path in folder.iterdir()} == FILES | {"qlora-adapter"}
+    adapter = {path.name for path in (folder / "qlora-adapter").iterdir()}
+    assert adapter == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_demo_run_charts_are_pictures(finished):
+    from PIL import Image
+
+    folder, _ = finished
+    for path in folder.glob("*.png"):
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            image.load()
+            assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 20)) > 10, path
+
+
+def test_demo_run_page_refers_to_nothing_outside(finished):
+    folder, results = finished
+    html = (folder / "index.html").read_text("utf-8")
+    links = re.findall(r"""(?:src|srcset|href|action|url)\s*[=(]\s*["']?([^"'\s>)]*)""", html)
+    assert len(links) == 6 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert "<script" not in html and "@import" not in html and "$" not in re.sub(r"(?s)<pre>.*?</pre>", "", html)
+    for row in results.rows:
+        for cell in cells(row):
+            assert cell in html
+
+
+def test_demo_run_table_shows_the_measured_figures(finished):
+    from rich.console import Console
+
+    folder, results = finished
+    console = Console(file=io.StringIO(), width=140)
+    print_results(results, console)
+    printed = console.file.getvalue()
+    known = json.loads((folder / "results.json").read_text())
+    for row in known["rows"]:
+        line = next(line for line in printed.splitlines() if line.startswith(f"│ {row['title']} "))
+        for figure in (row["before"]["code"], row["after"]["code"], row["before"]["prose"], row["after"]["prose"]):
+            assert f" {figure:.3f} " in line
+        assert f" {row['trainable']:,} " in line
+        assert f" {row['weight_bytes'] / 2**20:.1f} MiB " in line
+        assert f" {row['optimizer_bytes'] / 2**20:.1f} MiB " in line
+
+
+def test_demo_run_qlora_figures_are_those_of_the_saved_adapter(finished, text):
+    folder, results = finished
+    base = load_base()
+    model = load_adapter(base.quantized(), folder / "qlora-adapter")
+    row = results.rows[-1]
+    assert row.name == "qlora"
+    assert measure(model, text, base, DemoSettings.quick()) == row.after
+    assert held_bytes([*model.parameters(), *model.buffers()]) == row.weight_bytes
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == row.trainable
+    # exp_avg and exp_avg_sq in float32, and a step of 4 bytes for each of the 2 x 24 matrices
+    assert row.optimizer_bytes == 2 * 4 * row.trainable + 4 * 48
+
+
+def test_demo_run_the_three_forms_agree(finished):
+    agreement = finished[1].agreement
+    assert agreement.agrees
+    assert agreement.reloaded_difference == 0 and agreement.reloaded == agreement.trained
+    assert 0 < agreement.merged_rounding < 1e-4 and agreement.merged_difference > 0
+    # rounding to 4 bits again is another matter, and is said
+    assert agreement.requantizing_error > 0.01 and agreement.requantized != agreement.merged
+
+
+def test_demo_agreement_notices_a_changed_model(finished):
+    agreement = finished[1].agreement
+    assert not dataclasses.replace(agreement, reloaded_difference=1e-7).agrees
+    assert not dataclasses.replace(agreement, merged_rounding=5 * agreement.trained_rounding).agrees
+    assert isinstance(agreement, Agreement)
+
+
+def test_demo_run_spectra_and_errors_are_of_whole_models(finished):
+    results = finished[1]
+    assert len(results.spectra) == 24
+    assert all(s.singular_values == sorted(s.singular_values, reverse=True) for s in results.spectra)
+    assert 0 < results.energy_in_rank < 1
+    by_name = {error.name: error for error in results.quantization}
+    assert by_name["NF4"].bits == 4.5
+    assert 4 < by_name["NF4, double quantised"].bits < by_name["NF4"].bits
+    assert by_name["NF4"].relative_error < by_name["FP4"].relative_error
+    for error in results.quantization:
+        assert 0.97 < sum(error.histogram) < 1 + 1e-6
+
+
+def test_demo_run_same_seed_same_numbers(finished, tmp_path, text, monkeypatch):
+    folder, first = finished
+    monkeypatch.setattr(demo_run, "load_text", lambda base: text)
+    second = run_demo(tmp_path, DemoSettings.quick(), CPU)
+
+    def numbers(results):
+        known = results.as_dict()
+        for timing in ("seconds", "peak_memory_bytes"):
+            del known[timing]
+        for row in known["rows"]:
+            del row["step_ms"]
+        return known
+
+    assert numbers(first) == numbers(second)
+    for name in ("loss_curves.png", "qlora-adapter/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+    other = run_demo(tmp_path, DemoSettings.quick(seed=1), CPU)
+    assert [row.after for row in other.rows] != [row.after for row in first.rows]
+
+
+def test_demo_write_atomically_keeps_the_old_file_when_interrupted(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+
+    def interrupted(temporary):
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, interrupted)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_demo_interrupted_leaves_no_half_written_file_and_exits_130(tmp_path):
+    output = tmp_path / "out"
+    code = f"from lora_core.cli import main; main(['demo', '--device', 'cpu', '--output', {str(output)!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(9)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert not output.exists() or not list(output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--seed", "-1"], "seed is -1; want a whole number from 0"),
+        (["--steps", "0"], "steps is 0; want a whole number from 1"),
+        (["--device", "tpu"], "device is 'tpu'; want one of auto, cpu, cuda"),
+        (["--base", "/nowhere"], "base.safetensors cannot be read"),
+        (["--output", __file__], "is a file; want a folder"),
+        (["--pretrain", "--steps", "-3"], "steps is -3; want a whole number from 1"),
+    ],
+)
+def test_demo_command_refuses_bad_input(arguments, told, capsys, tmp_path):
+    output = [] if "--output" in arguments else ["--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", *output, *arguments])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_says_what_is_missing_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(LoraCoreError, match=r"matplotlib.*pip install 'lora-core\[demo\]'"):
+        run_demo(tmp_path, DemoSettings.quick(), CPU)
+
+
+def test_demo_device_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    with pytest.raises(DeviceError, match="finds no GPU; use --device cpu"):
+        choose_device("cuda")
+    with pytest.raises(ConfigError, match="want one of"):
+        choose_device("gpu")

@@ -119,8 +119,8 @@ def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
         if matches(name, config.modules_to_save) and not inside:
             if any(isinstance(m, AdapterLayer) for m in module.modules()):
                 raise ConfigError(
-                    f"modules_to_save names {name}, where an adapter has a layer: choose one of the two, or delete that "
-                    "adapter first"
+                    f"modules_to_save names {name}, where an adapter has a layer: choose one of the two, or delete "
+                    "that adapter first"
                 )
             found.append(name)
     for wanted in config.modules_to_save:

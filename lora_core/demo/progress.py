@@ -12,13 +12,7 @@ if TYPE_CHECKING:
 def progress_bars() -> Iterator["Progress"]:
     """A live display of bars on standard error, so that standard output holds results only."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),

@@ -35,8 +35,9 @@ def agreement_lines(results: Results) -> list[str]:
         f"Adapter saved and loaded into a fresh base: {change}.",
         f"Merged into the dequantised weights in float32: logits differ by up to {found.merged_difference:.1e}; "
         f"rms error against float64 is {found.merged_rounding:.1e} merged and {found.trained_rounding:.1e} unmerged.",
-        f"Merged back into NF4, the weights are rounded to 4 bits again (by up to "
-        f"{100 * found.requantizing_error:.1f}% of a layer's norm): held-out code {found.trained.code:.4f} -> {found.requantized.code:.4f} nats/byte.",
+        "Merged back into NF4, the weights are rounded to 4 bits again, by up to "
+        f"{100 * found.requantizing_error:.1f}% of a layer's norm: held-out code goes from {found.trained.code:.4f} to "
+        f"{found.requantized.code:.4f} nats/byte.",
         "All three forms agree." if found.agrees else "THE THREE FORMS DO NOT AGREE.",
     ]
 

@@ -136,9 +136,9 @@ def _check_nf4_linear(device: str) -> str:
 
 def _check_backward(device: str) -> str:
     x, weight, bias, a, b = (t.double() for t in _operands(device, torch.float32))
-    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    got = torch.autograd.grad(lora_linear(leaves[0], weight, bias, *leaves[1:], 0.5).square().sum(), leaves)
-    want = torch.autograd.grad(lora.lora_linear(leaves[0], weight, bias, *leaves[1:], 0.5).square().sum(), leaves)
+    leaves = x, a, b = x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
+    got = torch.autograd.grad(lora_linear(x, weight, bias, a, b, 0.5).square().sum(), leaves)
+    want = torch.autograd.grad(lora.lora_linear(x, weight, bias, a, b, 0.5).square().sum(), leaves)
     for name, g, w in zip(("x", "lora_a", "lora_b"), got, want, strict=True):
         # both sides in float64: a float32 rounding of the largest entry stands far above their difference
         _require(bool(((g - w).abs() <= torch.finfo(torch.float32).eps * w.abs().max()).all()), f"d_{name} differs")

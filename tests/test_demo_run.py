@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from lora_core.adapt.load import load_adapter
 from lora_core.cli import main
 from lora_core.demo import run as demo_run
-from lora_core.demo.adaptation import held_bytes, measure
+from lora_core.demo.adaptation import adapt, held_bytes, measure
 from lora_core.demo.agreement import Agreement
 from lora_core.demo.base import load_base
 from lora_core.demo.files import write_atomically
 from lora_core.demo.run import run_demo, write_results
-from lora_core.demo.settings import DemoSettings, choose_device
+from lora_core.demo.settings import METHODS, DemoSettings, choose_device
 from lora_core.demo.table import cells, print_results
 from lora_core.demo.text import load_text
 from lora_core.errors import ConfigError, DeviceError, LoraCoreError
@@ -149,8 +149,14 @@ def test_demo_run_same_seed_same_numbers(finished, tmp_path, text, monkeypatch):
     # safetensors writes its metadata in any order, so the tensors are compared, not the files
     tensors, again = (load_file(path / "qlora-adapter" / "adapter_model.safetensors") for path in (folder, tmp_path))
     assert tensors.keys() == again.keys() and all(torch.equal(tensors[name], again[name]) for name in tensors)
-    other = run_demo(tmp_path, DemoSettings.quick(seed=1), CPU)
-    assert [row.after for row in other.rows] != [row.after for row in first.rows]
+
+
+def test_demo_adaptation_follows_the_seed(finished, text):
+    first = next(row for row in finished[1].rows if row.name == "lora")
+    lora = next(method for method in METHODS if method.name == "lora")
+    same, other = (adapt(load_base(), lora, text, DemoSettings.quick(seed), CPU, first.before) for seed in (0, 1))
+    assert same.train_curve == first.train_curve and same.after == first.after
+    assert other.train_curve != first.train_curve
 
 
 def test_demo_write_atomically_keeps_the_old_file_when_interrupted(tmp_path):

@@ -59,7 +59,8 @@ def _draw(drawing: Any, results: Results, theme: Theme) -> bytes:
     paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), theme.paper)
     other = {"axes.edgecolor": theme.faint, "grid.color": theme.faint, "legend.edgecolor": theme.faint, "font.size": 10}
     hidden = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.6}
-    with rc_context({**ink, **paper, **other, **hidden}):
+    style: dict[Any, Any] = {**ink, **paper, **other, **hidden}
+    with rc_context(style):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         drawing(results, figure, theme)

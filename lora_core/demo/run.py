@@ -57,7 +57,7 @@ def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Resu
         progress.update(whole, note="reading the standard library")
         text = load_text(base)
         unchanged = base.model().to(device)
-        prompt = prompt_of(text)
+        prompt = prompt_of(text, base)
         base_sample = write(unchanged, base, prompt, settings.sample_tokens, settings.seed)
         at_start = measure(unchanged, text, base, settings)
         progress.update(whole, advance=PREPARING, note="")

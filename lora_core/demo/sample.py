@@ -7,13 +7,16 @@ from lora_core.demo.base import Base
 from lora_core.demo.text import Text
 
 TEMPERATURE = 0.7
-PROMPT_TOKENS = 48
+PROMPT_TOKENS = 64
+METHOD = "\n    def "
 
 
-def prompt_of(text: Text) -> list[int]:
-    """The beginning of a piece of held-out code: tokens from the middle of the stream, after a line break."""
-    stream = text.code_held_out.tolist()
-    return stream[len(stream) // 2 :][:PROMPT_TOKENS]
+def prompt_of(text: Text, base: Base) -> list[int]:
+    """A piece of held-out code that ends with the first line of a method, found from the middle on."""
+    code = "".join(text.corpus.code.held_out)
+    start = code.find(METHOD, len(code) // 2)
+    end = code.find("\n", start + len(METHOD)) + 1 if start >= 0 else 0
+    return base.tokenizer.encode(code[:end] if end else code)[-PROMPT_TOKENS:]
 
 
 @torch.no_grad()

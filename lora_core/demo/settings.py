@@ -24,7 +24,7 @@ class Method:
     rslora: bool = False
     quantized: bool = False
     rank: int = 16
-    alpha: float = 16
+    alpha: float = 32
 
     def describe(self) -> str:
         """The method's settings in a few words."""
@@ -40,10 +40,10 @@ class Method:
 
 
 METHODS = (
-    Method("full", "full fine-tuning", 1e-3, adapter=False),
-    Method("lora", "LoRA", 5e-3, adapter=True),
-    Method("rslora", "rsLoRA", 2e-3, adapter=True, rslora=True),
-    Method("qlora", "QLoRA", 5e-3, adapter=True, quantized=True),
+    Method("full", "full fine-tuning", 1.5e-3, adapter=False),
+    Method("lora", "LoRA", 7e-3, adapter=True),
+    Method("rslora", "rsLoRA", 3e-3, adapter=True, rslora=True),
+    Method("qlora", "QLoRA", 7e-3, adapter=True, quantized=True),
 )
 
 
@@ -52,16 +52,16 @@ class DemoSettings:
     """How large a run is; with the corpus and the base, this decides every figure but the timings."""
 
     seed: int = 0
-    steps: int = 100
+    steps: int = 80
     batch: int = 16
     # windows of the held-out text per domain, for the table and for each point of the curves
-    table_windows: int = 256
+    table_windows: int = 160
     curve_windows: int = 48
     # points of each curve
     curve_points: int = 8
     # windows on which the three forms of the QLoRA model are compared
     agreement_windows: int = 16
-    sample_tokens: int = 120
+    sample_tokens: int = 96
     base: Path = SHIPPED
 
     @classmethod

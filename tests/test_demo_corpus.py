@@ -19,6 +19,15 @@ from lora_core.errors import CheckpointError
 TINY = GPTConfig(vocabulary=300, context=16, width=32, layers=2, heads=2, dropout=0.1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other lose much time where other tests take the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def corpus():
     return load_corpus()
@@ -173,7 +182,7 @@ def test_demo_pretraining_goes_on_from_a_checkpoint_with_the_same_result(tmp_pat
     monkeypatch.setattr("lora_core.demo.pretrain.train_tokenizer", lambda text, size: Tokenizer([]))
     short = type(corpus.prose)("prose", corpus.prose.train[:300], corpus.prose.held_out[:20], corpus.prose.sha256)
     monkeypatch.setattr("lora_core.demo.pretrain.load_corpus", lambda: type(corpus)(short, corpus.code))
-    settings = PretrainSettings(steps=4, seed=3, batch=2, bfloat16=False)
+    settings = PretrainSettings(steps=4, seed=3, batch=2, bfloat16=False, threads=1)
     config = GPTConfig(vocabulary=257, context=16, width=32, layers=1, heads=2)
     whole = pretrain(tmp_path / "whole", settings, config)
     monkeypatch.setattr("lora_core.demo.pretrain.CHECKPOINT_SECONDS", 0.0)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lora_core.adapt.load import load_adapter
 from lora_core.cli import main
 from lora_core.demo import run as demo_run
-from lora_core.demo.adaptation import adapt, held_bytes, measure
+from lora_core.demo.adaptation import Adaptation, held_bytes, measure
 from lora_core.demo.agreement import Agreement
 from lora_core.demo.base import load_base
 from lora_core.demo.files import write_atomically
@@ -28,6 +28,15 @@ from lora_core.errors import ConfigError, DeviceError, LoraCoreError
 
 FILES = {"index.html", "results.json", "loss_curves.png", "quantization_error.png", "singular_values.png"}
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other lose much time where other tests take the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +160,18 @@ def test_demo_run_same_seed_same_numbers(finished, tmp_path, text, monkeypatch):
     assert tensors.keys() == again.keys() and all(torch.equal(tensors[name], again[name]) for name in tensors)
 
 
+def _adapted(method, text, seed, before):
+    settings = DemoSettings.quick(seed)
+    run = Adaptation(load_base(), method, text, settings, CPU, before)
+    for _ in range(settings.steps):
+        run.step()
+    return run.finish()
+
+
 def test_demo_adaptation_follows_the_seed(finished, text):
     first = next(row for row in finished[1].rows if row.name == "lora")
     lora = next(method for method in METHODS if method.name == "lora")
-    same, other = (adapt(load_base(), lora, text, DemoSettings.quick(seed), CPU, first.before) for seed in (0, 1))
+    same, other = (_adapted(lora, text, seed, first.before) for seed in (0, 1))
     assert same.train_curve == first.train_curve and same.after == first.after
     assert other.train_curve != first.train_curve
 
@@ -175,7 +192,7 @@ def test_demo_write_atomically_keeps_the_old_file_when_interrupted(tmp_path):
 
 def test_demo_interrupted_while_training_writes_nothing_and_exits_130(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(demo_run, "load_text", lambda base: text)
-    monkeypatch.setattr(demo_run, "_advance", lambda *bars: lambda loss: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Adaptation, "step", lambda run: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as ended:
         main(["demo", "--quick", "--device", "cpu", "--output", str(tmp_path)])
     assert ended.value.code == 130

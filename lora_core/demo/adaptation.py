@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,6 @@ class Adapted:
     method: Method
     model: nn.Module
     trainable: int
-    parameters: int
     weight_bytes: int
     optimizer_bytes: int
     step_ms: float
@@ -61,71 +60,78 @@ def lora_config(method: Method) -> LoraConfig:
     return LoraConfig(r=method.rank, lora_alpha=method.alpha, target_modules="all-linear", use_rslora=method.rslora)
 
 
-def adapt(
-    base: Base,
-    method: Method,
-    text: Text,
-    settings: DemoSettings,
-    device: torch.device,
-    before: Losses | None = None,
-    advance: Callable[[float], None] = lambda loss: None,
-) -> Adapted:
-    """Trains by one method on batches that are the same for every method.
+class Adaptation:
+    """One method's training, a step at a time: the methods take turns, so that what else the machine does slows all.
 
     Args:
         base: where to start.
         method: what to train, and how fast.
-        text: what to train and measure on.
+        text: what to train and measure on; the batches are the same for every method.
         settings: seed and sizes.
         device: where to run.
         before: the losses at the start, if they are known.
-        advance: called after each step with its loss.
     """
-    model = build(base, method, settings.seed, device)
-    before = before or measure(model, text, base, settings)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0, fused=True)
-    context = base.config.context
-    every = max(1, settings.steps // settings.curve_points)
 
-    def held_out() -> float:
-        return nats_per_byte(model, text.code_held_out, base.tokenizer, context, settings.curve_windows)
+    def __init__(
+        self,
+        base: Base,
+        method: Method,
+        text: Text,
+        settings: DemoSettings,
+        device: torch.device,
+        before: Losses | None = None,
+    ) -> None:
+        self.base, self.method, self.text, self.settings, self.device = base, method, text, settings, device
+        self.model = build(base, method, settings.seed, device)
+        self.before = before or measure(self.model, text, base, settings)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=BETAS, weight_decay=0.0, fused=True)
+        self.losses: list[float] = []
+        self.times: list[float] = []
+        self.curve = [(0, self._held_out())]
 
-    losses: list[float] = []
-    times: list[float] = []
-    curve = [(0, held_out())]
-    model.train()
-    for step in range(settings.steps):
-        inputs, targets = training_batch(text.code_train, settings.batch, context, settings.seed, step)
+    def step(self) -> float:
+        """Takes the next step and returns its loss in nats per token."""
+        step, settings = len(self.losses), self.settings
+        inputs, targets = training_batch(
+            self.text.code_train, settings.batch, self.base.config.context, settings.seed, step
+        )
+        self.model.train()
         started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, settings.steps, method.learning_rate, WARMUP)
-        loss = loss_of(model, inputs.to(device), targets.to(device))
-        optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, settings.steps, self.method.learning_rate, WARMUP)
+        loss = loss_of(self.model, inputs.to(self.device), targets.to(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if device.type == "cuda":
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-        if (step + 1) % every == 0:
-            curve.append((step + 1, held_out()))
-        advance(losses[-1])
-    trainable, total = count_parameters(model)
-    return Adapted(
-        method=method,
-        model=model,
-        trainable=trainable,
-        parameters=total,
-        weight_bytes=held_bytes([*model.parameters(), *model.buffers()]),
-        optimizer_bytes=held_bytes(value for state in optimizer.state.values() for value in state.values()),
-        step_ms=1000 * statistics.median(times[UNTIMED_STEPS:] or times),
-        before=before,
-        after=measure(model, text, base, settings),
-        train_curve=losses,
-        held_out_curve=curve,
-    )
+        self.times.append(time.perf_counter() - started)
+        if (step + 1) % max(1, settings.steps // settings.curve_points) == 0:
+            self.curve.append((step + 1, self._held_out()))
+        return self.losses[-1]
+
+    def finish(self) -> Adapted:
+        """What was trained, and every figure of it."""
+        return Adapted(
+            method=self.method,
+            model=self.model,
+            trainable=count_parameters(self.model)[0],
+            weight_bytes=held_bytes([*self.model.parameters(), *self.model.buffers()]),
+            optimizer_bytes=held_bytes(value for state in self.optimizer.state.values() for value in state.values()),
+            step_ms=1000 * statistics.median(self.times[UNTIMED_STEPS:] or self.times),
+            before=self.before,
+            after=measure(self.model, self.text, self.base, self.settings),
+            train_curve=self.losses,
+            held_out_curve=self.curve,
+        )
+
+    def _held_out(self) -> float:
+        """A point of the held-out curve."""
+        windows, context = self.settings.curve_windows, self.base.config.context
+        return nats_per_byte(self.model, self.text.code_held_out, self.base.tokenizer, context, windows)
 
 
 def measure(model: nn.Module, text: Text, base: Base, settings: DemoSettings) -> Losses:

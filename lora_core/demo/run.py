@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from lora_core.demo.adaptation import adapt, measure
+from lora_core.demo.adaptation import Adaptation, Adapted, measure
 from lora_core.demo.agreement import check_agreement
 from lora_core.demo.base import Base, load_base
 from lora_core.demo.charts import DARK, LIGHT, draw_charts, require_matplotlib
@@ -21,10 +21,7 @@ from lora_core.demo.results import Results, Row, machine, peak_memory_bytes
 from lora_core.demo.sample import prompt_of, write
 from lora_core.demo.settings import METHODS, DemoSettings, check_output, check_seed, check_steps
 from lora_core.demo.text import Text, load_text
-from lora_core.demo.weights import Spectrum, quantization_errors, update_spectra
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+from lora_core.demo.weights import quantization_errors, update_spectra
 
 ADAPTER_FOLDER = "qlora-adapter"
 # what the other parts take, in training steps, so that the bar of the whole run moves evenly
@@ -61,27 +58,31 @@ def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Resu
         base_sample = write(unchanged, base, prompt, settings.sample_tokens, settings.seed)
         at_start = measure(unchanged, text, base, settings)
         progress.update(whole, advance=PREPARING, note="")
-        rows: list[Row] = []
-        spectra: list[Spectrum] = []
-        rank = max(method.rank for method in METHODS if method.adapter)
+        runs: list[Adaptation] = []
+        bars = []
         for method in METHODS:
-            bar = progress.add_task(method.title, total=settings.steps, note="")
-            advance = _advance(progress, bar, whole)
             # the quantised base starts elsewhere, so it is measured anew
             before = None if method.quantized else at_start
-            adapted = adapt(base, method, text, settings, device, before, advance)
+            runs.append(Adaptation(base, method, text, settings, device, before))
+            bars.append(progress.add_task(method.title, total=settings.steps, note=""))
+        for _ in range(settings.steps):
+            for run, bar in zip(runs, bars, strict=True):
+                progress.update(bar, advance=1, note=f"{run.step():.2f} nats/token")
+                progress.update(whole, advance=1)
+        rows: list[Row] = []
+        models: dict[str, Adapted] = {}
+        for run in runs:
+            adapted = models[run.method.name] = run.finish()
             rows.append(Row.of(adapted, write(adapted.model, base, prompt, settings.sample_tokens, settings.seed)))
-            if method.name == "full":
-                spectra = update_spectra(base, adapted.model, rank)
             progress.update(whole, advance=MEASURING)
-        # QLoRA is the last of the methods
+        rank = max(method.rank for method in METHODS if method.adapter)
         progress.update(whole, note="saving, reloading, merging, comparing")
         results = Results(
             setting=_setting(settings, base, text, device),
             rows=rows,
-            agreement=check_agreement(adapted, base, text, settings, device, output / ADAPTER_FOLDER),
+            agreement=check_agreement(models["qlora"], base, text, settings, device, output / ADAPTER_FOLDER),
             quantization=quantization_errors(base),
-            spectra=spectra,
+            spectra=update_spectra(base, models["full"].model, rank),
             rank=rank,
             prompt=base.tokenizer.decode(prompt),
             base_sample=base_sample,
@@ -106,16 +107,6 @@ def write_results(results: Results, output: Path) -> None:
 
 def _writer(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
-
-
-def _advance(progress: "Progress", bar: "TaskID", whole: "TaskID") -> Callable[[float], None]:
-    """Moves the method's bar and that of the whole run by a step."""
-
-    def advance(loss: float) -> None:
-        progress.update(bar, advance=1, note=f"{loss:.2f} nats/token")
-        progress.update(whole, advance=1)
-
-    return advance
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _quantization_error(results: Results, figure: "Figure", theme: Theme) -> Non
         axes.plot(edges, error.histogram, dash, drawstyle="steps-mid", color=colour, linewidth=1.8, label=label)
     axes.set_ylim(bottom=0)
     axes.set_xlim(-HISTOGRAM_RANGE, HISTOGRAM_RANGE)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.42), ncols=2, fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
 
 
 def _spectra(results: Results, figure: "Figure", theme: Theme) -> None:

@@ -23,6 +23,7 @@ LAYERS = [
     {"demo", "doctor", "inspect"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 FOLDERS = {"kernels": "lora_core.kernels", "quant": "lora_core.quant", "lora_core": "lora_core"}
 FILES = [p for top in FOLDERS for p in sorted((ROOT / top).rglob("*.py"))]

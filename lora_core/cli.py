@@ -6,7 +6,7 @@ import sys
 from lora_core.errors import LoraCoreError
 
 # the module lora_core.commands.<name> holds a function of the same name
-COMMANDS = ("demo", "doctor", "inspect", "bench")
+COMMANDS = ("demo", "doctor", "memory", "inspect", "bench")
 
 USAGE_ERROR = 2
 

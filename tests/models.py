@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_core.plan.shape import ModelShape
+
 
 class Attention(nn.Module):
     def __init__(self, width: int) -> None:
@@ -57,3 +59,41 @@ def randomise(model: nn.Module, scale: float = 0.3) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=g))
+
+
+TINY = ModelShape(name="tiny", layers=3, hidden=64, intermediate=160, heads=4, kv_heads=2, vocabulary=97)
+
+
+def transformers_config(shape: ModelShape):
+    """The configuration with which transformers builds a model of this shape."""
+    import transformers
+
+    if shape.positions:
+        return transformers.GPT2Config(
+            n_layer=shape.layers,
+            n_embd=shape.hidden,
+            n_inner=shape.intermediate,
+            n_head=shape.heads,
+            vocab_size=shape.vocabulary,
+            n_positions=shape.positions,
+            activation_function="gelu_pytorch_tanh",
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        )
+    kind = transformers.Qwen2Config if shape.qkv_bias else transformers.LlamaConfig
+    return kind(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def transformers_model(shape: ModelShape = TINY, dtype: torch.dtype = torch.float32):
+    """A causal language model of this shape with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(transformers_config(shape), attn_implementation="sdpa").to(dtype)

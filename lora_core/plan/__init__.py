@@ -1,0 +1,1 @@
+"""Calculators: what fine-tuning a model of a given shape trains, and what memory it takes."""

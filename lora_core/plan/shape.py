@@ -1,0 +1,141 @@
+"""The shape of a decoder: which weights it has, and how many parameters that makes."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lora_core.errors import ConfigError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear layer that every block of a model has: y = x W^T + b with W of shape [rows, columns]."""
+
+    name: str
+    rows: int
+    columns: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        """The weight's elements, N K."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A decoder's sizes, as its authors published them.
+
+    Args:
+        name: what people call it.
+        layers: blocks L.
+        hidden: width d of the residual stream.
+        intermediate: width of the feed-forward layer.
+        heads: query heads.
+        kv_heads: key and value heads; fewer than heads under grouped-query attention.
+        vocabulary: rows of the embedding.
+        head_size: width of one head; hidden / heads unless given.
+        gated: a gated feed-forward layer (gate, up, down), otherwise two matrices (up, down).
+        tied: the output head is the embedding.
+        qkv_bias: q, k and v have biases.
+        biases: every linear layer has a bias, and norms are LayerNorms with one.
+        positions: rows of a learned position embedding; 0 with rotary positions.
+        source: where the sizes come from.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    head_size: int | None = None
+    gated: bool = True
+    tied: bool = False
+    qkv_bias: bool = False
+    biases: bool = False
+    positions: int = 0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocabulary"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field} of {self.name!r} is {value!r}; want a whole number of at least 1")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{self.name!r} has {self.heads} heads and kv_heads {self.kv_heads}; want a divisor of {self.heads}"
+            )
+        if self.head_size is None and self.hidden % self.heads:
+            raise ConfigError(
+                f"hidden {self.hidden} of {self.name!r} does not divide by {self.heads} heads; give head_size"
+            )
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all query heads together."""
+        return self.heads * (self.head_size or self.hidden // self.heads)
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of all key heads together, which is that of the value heads too."""
+        return self.kv_heads * (self.head_size or self.hidden // self.heads)
+
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """The linear layers of one block, in the order they run."""
+        qkv_bias = self.qkv_bias or self.biases
+        feed_forward = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
+        return (
+            LinearShape("q_proj", self.query_width, self.hidden, qkv_bias),
+            LinearShape("k_proj", self.kv_width, self.hidden, qkv_bias),
+            LinearShape("v_proj", self.kv_width, self.hidden, qkv_bias),
+            LinearShape("o_proj", self.hidden, self.query_width, self.biases),
+            *(LinearShape(name, self.intermediate, self.hidden, self.biases) for name in feed_forward),
+            LinearShape("down_proj", self.hidden, self.intermediate, self.biases),
+        )
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm."""
+        return self.hidden * (2 if self.biases else 1)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; a tied head counts once."""
+        block = sum(layer.weights + layer.rows * layer.bias for layer in self.linears) + 2 * self.norm_parameters
+        tables = self.vocabulary * (1 if self.tied else 2) + self.positions
+        return self.layers * block + self.hidden * tables + self.norm_parameters
+
+    @property
+    def linear_weights(self) -> int:
+        """Elements of all blocks' linear weights, which is what a 4-bit base quantises."""
+        return self.layers * sum(layer.weights for layer in self.linears)
+
+    def targets(self, names: Iterable[str] | str) -> tuple[LinearShape, ...]:
+        """The linear layers of one block with these names.
+
+        Args:
+            names: names, or "all-linear" (all of them), or "attention" (q, k, v and o).
+        Raises:
+            ConfigError: if a name is none of this model's, with the nearest ones that are.
+        """
+        known = {layer.name: layer for layer in self.linears}
+        if names == "all-linear":
+            return self.linears
+        if names == "attention":
+            names = ATTENTION
+        wanted = [names] if isinstance(names, str) else list(names)
+        if not wanted:
+            raise ConfigError(f"no target module was given; want some of {', '.join(known)}, or 'all-linear'")
+        for name in wanted:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise ConfigError(
+                    f"{self.name} has no linear layer {name!r} in its blocks; did you mean {near!r}? It has "
+                    f"{', '.join(known)}; 'attention' and 'all-linear' name several at once"
+                )
+        return tuple(layer for layer in self.linears if layer.name in wanted)

@@ -68,10 +68,12 @@ def check_input(x: Tensor, block_size: int) -> None:
         raise DtypeError(
             f"cannot quantise {x.dtype}: want {', '.join(map(str, DTYPES))}; cast the weight first, e.g. with .float()"
         )
-    if x.is_meta:
+    if x.is_meta or not x.numel():
         return
-    finite = x.isfinite()
-    if not finite.all():
+    # both pass on NaN
+    low, high = x.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        finite = x.isfinite()
         where = (~finite).nonzero()
         index = tuple(where[0].tolist())
         raise NonFiniteError(

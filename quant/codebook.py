@@ -94,7 +94,7 @@ class Codebook:
         values = scaled.abs() if self.sign_bit else scaled
         midpoints = self.midpoints.to(scaled.device)
         # counts the midpoints below the value: a tie stays below
-        rank = torch.bucketize(values.to(midpoints.dtype), midpoints)
+        rank = torch.bucketize(values.to(midpoints.dtype), midpoints, out_int32=True)
         if self.ties_to_even:
             at = midpoints[rank.clamp(max=midpoints.numel() - 1)] == values
             rank = rank + (at & (rank % 2 == 1))

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -15,6 +16,8 @@ torch.set_num_threads(1)
 
 # transformers and PEFT must not look for a model hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_empty = np.empty
 
 settings.register_profile("default", deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 settings.register_profile("thorough", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
@@ -31,11 +34,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+def _poisoned_empty(shape, dtype=np.float64, *args, **kwargs):
+    memory = _empty(shape, dtype, *args, **kwargs)
+    worst = {"f": np.nan, "c": np.nan, "i": -1, "u": 255, "b": True}
+    if memory.dtype.kind in worst:
+        memory[...] = worst[memory.dtype.kind]
+    return memory
+
+
 @pytest.fixture(autouse=True)
-def _poisoned_memory() -> object:
-    """Fill what torch.empty returns with NaN: a result that reads memory nobody wrote cannot pass."""
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Fill what torch.empty and numpy.empty return with NaN: a result that reads memory nobody wrote cannot pass."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr("numpy.empty", _poisoned_empty)
     yield
     torch.use_deterministic_algorithms(before)
 

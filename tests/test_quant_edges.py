@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,7 +42,8 @@ def test_quant_cpu_path_dequantises_to_the_bits_of_the_reference(n, block_size, 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_quant_cpu_paths_are_the_reference_on_many_chunks(threads):
-    weight = torch.randn(333, 1001).bfloat16()
+    # the last of five chunks is short, odd, and ends inside a block
+    weight = torch.randn(1001, 1203).bfloat16()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -216,3 +219,21 @@ def test_quant_dequantise_refuses_what_does_not_fit(change, error, message):
     given_ |= {"shape": q.shape, "dtype": torch.float32}
     with pytest.raises(error, match=message):
         nf4_dequantize(**(given_ | change))
+
+
+def test_quant_cpu_paths_work_in_a_forked_worker():
+    """As in a DataLoader's worker, which runs PyTorch on one thread; on more, PyTorch itself hangs after a fork."""
+    code = (
+        "import os, torch, lora_core as lc\n"
+        "torch.set_num_threads(2)\n"
+        "weight = torch.randn(700, 1500)\n"
+        "q = lc.quantize_nf4(weight)\n"
+        "dense = q.dequantize()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    torch.set_num_threads(1)\n"
+        "    again = lc.quantize_nf4(weight)\n"
+        "    os._exit(0 if torch.equal(again.codes, q.codes) and torch.equal(again.dequantize(), dense) else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,14 +1,15 @@
 """lora_core::nf4_dequantize on the CPU: each byte looks up a pair of levels, and the scales multiply them in place."""
 
 import functools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.cpu.chunks import CHUNK, run
+from lora_core.cpu.allocate import empty
+from lora_core.cpu.chunks import CHUNK, GRAIN, run
 from lora_core.ops.nf4_dequantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.codebook import codebook
@@ -26,31 +27,40 @@ def nf4_dequantize(
     block_size: int,
     nested_block_size: int = NESTED_BLOCK_SIZE,
 ) -> Tensor:
-    """Return what the reference returns, bit for bit, with less than 1 MiB of scratch memory a thread."""
+    """Return what the reference returns, bit for bit, with 8 bytes an element, at most 2 MiB, of scratch a thread."""
     if block_size not in BLOCK_SIZES:
         return reference.nf4_dequantize(
             codes, absmax, nested_absmax, nested_offset, shape, dtype, block_size, nested_block_size
         )
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset, nested_block_size)
-    dense = torch.empty(*shape, dtype=dtype)
-    flat, n = dense.view(-1), math.prod(shape)
-    packed = codes.reshape(-1).numpy()
-    pairs = _pairs()
+    dense = empty(shape, dtype)
+    flat, n = dense.view(-1), dense.numel()
+    packed, scales = codes.reshape(-1).numpy(), absmax[:, None]
+    pairs, grain_blocks = _pairs(), GRAIN // block_size
 
     def work(first: int, last: int) -> None:
-        scratch = torch.empty(CHUNK, dtype=torch.float32)
-        words = scratch.numpy().view(np.int64)
-        index = np.empty(CHUNK // 2, np.intp)
+        room = min(CHUNK, -(-(last - first) // block_size) * block_size)
+        values, index = torch.empty(room, dtype=torch.float32), np.empty(room // 2, np.intp)
+        words = values.numpy().view(np.int64)
+
+        def grains(count: int) -> tuple[Any, Any]:
+            """Return the first count values in grains, once flat and once with a row for every block begun."""
+            blocks = -(-count // block_size)
+            rows = values[: blocks * block_size].view(blocks, block_size)
+            return values[:count].split(GRAIN), rows.split(grain_blocks)
+
+        flat_grains, row_grains = grains(room)
         for start in range(first, last, CHUNK):
             count = min(CHUNK, last - start)
+            if count < room:
+                flat_grains, row_grains = grains(count)
             size, blocks = (count + 1) // 2, -(-count // block_size)
             np.copyto(index[:size], packed[start // 2 :][:size])
             # an index of one byte is never out of range: the mode only spares NumPy a buffer
             np.take(pairs, index[:size], out=words[:size], mode="wrap")
-            rows = scratch[: blocks * block_size].view(blocks, block_size)
-            rows *= absmax[start // block_size :][:blocks, None]
-            flat[start : start + count].copy_(scratch[:count])
+            torch._foreach_mul_(row_grains, scales[start // block_size :][:blocks].split(grain_blocks))
+            torch._foreach_copy_(flat[start : start + count].split(GRAIN), flat_grains)
 
     run(work, n)
     return dense

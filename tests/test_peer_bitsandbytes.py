@@ -1,6 +1,7 @@
 """What bitsandbytes writes this library reads bit for bit, and the reverse."""
 
 import copy
+import json
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -136,4 +137,14 @@ def test_a_damaged_state_is_refused_naming_what_is_wrong(key, value, message):
     _, _, packed = theirs(torch.randn(40, 64), nested=True)
     packed = {k: v for k, v in packed.items() if k != key} | ({key: value} if value is not None else {})
     with pytest.raises(CheckpointError, match=message):
+        QuantizedWeight.from_bitsandbytes(packed)
+
+
+def test_a_state_repacked_for_cpu_inference_is_refused():
+    """bitsandbytes does this in place on some machines: the byte order changes and the nested scales are gone."""
+    _, _, packed = theirs(torch.randn(64, 64), nested=False)
+    key = "weight.quant_state.bitsandbytes__nf4"
+    about = json.loads(bytes(packed[key].tolist())) | {"packing_format_for_cpu": True}
+    packed[key] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="repacked for CPU inference.*save the model before its first forward"):
         QuantizedWeight.from_bitsandbytes(packed)

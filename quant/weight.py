@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.errors import CheckpointError
+from lora_core.errors import CheckpointError, DtypeError
 from lora_core.quant import bitsandbytes
 from lora_core.quant.blockwise import check_input, dequantize_blocks, quantize_blocks
 from lora_core.quant.codebook import codebook
@@ -105,8 +105,12 @@ class QuantizedWeight(nn.Module):
             dtype: a floating dtype; by default that of the weight before.
         Returns:
             A new tensor of self.shape.
+        Raises:
+            DtypeError: if dtype is not floating.
         """
         dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            raise DtypeError(f"cannot dequantise to {dtype}; want a floating dtype such as torch.bfloat16")
         if self.quant_type == "nf4":
             dense: Tensor = torch.ops.lora_core.nf4_dequantize(
                 self.codes,

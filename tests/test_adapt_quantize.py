@@ -88,10 +88,21 @@ def test_quantising_refuses_what_it_cannot_do():
     model = TinyDecoder()
     with torch.no_grad():
         model.layers[1].up_proj.weight[3, 5] = float("nan")
-    with pytest.raises(lc.NonFiniteError):
+    with pytest.raises(
+        lc.NonFiniteError, match=r"layers.1.up_proj.weight: .* at index \(3, 5\).*the model is unchanged"
+    ):
         lc.quantize_model(model)
+    assert not any(isinstance(module, lc.quant.QuantizedWeight) for module in model.modules())
+    with pytest.raises(lc.DtypeError, match="q_proj.weight: cannot quantise torch.float64"):
+        lc.quantize_model(TinyDecoder().double())
     with pytest.raises(lc.ConfigError, match="want an NF4Config"):
         lc.quantize_model(TinyDecoder(), {"block_size": 64})
     adapted = lc.add_adapter(TinyDecoder(), lc.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(lc.AdapterError, match="before adding"):
         lc.quantize_model(adapted)
+
+
+def test_quantising_warns_of_skip_modules_that_name_nothing():
+    with pytest.warns(UserWarning, match="no module is called 'lm_hed'") as caught:
+        lc.quantize_model(TinyDecoder(), skip_modules=["lm_head", "lm_hed"])
+    assert caught[0].filename == __file__

@@ -221,6 +221,13 @@ def test_quant_dequantise_refuses_what_does_not_fit(change, error, message):
         nf4_dequantize(**(given_ | change))
 
 
+def test_quant_weight_dequantises_to_floating_dtypes_alone():
+    q = lc.quantize_nf4(torch.randn(4, 8))
+    with pytest.raises(lc.DtypeError, match="cannot dequantise to torch.int8"):
+        q.dequantize(torch.int8)
+    assert q.dequantize(torch.float64).dtype == torch.float64
+
+
 def test_quant_cpu_paths_work_in_a_forked_worker():
     """As in a DataLoader's worker, which runs PyTorch on one thread; on more, PyTorch itself hangs after a fork."""
     code = (

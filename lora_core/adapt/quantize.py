@@ -1,5 +1,6 @@
 """quantize_model: hold a model's linear layers in frozen NF4."""
 
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -7,9 +8,10 @@ from torch import nn
 from lora_core.adapt.kinds import is_transposed_linear
 from lora_core.adapt.target import matches, output_head
 from lora_core.adapt.walk import adapter_names, places, replace, tied_to
-from lora_core.errors import AdapterError, ConfigError, TargetNotFoundError
+from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.methods.nf4 import NF4Config
+from lora_core.quant.blockwise import check_input
 
 
 def quantize_model(
@@ -27,7 +29,8 @@ def quantize_model(
     Returns:
         model.
     Raises:
-        NonFiniteError: if a weight holds NaN or infinity; the layers before it stay quantised.
+        NonFiniteError: if a weight holds NaN or infinity, naming it; the model is unchanged.
+        DtypeError: if a weight is of a dtype that cannot be quantised; the model is unchanged.
         TargetNotFoundError: if there is no layer to quantise.
         AdapterError: if the model has adapters: quantise first, then add them.
     Source: Dettmers et al. 2023, section 3.
@@ -49,6 +52,9 @@ def quantize_model(
             "transformers' Conv1D"
         )
     for module, names in chosen.items():
+        _check(module, names[0], config.block_size)
+    _warn_of_unmatched(model, skip_modules)
+    for module, names in chosen.items():
         new = NF4Linear.from_dense(
             module,
             block_size=config.block_size,
@@ -68,3 +74,17 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
     if skip is None:
         return module is not output_head(model)
     return not any(matches(name, skip) for name in names)
+
+
+def _check(module: nn.Module, name: str, block_size: int) -> None:
+    try:
+        check_input(module.weight, block_size)
+    except (DtypeError, NonFiniteError) as error:
+        raise type(error)(f"quantize_model: {name}.weight: {error}; the model is unchanged") from error
+
+
+def _warn_of_unmatched(model: nn.Module, skip: Sequence[str] | None) -> None:
+    names = [name for name, _ in model.named_modules()]
+    idle = [word for word in skip or () if not any(matches(name, [word]) for name in names)]
+    if idle:
+        warnings.warn(f"skip_modules: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=3)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core.adapt.kinds import is_transposed_linear
 from lora_core.adapt.target import matches, output_head
@@ -52,7 +52,7 @@ def quantize_model(
             "transformers' Conv1D"
         )
     for module, names in chosen.items():
-        _check(module, names[0], config.block_size)
+        _check(module.get_parameter("weight"), names[0], config.block_size)
     _warn_of_unmatched(model, skip_modules)
     for module, names in chosen.items():
         new = NF4Linear.from_dense(
@@ -76,9 +76,9 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
     return not any(matches(name, skip) for name in names)
 
 
-def _check(module: nn.Module, name: str, block_size: int) -> None:
+def _check(weight: Tensor, name: str, block_size: int) -> None:
     try:
-        check_input(module.weight, block_size)
+        check_input(weight, block_size)
     except (DtypeError, NonFiniteError) as error:
         raise type(error)(f"quantize_model: {name}.weight: {error}; the model is unchanged") from error
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from lora_core import backends
+from lora_core.ops.absmax_dequantize import absmax_dequantize
+from lora_core.ops.absmax_quantize import absmax_quantize
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_quantize import nf4_quantize
-from lora_core.quant import QuantizedWeight, quantize_nf4
+from lora_core.quant import QuantizedWeight, double, quantize_nf4
 from lora_core.reference import lora, nf4
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -75,6 +77,8 @@ def self_check(device: str) -> list[SelfCheck]:
     checks = {
         "nf4_quantize": _check_quantize,
         "nf4_dequantize": _check_dequantize,
+        "absmax_quantize": _check_absmax_quantize,
+        "absmax_dequantize": _check_absmax_dequantize,
         "lora_linear": _check_linear,
         "lora_linear_backward": _check_backward,
         "nf4_lora_linear": _check_nf4_linear,
@@ -119,6 +123,25 @@ def _check_dequantize(device: str) -> str:
             same = torch.equal(nf4_dequantize(*packed, dtype, 64), nf4.nf4_dequantize(*packed, dtype, 64))
             _require(same, f"{dtype} weights differ, double quantisation {double_quant}")
     return "equal to the bit, three dtypes"
+
+
+def _scales(device: str) -> tuple[Tensor, Tensor]:
+    absmax = _operands(device, torch.float32)[1].abs().flatten()
+    return absmax, double.absmax_offset(absmax)
+
+
+def _check_absmax_quantize(device: str) -> str:
+    absmax, offset = _scales(device)
+    for got, want in zip(absmax_quantize(absmax, offset), double.quantize_absmax(absmax, offset), strict=True):
+        _require(torch.equal(got, want), "codes or second-level scales differ")
+    return "codes and scales equal"
+
+
+def _check_absmax_dequantize(device: str) -> str:
+    absmax, offset = _scales(device)
+    nested = (*double.quantize_absmax(absmax, offset), offset)
+    _require(torch.equal(absmax_dequantize(*nested), double.dequantize_absmax(*nested)), "scales differ")
+    return "equal to the bit"
 
 
 def _check_linear(device: str) -> str:

@@ -16,20 +16,24 @@ from lora_core.quant.codebook import codebook
 NESTED_BLOCK_SIZE = 256
 
 
-def quantize_absmax(absmax: Tensor, block_size: int = NESTED_BLOCK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (codes, absmax2, offset) of scales.
+def absmax_offset(absmax: Tensor) -> Tensor:
+    """Return the mean of scales, float32 []: computed here once, as its last bit depends on the order of summation."""
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    # a float32 sum of the largest scales can overflow although their mean does not
+    return torch.where(offset.isfinite(), offset, absmax.double().mean().float())
+
+
+def quantize_absmax(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLOCK_SIZE) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax2) of scales.
 
     Args:
         absmax: float32 [b], not negative.
+        offset: float32, one element.
         block_size: scales per second-level scale.
     Returns:
-        codes uint8 [b], absmax2 float32 [ceil(b / block_size)], offset float32 [].
+        codes uint8 [b], absmax2 float32 [ceil(b / block_size)].
     """
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    # a float32 sum of the largest scales can overflow although their mean does not
-    offset = torch.where(offset.isfinite(), offset, absmax.double().mean().float())
-    codes, absmax2 = quantize_blocks(absmax - offset, codebook("dynamic"), block_size)
-    return codes, absmax2, offset
+    return quantize_blocks(absmax - offset, codebook("dynamic"), block_size)
 
 
 def dequantize_absmax(

@@ -10,7 +10,7 @@ from lora_core.errors import CheckpointError, DtypeError
 from lora_core.quant import bitsandbytes
 from lora_core.quant.blockwise import check_input, dequantize_blocks, quantize_blocks
 from lora_core.quant.codebook import codebook
-from lora_core.quant.double import NESTED_BLOCK_SIZE, dequantize_absmax, quantize_absmax
+from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset
 from lora_core.quant.packing import pack, unpack
 
 FOUR_BIT = ("nf4", "fp4", "int4")
@@ -131,7 +131,10 @@ class QuantizedWeight(nn.Module):
         """Return the scales in float32, as they enter the weights."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
-        return dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset, self.nested_block_size)
+        dense: Tensor = torch.ops.lora_core.absmax_dequantize(
+            self.absmax, self.nested_absmax, self.nested_offset, self.nested_block_size
+        )
+        return dense
 
     def to_bitsandbytes(self, prefix: str = "weight") -> dict[str, Tensor]:
         """Return the state dict that bitsandbytes writes for such a weight.
@@ -242,14 +245,15 @@ def quantize(
     else:
         codes, absmax = quantize_blocks(weight, book, block_size)
         packed = pack(codes)[:, None]
-    nested: tuple[Tensor | None, Tensor | None] = (None, None)
+    absmax2 = offset = None
     if double_quant:
-        absmax, *rest = quantize_absmax(absmax)
-        nested = (rest[0], rest[1])
+        offset = absmax_offset(absmax)
+        absmax, absmax2 = torch.ops.lora_core.absmax_quantize(absmax, offset, NESTED_BLOCK_SIZE)
     return QuantizedWeight(
         packed,
         absmax,
-        *nested,
+        absmax2,
+        offset,
         shape=weight.shape,
         dtype=weight.dtype,
         quant_type=quant_type,

@@ -13,20 +13,23 @@ from lora_core import cli, doctor
 def test_doctor_finds_every_operation_sound(capsys):
     cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] and len(report["checks"]) == 5
+    assert report["healthy"] and len(report["checks"]) == 7
     assert report["versions"]["torch"] == torch.__version__
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
     assert runs["nf4_dequantize"] == "lora_core.cpu.nf4_dequantize" and runs["lora_linear"] == "reference"
 
 
-@pytest.mark.parametrize("broken", ["nf4_quantize", "nf4_dequantize", "lora_linear", "nf4_lora_linear"])
+@pytest.mark.parametrize(
+    "broken",
+    ["nf4_quantize", "nf4_dequantize", "absmax_quantize", "absmax_dequantize", "lora_linear", "nf4_lora_linear"],
+)
 def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
     """A result 1% off, or codes one off, is a failure and the exit status says so."""
     right = getattr(doctor, broken)
 
     def wrong(*args):
         result = right(*args)
-        return (result[0] + 1, result[1]) if broken == "nf4_quantize" else result * 1.01
+        return (result[0] + 1, result[1]) if isinstance(result, tuple) else result * 1.01
 
     monkeypatch.setattr(doctor, broken, wrong)
     with pytest.raises(SystemExit) as stop:

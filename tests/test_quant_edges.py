@@ -11,11 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_core as lc
+from lora_core.errors import ConfigError, DtypeError, ShapeError
+from lora_core.ops.absmax_dequantize import absmax_dequantize
+from lora_core.ops.absmax_quantize import absmax_quantize
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_dequantize import op as dequantize_op
 from lora_core.ops.nf4_quantize import nf4_quantize
 from lora_core.ops.nf4_quantize import op as quantize_op
 from lora_core.quant.codebook import NF4_LEVELS, codebook, derive_nf4
+from lora_core.quant.double import absmax_offset
 from lora_core.quant.packing import pack, unpack
 from lora_core.reference import nf4 as reference
 
@@ -192,6 +196,40 @@ def test_quant_ops_pass_opcheck_and_compile(nested):
     torch.library.opcheck(dequantize_op, packed)
     compiled = torch.compile(q.dequantize, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.float16), q.dequantize(torch.float16))
+
+
+def test_absmax_ops_pass_opcheck_and_run_backwards():
+    absmax = torch.rand(600)
+    offset = absmax_offset(absmax)
+    torch.library.opcheck(torch.ops.lora_core.absmax_quantize, (absmax, offset, 256))
+    codes, absmax2 = absmax_quantize(absmax, offset)
+    torch.library.opcheck(torch.ops.lora_core.absmax_dequantize, (codes, absmax2, offset, 256))
+    levels = codebook("dynamic").levels
+    half_gap = max(levels.diff().max().item() / 2, 1 + levels[0].item())
+    error = (absmax_dequantize(codes, absmax2, offset) - absmax).abs()
+    # and the rounding of the two differences and the product
+    bound = half_gap * absmax2.repeat_interleave(256)[:600] + 3 * 2.0**-24
+    assert bool((error <= bound).all())
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"absmax": torch.rand(2, 3)}, ShapeError, r"scales \[b\].*\(2, 3\)"),
+        ({"absmax": torch.rand(3).half()}, DtypeError, "torch.float16"),
+        ({"offset": torch.zeros(2)}, ShapeError, r"one element; got .* and \(2,\)"),
+        ({"block_size": 0}, ConfigError, "block_size is 0"),
+    ],
+)
+def test_absmax_quantize_refuses_what_does_not_fit(change, error, words):
+    operands = {"absmax": torch.rand(3), "offset": torch.zeros(()), "block_size": 256} | change
+    with pytest.raises(error, match=words):
+        absmax_quantize(**operands)
+
+
+def test_absmax_dequantize_refuses_too_few_second_level_scales():
+    with pytest.raises(ShapeError, match=r"want 2 second-level scales; got \(1,\)"):
+        absmax_dequantize(torch.zeros(300, dtype=torch.uint8), torch.ones(1), torch.zeros(()))
 
 
 def test_quant_more_than_2_to_the_31_elements_have_the_right_shapes():

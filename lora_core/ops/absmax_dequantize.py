@@ -1,0 +1,45 @@
+"""The operation lora_core::absmax_dequantize: scales of a 4-bit weight from their 8-bit codes."""
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import ShapeError
+from lora_core.ops.absmax_quantize import check
+from lora_core.quant import double as reference
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+
+
+@torch.library.custom_op("lora_core::absmax_dequantize", mutates_args=())
+def op(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size: int) -> Tensor:
+    return reference.dequantize_absmax(codes, absmax2, offset, block_size)
+
+
+@op.register_fake
+def _(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size: int) -> Tensor:
+    return absmax2.new_empty(codes.shape)
+
+
+def absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size: int = NESTED_BLOCK_SIZE) -> Tensor:
+    """Return level * absmax2 + offset in float32, the product and the sum rounded separately: the same bits everywhere.
+
+    Not differentiable.
+
+    Args:
+        codes: uint8 [b].
+        absmax2: float32 [ceil(b / block_size)].
+        offset: float32, one element.
+        block_size: scales per second-level scale.
+    Returns:
+        float32 [b].
+    Raises:
+        DtypeError, ShapeError, ConfigError: if the operands do not fit together.
+    Source: Dettmers et al. 2023, section 3.
+    """
+    check(codes, offset, block_size, "absmax_dequantize")
+    if absmax2.shape != (-(-codes.numel() // block_size),):
+        raise ShapeError(
+            f"absmax_dequantize: {codes.numel()} codes in blocks of {block_size} want "
+            f"{-(-codes.numel() // block_size)} second-level scales; got {tuple(absmax2.shape)}"
+        )
+    absmax: Tensor = op(codes, absmax2, offset, block_size)
+    return absmax

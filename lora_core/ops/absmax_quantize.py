@@ -1,0 +1,52 @@
+"""The operation lora_core::absmax_quantize: scales of a 4-bit weight in 8 bits."""
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import ConfigError, DtypeError, ShapeError
+from lora_core.quant import double as reference
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+
+
+@torch.library.custom_op("lora_core::absmax_quantize", mutates_args=())
+def op(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return reference.quantize_absmax(absmax, offset, block_size)
+
+
+@op.register_fake
+def _(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    blocks = (absmax.numel() + block_size - 1) // block_size
+    return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(blocks)
+
+
+def absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLOCK_SIZE) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax2): the level of the signed dynamic map nearest to (absmax - offset) / absmax2.
+
+    Not differentiable. A value half-way between two levels takes the even code.
+
+    Args:
+        absmax: float32 [b].
+        offset: float32, one element: quant.double.absmax_offset(absmax).
+        block_size: scales per second-level scale.
+    Returns:
+        codes uint8 [b], absmax2 float32 [ceil(b / block_size)].
+    Raises:
+        DtypeError, ShapeError, ConfigError: if the operands do not fit together.
+    Source: Dettmers et al. 2023, section 3.
+    """
+    check(absmax, offset, block_size, "absmax_quantize")
+    codes, absmax2 = op(absmax, offset, block_size)
+    return codes, absmax2
+
+
+def check(scales: Tensor, offset: Tensor, block_size: int, name: str) -> None:
+    """Raise unless the operands that both directions share are sound."""
+    if block_size < 1:
+        raise ConfigError(f"{name}: block_size is {block_size}; want a whole number of at least 1, as a rule 256")
+    if offset.numel() != 1 or scales.dim() != 1:
+        raise ShapeError(
+            f"{name}: want scales [b] and an offset of one element; got {tuple(scales.shape)} and {tuple(offset.shape)}"
+        )
+    wanted = torch.float32 if name == "absmax_quantize" else torch.uint8
+    if scales.dtype != wanted or offset.dtype != torch.float32:
+        raise DtypeError(f"{name}: want {wanted} and an offset torch.float32; got {scales.dtype} and {offset.dtype}")

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint typecheck format bench coverage clean
+.PHONY: demo test lint typecheck format codegen bench coverage clean
 
 demo: $(READY)
 	$(BIN)/lora-core demo
@@ -25,6 +25,10 @@ typecheck: $(READY)
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p lora_core
+
+# every configuration of every kernel, compiled for three architectures; needs no GPU
+codegen: $(READY)
+	$(BIN)/python -m pytest -q -n 2 -m codegen tests/test_codegen.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

@@ -1,0 +1,172 @@
+"""What the compiler makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
+
+    python -m benchmarks.codegen --kernel nf4_dequantize --arch 90
+
+Compiles every configuration a kernel can be launched with, by the Triton installed, and reads the machine code back
+with the tools Triton's wheel carries. Must run without TRITON_INTERPRET.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+WARP = 32
+# exact and approximate quotients, fused multiply-adds, matrix instructions of sm_90 and sm_80, asynchronous copies
+PTX = ("div.rn.f32", "div.full.f32", "div.approx.f32", "fma.rn.f32", "wgmma.mma_async", "mma.sync", "cp.async")
+# a pointer that PyTorch allocated, or a stride that is a multiple of it, lets Triton use 16-byte accesses
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One configuration compiled for one architecture.
+
+    Args:
+        kernel: the kernel's file.
+        variant: the configuration's name.
+        arch: 80, 90 or 100.
+        registers: of a thread.
+        stack_bytes: of a thread.
+        spill_bytes: local memory of a thread; not 0 where registers did not suffice.
+        shared_bytes: of a program.
+        instructions: of the whole kernel, by the first word of their names.
+        accesses: global loads and stores by width, such as "LDG.128".
+        ptx: how often some operations stand in the intermediate code, before the assembler.
+        per_element: instructions of all threads over the elements a program makes; None where that says nothing.
+    """
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+    accesses: dict[str, int]
+    ptx: dict[str, int]
+    per_element: float | None
+
+    @property
+    def total(self) -> int:
+        """All instructions but the padding behind the last."""
+        return sum(self.instructions.values())
+
+
+def kernel_names() -> list[str]:
+    """The files of kernels/ that list variants."""
+    return [path.stem for path in sorted(KERNELS.glob("*.py")) if "def variants(" in path.read_text()]
+
+
+def variants_of(name: str) -> list[Any]:
+    """Every configuration a kernel file can launch."""
+    import lora_core  # noqa: F401  (makes lora_core.kernels importable from a checkout)
+
+    return list(importlib.import_module(f"lora_core.kernels.{name}").variants())
+
+
+def compile_variant(name: str, variant: Any, arch: int) -> Compiled:
+    """Compile one configuration for one architecture and count what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    arguments = variant.kernel.arg_names
+    signature = {a: "constexpr" if a in variant.constants else variant.signature[a] for a in arguments}
+    constants = {(arguments.index(a),): value for a, value in variant.constants.items()}
+    aligned = {
+        (i,): [["tt.divisibility", ALIGNMENT]]
+        for i, a in enumerate(arguments)
+        if signature[a].startswith("*") or a in variant.aligned
+    }
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=dict(variant.options))
+    code = built.asm["cubin"]
+    usage, listing = _tool("-res-usage", code), _tool("-sass", code)
+    instructions, accesses = _count(listing)
+    threads = WARP * built.metadata.num_warps
+    total = sum(instructions.values())
+    return Compiled(
+        kernel=name,
+        variant=variant.name,
+        arch=arch,
+        registers=_usage(usage, "REG"),
+        stack_bytes=_usage(usage, "STACK"),
+        spill_bytes=_usage(usage, "LOCAL"),
+        shared_bytes=built.metadata.shared,
+        instructions=dict(instructions),
+        accesses=dict(accesses),
+        ptx={name: len(re.findall(rf"\b{re.escape(name)}\b", built.asm["ptx"])) for name in PTX},
+        per_element=total * threads / variant.weights if variant.weights else None,
+    )
+
+
+def _tool(option: str, code: bytes) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        return subprocess.run([program, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _usage(text: str, name: str) -> int:
+    found = re.search(rf"\b{name}:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump says nothing of {name}: {text[:200]!r}")
+    return int(found.group(1))
+
+
+def _count(listing: str) -> tuple[Counter[str], Counter[str]]:
+    """Instructions by name, and global accesses by name and width; what follows the last EXIT is padding."""
+    instructions: Counter[str] = Counter()
+    accesses: Counter[str] = Counter()
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
+    while names and (names[-1].startswith("NOP") or names[-1].startswith("BRA")):
+        names.pop()
+    for full in names:
+        head = full.split(".")[0]
+        instructions[head] += 1
+        if head in ("LDG", "STG", "LDGSTS", "UBLKCP"):
+            width = next((part for part in full.split(".") if part in ("64", "128", "U8", "S8", "U16", "S16")), "32")
+            accesses[f"{head}.{width}"] += 1
+    return instructions, accesses
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one JSON line for every configuration and architecture."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", action="append", choices=kernel_names(), help="repeat for more; all by default")
+    parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="all by default")
+    parser.add_argument("--variant", action="append", help="configurations of this name only; repeat for more")
+    options = parser.parse_args(arguments)
+    for name in options.kernel or kernel_names():
+        for variant in variants_of(name):
+            if options.variant and variant.name not in options.variant:
+                continue
+            if isinstance(variant.kernel, InterpretedFunction):
+                sys.stderr.write(
+                    "benchmarks.codegen: unset TRITON_INTERPRET, which keeps kernels from being compiled\n"
+                )
+                return 2
+            for arch in options.arch or ARCHITECTURES:
+                print(json.dumps(asdict(compile_variant(name, variant, arch))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

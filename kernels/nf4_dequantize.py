@@ -1,0 +1,164 @@
+"""Triton kernel for lora_core::nf4_dequantize: codes and scales, plain or quantised, to a weight in one launch.
+
+    w[i] = level[code[i]] * absmax[i // BLOCK_SIZE]
+    absmax[j] = level8[q[j]] * absmax2[j // NESTED_BLOCK] + offset        where the scales are quantised too
+
+Every operation rounds once, so the bits are the reference's: no multiply-add may be fused.
+
+A program expands UNITS units. Where n is a multiple of 8, a unit is a 32-bit word of eight codes, so that a thread
+stores 16 bytes at once; else it is a byte of two codes. No word straddles a block, as blocks are multiples of 32.
+
+Reads n / 2 bytes of codes and writes n elements: bound by memory if a weight takes few enough instructions. So a byte
+is looked up whole, in a table of 256 pairs of levels in shared memory, and a scale is made once for its block.
+
+Reference: lora_core/reference/nf4.py
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.tables import level_pairs, levels
+from lora_core.kernels.tile import round_to
+from lora_core.kernels.variant import TYPES, Variant
+from lora_core.ops.nf4_dequantize import op
+from lora_core.quant.blockwise import BLOCK_SIZES
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+
+# units of a program and its warps: 64 weights a thread, what keeps registers few and instructions a weight few
+UNITS = {"words": 1024, "bytes": 2048}
+WARPS = 4
+
+
+# n changes from weight to weight: specialising on it would compile again
+@triton.jit(do_not_specialize=["n"])
+def _nf4_dequantize_kernel(
+    codes_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    pairs_ptr,
+    levels8_ptr,
+    w_ptr,
+    n,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    PER_UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    # int64: element numbers pass 2^31; inside a program 32 bits do
+    start = tl.program_id(0).to(tl.int64) * (UNITS * PER_UNIT)
+    left = tl.minimum(n - start, UNITS * PER_UNIT).to(tl.int32)
+    unit = tl.arange(0, UNITS)
+    unit_ok = unit * PER_UNIT < left
+    packed = tl.load(codes_ptr + start // PER_UNIT + unit, mask=unit_ok, other=0).to(tl.int32)
+
+    # a program begins with a block, as it holds whole ones; each scale is made once and handed to its units
+    blocks: tl.constexpr = UNITS * PER_UNIT // BLOCK_SIZE
+    first_block = start // BLOCK_SIZE
+    block = tl.arange(0, blocks)
+    block_ok = block * BLOCK_SIZE < left
+    absmax = tl.load(absmax_ptr + first_block + block, mask=block_ok, other=0)
+    if NESTED:
+        level8 = tl.load(levels8_ptr + absmax.to(tl.int32))
+        if NESTED_BLOCK % blocks == 0:
+            # all of the program's scales share one of the second level
+            absmax2 = tl.load(nested_absmax_ptr + first_block // NESTED_BLOCK)
+        else:
+            absmax2 = tl.load(nested_absmax_ptr + (first_block + block) // NESTED_BLOCK, mask=block_ok, other=0.0)
+        absmax = level8 * absmax2 + tl.load(nested_offset_ptr)
+    scale = tl.gather(absmax, unit * PER_UNIT // BLOCK_SIZE, 0)  # [UNITS]
+
+    # the lowest byte of a word comes first
+    shift = tl.arange(0, PER_UNIT // 2) * 8
+    byte = (packed[:, None] >> shift[None, :]) & 0xFF  # [UNITS, PER_UNIT / 2]
+    pairs = tl.load(pairs_ptr + tl.arange(0, 256))
+    pair = tl.gather(pairs, byte.reshape(UNITS * PER_UNIT // 2), 0)
+    even = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    level = tl.join(even, odd).reshape(UNITS, PER_UNIT)
+
+    element = tl.arange(0, PER_UNIT)
+    place = unit[:, None] * PER_UNIT + element[None, :]
+    # words are whole, so that one test serves all eight elements and they are stored at once
+    place_ok = unit_ok[:, None] & (element[None, :] >= 0) if PER_UNIT == 8 else place < left
+    tl.store(w_ptr + start + place, round_to(level * scale[:, None], w_ptr.dtype.element_ty), mask=place_ok)
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
+    kinds = (("words", "*i32", 8), ("bytes", "*u8", 2))
+    choices = itertools.product((torch.float32, torch.float16, torch.bfloat16), BLOCK_SIZES, ("plain", "nested"), kinds)
+    for dtype, block_size, scales, (kind, codes, per_unit) in choices:
+        nested = scales == "nested"
+        yield Variant(
+            name=f"{TYPES[dtype]} {block_size} {scales} {kind}",
+            kernel=_nf4_dequantize_kernel,
+            signature={
+                "codes_ptr": codes,
+                "absmax_ptr": "*u8" if nested else "*fp32",
+                **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels8_ptr"), "*fp32"),
+                "pairs_ptr": "*i64",
+                "w_ptr": f"*{TYPES[dtype]}",
+                "n": "i64",
+            },
+            constants={
+                "BLOCK_SIZE": block_size,
+                "NESTED_BLOCK": NESTED_BLOCK_SIZE,
+                "NESTED": nested,
+                "PER_UNIT": per_unit,
+                "UNITS": UNITS[kind],
+            },
+            options={"num_warps": WARPS, "enable_fp_fusion": False},
+            weights=per_unit * UNITS[kind],
+        )
+
+
+def launch_nf4_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> Tensor:
+    """Run the kernel; operands as checked by the op. Copies codes or scales that are not contiguous."""
+    w = codes.new_empty(shape, dtype=dtype)
+    n = w.numel()
+    if n == 0:
+        return w
+    codes, absmax = codes.contiguous(), absmax.contiguous()
+    # a slice of a larger buffer may begin between two words
+    words = n % 8 == 0 and codes.data_ptr() % 4 == 0
+    per_unit, units = (8, UNITS["words"]) if words else (2, UNITS["bytes"])
+    nested = nested_absmax is not None
+    pairs, levels8 = level_pairs("nf4", codes.device), levels("dynamic", codes.device)
+    with torch.cuda.device_of(codes):
+        _nf4_dequantize_kernel[(triton.cdiv(n, per_unit * units),)](
+            codes.view(-1).view(torch.int32) if words else codes,
+            absmax,
+            nested_absmax.contiguous() if nested_absmax is not None else levels8,
+            nested_offset if nested_offset is not None else levels8,
+            pairs,
+            levels8,
+            w,
+            n,
+            BLOCK_SIZE=block_size,
+            NESTED_BLOCK=nested_block_size,
+            NESTED=nested,
+            PER_UNIT=per_unit,
+            UNITS=units,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    return w
+
+
+op.register_kernel("cuda")(launch_nf4_dequantize)

@@ -1,0 +1,49 @@
+"""Codebooks on the device that a kernel reads them from, copied there once."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lora_core.quant.codebook import codebook
+
+
+@functools.cache
+def levels(name: str, device: torch.device) -> Tensor:
+    """Return a codebook's levels: float32 [16] or [256] on the device."""
+    return codebook(name).levels.to(device)
+
+
+@functools.cache
+def level_pairs(name: str, device: torch.device) -> Tensor:
+    """Return the two levels of every byte of packed codes, as the two halves of an int64 [256] on the device.
+
+    The first of the two, whose code is in the byte's high half, lies in the low half: first in memory.
+    """
+    byte = torch.arange(256)
+    pairs = codebook(name).levels[torch.stack([byte >> 4, byte & 15], dim=1)]
+    return pairs.view(torch.int64).reshape(-1).to(device)
+
+
+@functools.cache
+def thresholds(name: str, device: torch.device) -> Tensor:
+    """Return what separates a codebook's levels as a binary search tree: float32 [levels], node 1 the root.
+
+    Code c is the number of thresholds that a value is not below. Node k's children are 2k and 2k + 1; node 0 is unused.
+    The levels must rise with their codes.
+    """
+    book = codebook(name)
+    middle = book.midpoints.double()
+    nearest = middle.float()
+    # a value half-way goes down, or, for ties to even, to the even one of codes i and i + 1
+    goes_up = torch.arange(len(middle)) % 2 == 1 if book.ties_to_even else torch.zeros(len(middle), dtype=torch.bool)
+    exact = nearest.double() == middle
+    reached = (nearest.double() > middle) | (exact & goes_up)
+    ordered = torch.where(reached, nearest, torch.nextafter(nearest, torch.tensor(float("inf"))))
+    count = len(ordered) + 1
+    tree = torch.zeros(count)
+    for node in range(1, count):
+        depth = node.bit_length() - 1
+        width = count >> (depth + 1)
+        tree[node] = ordered[(2 * (node - (1 << depth)) + 1) * width - 1]
+    return tree.to(device)

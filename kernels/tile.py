@@ -1,0 +1,45 @@
+"""Tile helpers that every kernel shares. Two faults of Triton's interpreter are met here and nowhere else."""
+
+import os
+
+import triton
+import triton.language as tl
+
+# read when imported, as Triton itself does
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b accumulated in fp32, for a [M, K] and b [K, N] of one dtype, each side at least 16."""
+    # the interpreter (Triton 3.6 to 3.9) computes a bfloat16 product wrongly, and says nothing
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    # "ieee": by default fp32 inputs may be rounded to tf32, 13 bits short of what the tolerance allows
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """x (fp32) rounded once to dtype, ties to even."""
+    # the interpreter cuts fp32 off to bfloat16, and takes subnormals for zero: make the bits by hand
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        # a NaN's bits might carry over into those of an infinity
+        rounded = tl.where(x == x, rounded, 0x7FC00000)
+        y = (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def nearest_code(x, tree, LEVELS: tl.constexpr, DEPTH: tl.constexpr):
+    """Codes, int32, of the levels nearest to x (fp32, one-dimensional), by tables.thresholds; NaN gets the last."""
+    node = tl.full(x.shape, 1, tl.int32)
+    for _ in tl.static_range(DEPTH):
+        below = x < tl.gather(tree, node, 0)
+        node = 2 * node + tl.where(below, 0, 1)
+    return node - LEVELS

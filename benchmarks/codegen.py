@@ -43,6 +43,7 @@ class Compiled:
         instructions: of the whole kernel, by the first word of their names.
         accesses: global loads and stores by width, such as "LDG.128".
         ptx: how often some operations stand in the intermediate code, before the assembler.
+        tile_m: rows of the tiles that tensor cores multiply; 0 where none do.
         per_element: instructions of all threads over the elements a program makes; None where that says nothing.
     """
 
@@ -56,6 +57,7 @@ class Compiled:
     instructions: dict[str, int]
     accesses: dict[str, int]
     ptx: dict[str, int]
+    tile_m: int
     per_element: float | None
 
     @property
@@ -108,6 +110,7 @@ def compile_variant(name: str, variant: Any, arch: int) -> Compiled:
         instructions=dict(instructions),
         accesses=dict(accesses),
         ptx={name: len(re.findall(rf"\b{re.escape(name)}\b", built.asm["ptx"])) for name in PTX},
+        tile_m=variant.tile_m,
         per_element=total * threads / variant.weights if variant.weights else None,
     )
 

@@ -10,14 +10,32 @@ INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0")
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b accumulated in fp32, for a [M, K] and b [K, N] of one dtype, each side at least 16."""
+def dot(a, b, acc):
+    """acc + a @ b in fp32, for a [M, K] and b [K, N] of one dtype, each side at least 16."""
     # the interpreter (Triton 3.6 to 3.9) computes a bfloat16 product wrongly, and says nothing
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     # "ieee": by default fp32 inputs may be rounded to tf32, 13 bits short of what the tolerance allows
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def mix(h):
+    """Hash of uint32: lora_core.reference.dropout.mix."""
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def keep(seed_ptr, row, column, threshold):
+    """Which elements dropout keeps, [rows, columns]: the same for every tiling, as each depends on its place alone."""
+    seed = tl.load(seed_ptr).to(tl.uint32)
+    row_hash = mix(seed ^ mix(row.to(tl.uint32)))
+    return mix(row_hash[:, None] ^ column.to(tl.uint32)[None, :]) >= threshold.to(tl.uint32)
 
 
 @triton.jit

@@ -16,6 +16,15 @@ TYPES = {
     torch.int64: "i64",
 }
 
+# dtypes of x and of A and B: adapters share the layer's dtype or are kept in float32
+DTYPE_PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -29,7 +38,7 @@ class Variant:
         constants: value of every constexpr.
         options: num_warps and other launch options.
         weights: output elements one program makes, for instructions per element; 0 where that says nothing.
-        uses_tensor_cores: it multiplies matrices, so its instructions must show it.
+        tile_m: rows of the tiles that tensor cores multiply; 0 where none do.
     """
 
     name: str
@@ -39,4 +48,4 @@ class Variant:
     aligned: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: int = 0
-    uses_tensor_cores: bool = False
+    tile_m: int = 0

@@ -8,6 +8,18 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 dtypes = st.sampled_from(DTYPES)
 block_sizes = st.sampled_from(BLOCK_SIZES)
+# dtypes of x and of A and B
+dtype_pairs = st.sampled_from(
+    [
+        *((dtype, dtype) for dtype in DTYPES),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ]
+)
+# one, odd, prime, just over a tile
+sizes = st.sampled_from([1, 2, 7, 16, 17, 33, 65, 131])
+ranks = st.sampled_from([1, 3, 8, 16, 17, 33, 65, 130])
+dropouts = st.sampled_from([0.0, 0.1, 0.5, 0.9])
 seeds = st.integers(0, 2**31 - 1)
 # standard deviations of a tensor's values: zeros, subnormal, tiny, plain, huge
 scales = st.sampled_from([0.0, 1e-40, 1e-30, 1e-3, 1.0, 1e4, 3e38])
@@ -19,5 +31,20 @@ def values(count: int, dtype: torch.dtype, scale: float, seed: int, mixed: bool 
     x = torch.randn(count, generator=g)
     if mixed:
         x = x * 10.0 ** torch.randint(-8, 4, (count,), generator=g)
-    largest = torch.finfo(dtype).max
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return (x * scale).clamp(-largest, largest).to(dtype)
+
+
+def linear_operands(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, low: torch.dtype, seed: int, device: str = "cpu"
+) -> tuple[torch.Tensor, ...]:
+    """Return x [m, k], W [n, k], b [n], A [r, k] and B [n, r]; one seed in four makes some of them zero or mixed."""
+    shapes = ((m, k, dtype), (n, k, dtype), (1, n, dtype), (r, k, low), (n, r, low))
+    kinds = (seed // 4 + i for i in range(5)) if seed % 4 == 3 else (2,) * 5
+    made = []
+    for (rows, columns, own), kind in zip(shapes, kinds, strict=True):
+        # mixed values end near 4: S in float16 must stay below 65504
+        scale, mixed = [(0.0, False), (1e-3, True), (1.0, False)][kind % 3]
+        made.append(values(rows * columns, own, scale, seed + len(made), mixed).view(rows, columns).to(device))
+    made[2] = made[2][0]
+    return tuple(made)

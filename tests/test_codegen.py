@@ -23,8 +23,17 @@ EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
 SAMPLE = {
     "absmax_dequantize": ("blocks of 256",),
     "absmax_quantize": ("blocks of 256",),
+    "low_rank_matmul": (
+        "bf16 bf16 128x128x64 rank 16 bias",
+        "fp16 fp16 64x64x64 rank 64 transposed dropout",
+        "bf16 fp32 128x128x64 rank 16 plain",
+        "fp32 fp32 16x64x32 rank 16 added",
+    ),
     "nf4_dequantize": ("bf16 64 nested words", "fp16 64 plain bytes", "fp32 4096 nested words"),
     "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
+    "row_sum": ("bf16 bf16 rank 16 bias hidden split", "bf16 fp32 rank 32 transposed dropout"),
+    "shrink": ("bf16 bf16 64x16 dropout", "fp16 fp16 16x64 split", "fp32 fp32 64x32"),
+    "split_sum": ("bf16 added",),
 }
 
 
@@ -45,6 +54,12 @@ def check(rows: list[dict]) -> None:
         assert row["shared_bytes"] <= {80: 163, 90: 227, 100: 227}[row["arch"]] * 1024, said
         if row["kernel"] in UNFUSED:
             assert row["ptx"]["fma.rn.f32"] == row["instructions"].get("FFMA", 0) == 0, said
+        if row["tile_m"] and row["arch"] == 80:
+            # matrix instructions, fed by asynchronous copies
+            assert row["instructions"]["HMMA"] and row["instructions"]["LDGSTS"], said
+        if row["tile_m"] and row["arch"] == 90:
+            # HGMMA is wgmma, which takes 64 rows at least
+            assert row["instructions"]["HGMMA" if row["tile_m"] >= 64 else "HMMA"], said
         if row["kernel"] in EXACT_QUOTIENTS:
             assert row["ptx"]["div.rn.f32"] and not row["ptx"]["div.full.f32"] + row["ptx"]["div.approx.f32"], said
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import UNIT_FP32, assert_within_bound, assert_within_rounding
+from lora_bounds import check_forward
+from tolerance import assert_within_rounding
 from torch.utils.checkpoint import checkpoint
 
 import lora_core as lc
@@ -15,7 +15,6 @@ from lora_core.ops.lora_linear import backward_op, lora_linear, op
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_lora_linear import op as nf4_op
 from lora_core.reference import lora as reference
-from lora_core.reference.dropout import dropout as drop
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 31, 65])
 RANKS = st.sampled_from([1, 2, 3, 5, 8, 16, 33])
@@ -31,38 +30,19 @@ def operands(m, n, k, r, dtype=torch.float32, low=None, seed=0, lead=None):
     return x, weight, bias, torch.randn(r, k, generator=g).to(low), torch.randn(n, r, generator=g).to(low)
 
 
-def check(y, x, weight, bias, lora_a, lora_b, scaling, dropout=0.0):
-    """Compare with the formula in float64, the mask being the same.
-
-    Rounded to a dtype of unit u before the end: the base product to that of y, S and the update's operands to that of
-    A. All sums run in float32 at least.
-    """
-    u, low = torch.finfo(y.dtype).eps / 2, torch.finfo(lora_a.dtype).eps / 2
-    wide = [t.double() for t in (x, weight, bias, lora_a, lora_b)]
-    dropped = drop(wide[0], dropout, SEED)
-    base, hidden = F.linear(*wide[:3]), dropped @ wide[3].T
-    truth = base + scaling * hidden @ wide[4].T
-    x, weight, bias, lora_a, lora_b = (t.abs() for t in wide)
-    magnitude = F.linear(x, weight, bias) + scaling * (dropped.abs() @ lora_a.T) @ lora_b.T
-    # D = x / (1 - p) is rounded where p > 0, S always
-    rounded_low = scaling * (hidden.abs() + (dropout > 0) * dropped.abs() @ lora_a.T) @ lora_b.T
-    sums = 2 * UNIT_FP32 * (x.shape[-1] + lora_a.shape[0] + 2) ** 0.5 * magnitude
-    assert_within_bound(y, truth, u * (truth.abs() + base.abs()) + low * rounded_low + sums)
-
-
 @given(SIZES, SIZES, SIZES, RANKS, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([0.0, 0.1, 0.9]))
 def test_lora_linear_matches_the_formula(m, n, k, r, dtype, low_fp32, dropout):
     args = operands(m, n, k, r, dtype, torch.float32 if low_fp32 else None)
     y = lora_linear(*args, 0.5, dropout, SEED)
     assert y.dtype == dtype and y.shape == (m, n)
-    check(y, *args, 0.5, dropout)
+    check_forward(y, *args, 0.5, dropout, SEED)
 
 
 @given(SIZES, SIZES, SIZES, RANKS, st.sampled_from(DTYPES), st.booleans(), st.sampled_from([32, 64, 256]))
 def test_nf4_lora_linear_matches_the_formula(m, n, k, r, dtype, double_quant, block_size):
     x, weight, bias, a, b = operands(m, n, k, r, dtype, torch.float32)
     q = lc.quantize_nf4(weight, block_size, double_quant)
-    check(nf4_lora_linear(x, q, bias, a, b, 0.5), x, q.dequantize(dtype), bias, a, b, 0.5)
+    check_forward(nf4_lora_linear(x, q, bias, a, b, 0.5), x, q.dequantize(dtype), bias, a, b, 0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +55,7 @@ def test_lora_linear_tolerance_rejects_a_result_1_percent_off(dtype, part):
     else:
         wrong, right = (x, 1.01 * weight, bias, a, zero(b), 0.5), (x, weight, bias, a, zero(b), 0.5)
     with pytest.raises(AssertionError, match="rounding bound|rms"):
-        check(lora_linear(*wrong), *right)
+        check_forward(lora_linear(*wrong), *right)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0), (2, 3, 4)], ids=str)
@@ -105,7 +85,7 @@ def test_lora_linear_takes_any_strides():
         torch.cat([b, b], 1)[:, :3],
     ]
     assert all(not s.is_contiguous() for s in strided)
-    check(lora_linear(*strided, 0.5), x, weight, bias, a, b, 0.5)
+    check_forward(lora_linear(*strided, 0.5), x, weight, bias, a, b, 0.5)
     assert want.is_contiguous()
 
 

@@ -49,7 +49,8 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
 def threshold(p: float) -> int:
     """Return the hash value from which on an element is kept."""
-    return round(p * 2**32)
+    # a hash is below 2^32: the largest p drops all but one in 2^32
+    return min(round(p * 2**32), MASK_32)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -1,0 +1,230 @@
+"""Triton kernel for products that sum over tokens: the gradients of A, B and the bias, and of S from the same read.
+
+    P = factor drop(D)^T T        D [M, C], T [M, R], P [C, R]
+    d_bias = column sums of D                              where asked for
+    d_hidden = factor D B + add                            where asked for, B [C, R]
+
+With D = dL/dy, T = S and B it makes dL/dB, dL/db and dL/dS from one read of dL/dy; with D = x and T = dL/dS it makes
+(dL/dA)^T, dropout inside. A step of lora_linear's backward.
+
+A program owns BLOCK_C columns and a range of rows. Its parts, P over ranges of rows and d_hidden over blocks of
+columns, are added in a fixed order by split_sum.py: no atomics, the same bits every time. Bound by memory: reads D
+once, and writes and reads parts of 4 M R C / BLOCK_C bytes.
+
+Reference: lora_core/reference/lora.py
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.processors import splits_to_fill
+from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.kernels.tile import dot, keep, round_to
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.reference.dropout import threshold
+
+# columns of a program, rows of a step and ranks of a program, by the dtype of T and B
+BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
+BLOCK_M = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
+BLOCK_R = {torch.float32: (16, 32), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
+WARPS = 4
+STAGES = 3
+# rows of a part of a split sum at least
+SHORTEST = 256
+
+
+class RowSums(NamedTuple):
+    """What launch_row_sum returns: P, and, where asked for, d_bias [C] and d_hidden [M, R]."""
+
+    product: Tensor
+    d_bias: Tensor | None
+    d_hidden: Tensor | None
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split", "factor", "threshold"])
+def _row_sum_kernel(
+    d_ptr,
+    t_ptr,
+    b_ptr,
+    seed_ptr,
+    product_ptr,
+    bias_ptr,
+    hidden_ptr,
+    M,
+    C,
+    R,
+    stride_dm,
+    stride_dc,
+    stride_bc,
+    stride_br,
+    stride_pc,
+    stride_pr,
+    rows_per_split,
+    factor,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tile, split = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    rank = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column_ok, rank_ok = column < C, rank < R
+    low: tl.constexpr = t_ptr.dtype.element_ty
+    if HIDDEN:
+        b = tl.load(
+            b_ptr + column[:, None] * stride_bc + rank[None, :] * stride_br,
+            mask=column_ok[:, None] & rank_ok[None, :],
+            other=0.0,
+        )
+    product = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    bias = tl.zeros((BLOCK_C,), tl.float32)
+    first = tl.program_id(2) * rows_per_split
+    for m in range(first, tl.minimum(first + rows_per_split, M), BLOCK_M):
+        row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        row_ok = row < M
+        d = tl.load(
+            d_ptr + row[:, None] * stride_dm + column[None, :] * stride_dc,
+            mask=row_ok[:, None] & column_ok[None, :],
+            other=0.0,
+        )
+        t = tl.load(t_ptr + row[:, None] * R + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
+        if BIAS:
+            bias += tl.sum(d.to(tl.float32), axis=0)
+        d = d.to(low)
+        if HIDDEN:
+            hidden = dot(d, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))
+            place = (tile * M + row)[:, None] * R + rank[None, :]
+            tl.store(hidden_ptr + place, hidden, mask=row_ok[:, None] & rank_ok[None, :])
+        if DROPOUT:
+            d = tl.where(keep(seed_ptr, row, column, threshold), d, 0.0)
+        product = dot(tl.trans(d), t, product)
+    place = split * C * R + column[:, None] * stride_pc + rank[None, :] * stride_pr
+    total = round_to(product * factor, product_ptr.dtype.element_ty)
+    tl.store(product_ptr + place, total, mask=column_ok[:, None] & rank_ok[None, :])
+    if BIAS:
+        # every program of a column's ranks has the same sum
+        tl.store(bias_ptr + split * C + column, bias, mask=column_ok & (tl.program_id(1) == 0))
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose, D with its last dimension contiguous."""
+    # dA comes transposed; dB with what else depends on dL/dy
+    uses = ("transposed", "transposed dropout", "", "hidden", "bias", "bias hidden")
+    for (dtype, low), use in itertools.product(DTYPE_PAIRS, uses):
+        for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
+            if split and low == torch.float32:
+                # the parts are float32 in any case
+                continue
+            strides = ("stride_bc", "stride_pr") if "transposed" in use else ("stride_bc", "stride_pc")
+            yield Variant(
+                name=" ".join(filter(None, (TYPES[dtype], TYPES[low], f"rank {block_r}", use, "split" * split))),
+                kernel=_row_sum_kernel,
+                signature={
+                    "d_ptr": f"*{TYPES[dtype]}",
+                    **dict.fromkeys(("t_ptr", "b_ptr"), f"*{TYPES[low]}"),
+                    "seed_ptr": "*i64",
+                    "product_ptr": "*fp32" if split else f"*{TYPES[low]}",
+                    **dict.fromkeys(("bias_ptr", "hidden_ptr"), "*fp32"),
+                    **dict.fromkeys(("M", "C", "R", "stride_dm", *strides, "rows_per_split"), "i32"),
+                    "factor": "fp32",
+                    "threshold": "i64",
+                },
+                constants={
+                    **dict.fromkeys(("stride_dc", "stride_br", *({"stride_pc", "stride_pr"} - {*strides})), 1),
+                    "DROPOUT": "dropout" in use,
+                    "BIAS": "bias" in use,
+                    "HIDDEN": "hidden" in use,
+                    "BLOCK_C": BLOCK_C[low],
+                    "BLOCK_M": BLOCK_M[low],
+                    "BLOCK_R": block_r,
+                },
+                aligned=("C", "R", "stride_dm", *strides),
+                options={"num_warps": WARPS, "num_stages": STAGES},
+                tile_m=BLOCK_M[low] if low != torch.float32 else 0,
+            )
+
+
+def launch_row_sum(
+    d: Tensor,
+    t: Tensor,
+    factor: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    hidden_of: Tensor | None = None,
+    add: Tensor | None = None,
+    bias: bool = False,
+    transposed: bool = False,
+    splits: int | None = None,
+) -> RowSums:
+    """Run the kernel; any strides of d and hidden_of.
+
+    Args:
+        d: D, float32, float16 or bfloat16, shape [M, C].
+        t: T, dtype of d or float32, contiguous, shape [M, R].
+        factor: multiplies both products.
+        dropout: probability of zeroing an element of D in P, in [0, 1).
+        seed: int64, one element; needed where dropout > 0.
+        hidden_of: B, dtype of t, shape [C, R], to have d_hidden as well.
+        add: dtype of t, shape [M, R], added to d_hidden; or None.
+        bias: whether to have the column sums as well.
+        transposed: whether to have P^T, shape [R, C].
+        splits: parts of the sum over rows; by default as many as fill the device.
+    Returns:
+        product [C, R] or [R, C] in the dtype of t, d_bias in that of d, d_hidden in that of t.
+    """
+    (m, c), r = d.shape, t.shape[1]
+    low = t.dtype
+    block_r = next((x for x in BLOCK_R[low] if r <= x), BLOCK_R[low][-1])
+    # without ranks there are column sums still
+    grid_c, grid_r = triton.cdiv(c, BLOCK_C[low]), triton.cdiv(max(r, 1), block_r)
+    splits = splits or splits_to_fill(d.device, grid_c * grid_r, m, SHORTEST)
+    rows_per_split = triton.cdiv(triton.cdiv(max(m, 1), splits), BLOCK_M[low]) * BLOCK_M[low]
+    splits = triton.cdiv(max(m, 1), rows_per_split)
+    shape = (r, c) if transposed else (c, r)
+    product = d.new_empty(shape if splits == 1 else (splits, *shape), dtype=low if splits == 1 else torch.float32)
+    d_bias = d.new_empty((splits, c), dtype=torch.float32) if bias else None
+    d_hidden = None if hidden_of is None else d.new_empty((grid_c, m, r), dtype=torch.float32)
+    scale = factor / (1 - dropout)
+    if c:
+        with torch.cuda.device_of(d):
+            _row_sum_kernel[(grid_c, grid_r, splits)](
+                d,
+                t,
+                t if hidden_of is None else hidden_of,
+                seed if seed is not None and dropout else d,
+                product,
+                product if d_bias is None else d_bias,
+                product if d_hidden is None else d_hidden,
+                m,
+                c,
+                r,
+                *d.stride(),
+                *((0, 0) if hidden_of is None else hidden_of.stride()),
+                *((1, c) if transposed else (r, 1)),
+                rows_per_split,
+                scale if splits == 1 else 1.0,
+                threshold(dropout),
+                DROPOUT=dropout > 0,
+                BIAS=bias,
+                HIDDEN=hidden_of is not None,
+                BLOCK_C=BLOCK_C[low],
+                BLOCK_M=BLOCK_M[low],
+                BLOCK_R=block_r,
+                num_warps=WARPS,
+                num_stages=STAGES,
+            )
+    return RowSums(
+        product if splits == 1 else launch_split_sum(product, low, scale),
+        None if d_bias is None else launch_split_sum(d_bias, d.dtype),
+        None if d_hidden is None else launch_split_sum(d_hidden, low, factor, add),
+    )

@@ -1,0 +1,176 @@
+"""Triton kernel for a skinny product, with dropout inside: the low-rank path's way down.
+
+    S = factor drop(x) A^T + add        x [M, K], A [R, K], S [M, R]
+
+With x = dL/dy and A = B^T it is the backward's dL/dS = s (dL/dy) B. A step of lora_linear.
+
+Reads x once for each BLOCK_R ranks: bound by memory. Where M alone does not fill the device, the sum over K is split,
+and the parts are added in a fixed order (split_sum.py). The mask is a hash of (seed, row, column), so it needs no
+memory, and 1 / (1 - p) multiplies the sum instead of each element.
+
+Reference: lora_core/reference/lora.py, lora_core/reference/dropout.py
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.processors import splits_to_fill
+from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.kernels.tile import dot, keep, round_to
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.reference.dropout import threshold
+
+# rows of a tile, by the rows there are; a tile of 64 is the least that wgmma takes
+BLOCK_M = (16, 64)
+# columns of a step and ranks of a tile, by A's dtype
+BLOCK_K = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
+BLOCK_R = {torch.float32: (16, 32), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
+WARPS = 4
+STAGES = 3
+# terms of a part of a split sum at least
+SHORTEST = 256
+
+
+@triton.jit(do_not_specialize=["M", "R", "factor", "threshold"])
+def _shrink_kernel(
+    x_ptr,
+    a_ptr,
+    seed_ptr,
+    s_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    k_per_split,
+    factor,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rank = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    # a multiple of BLOCK_K, so that only the end of K needs a mask
+    first = split * k_per_split
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
+        column = k + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + row[:, None] * stride_xm + column.to(tl.int64)[None, :] * stride_xk,
+            mask=(row < M)[:, None] & (column < K)[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + rank[None, :] * stride_ar + column.to(tl.int64)[:, None] * stride_ak,
+            mask=(rank < R)[None, :] & (column < K)[:, None],
+            other=0.0,
+        )
+        if DROPOUT:
+            x = tl.where(keep(seed_ptr, row, column, threshold), x, 0.0)
+        acc = dot(x.to(a_ptr.dtype.element_ty), a, acc)
+    place = (split.to(tl.int64) * M + row)[:, None] * R + rank[None, :]
+    tl.store(
+        s_ptr + place, round_to(acc * factor, s_ptr.dtype.element_ty), mask=(row < M)[:, None] & (rank < R)[None, :]
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose, x and A with their last dimension contiguous."""
+    for (dtype, low), dropout, block_m in itertools.product(DTYPE_PAIRS, (False, True), BLOCK_M):
+        for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
+            if split and low == torch.float32:
+                # the parts are float32 in any case
+                continue
+            yield Variant(
+                name=f"{TYPES[dtype]} {TYPES[low]} {block_m}x{block_r}{' dropout' * dropout}{' split' * split}",
+                kernel=_shrink_kernel,
+                signature={
+                    "x_ptr": f"*{TYPES[dtype]}",
+                    "a_ptr": f"*{TYPES[low]}",
+                    "seed_ptr": "*i64",
+                    "s_ptr": "*fp32" if split else f"*{TYPES[low]}",
+                    **dict.fromkeys(("M", "K", "R", "stride_xm", "stride_ar", "k_per_split"), "i32"),
+                    "factor": "fp32",
+                    "threshold": "i64",
+                },
+                constants={
+                    "stride_xk": 1,
+                    "stride_ak": 1,
+                    "DROPOUT": dropout,
+                    "BLOCK_M": block_m,
+                    "BLOCK_K": BLOCK_K[low],
+                    "BLOCK_R": block_r,
+                },
+                aligned=("K", "stride_xm", "stride_ar", "k_per_split"),
+                options={"num_warps": WARPS, "num_stages": STAGES},
+                tile_m=block_m if low != torch.float32 else 0,
+            )
+
+
+def launch_shrink(
+    x: Tensor,
+    lora_a: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    factor: float = 1.0,
+    add: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Run the kernel; any strides.
+
+    Args:
+        x: float32, float16 or bfloat16, shape [M, K].
+        lora_a: dtype of x or float32, shape [R, K].
+        dropout: probability of zeroing an element of x, in [0, 1).
+        seed: int64, one element; needed where dropout > 0.
+        factor: multiplies the product.
+        add: dtype of lora_a, shape [M, R], added to the product; or None.
+        splits: parts of the sum; by default as many as fill the device.
+    Returns:
+        Shape [M, R], dtype of lora_a.
+    """
+    (m, k), r = x.shape, lora_a.shape[0]
+    low = lora_a.dtype
+    block_m = BLOCK_M[0] if m <= BLOCK_M[0] else BLOCK_M[1]
+    block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
+    tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
+    splits = splits or splits_to_fill(x.device, tiles, k, SHORTEST)
+    k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), BLOCK_K[low]) * BLOCK_K[low]
+    splits = triton.cdiv(max(k, 1), k_per_split)
+    # what is added must be added after the parts are
+    together = splits == 1 and add is None
+    s = x.new_empty((m, r) if together else (splits, m, r), dtype=low if together else torch.float32)
+    factor = factor / (1 - dropout)
+    if s.numel():
+        with torch.cuda.device_of(x):
+            _shrink_kernel[(triton.cdiv(m, block_m), triton.cdiv(r, block_r), splits)](
+                x,
+                lora_a,
+                seed if seed is not None and dropout else x,
+                s,
+                m,
+                k,
+                r,
+                *x.stride(),
+                *lora_a.stride(),
+                k_per_split,
+                float(factor) if together else 1.0,
+                threshold(dropout),
+                DROPOUT=dropout > 0,
+                BLOCK_M=block_m,
+                BLOCK_K=BLOCK_K[low],
+                BLOCK_R=block_r,
+                num_warps=WARPS,
+                num_stages=STAGES,
+            )
+    return s if together else launch_split_sum(s, low, factor, add)

@@ -1,0 +1,99 @@
+"""Rounding bounds of the LoRA linear layer and its gradients, derived step by step from lora_core/reference/lora.py.
+
+u and low are the unit roundoffs of the output's dtype and of A's; eta the spacing of A's subnormals. A sum of n
+products in float32 errs by 2 u_32 sqrt(n) times the sum of magnitudes (tolerance.py). What is rounded on the way:
+the base product (a library adds to it in place), S, dS, and D = drop(x) where p > 0.
+"""
+
+import torch
+from tolerance import UNIT_FP32, assert_within_bound
+from torch import Tensor
+
+from lora_core.reference.dropout import keep_mask
+
+
+def units(y: Tensor, lora_a: Tensor) -> tuple[float, float, float]:
+    """Return u, low and eta."""
+    info = torch.finfo(lora_a.dtype)
+    return torch.finfo(y.dtype).eps / 2, info.eps / 2, info.smallest_normal * info.eps
+
+
+def masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """D = drop(x) for x [..., K] in float64."""
+    if p == 0:
+        return x
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.where(keep_mask(seed.cpu(), *flat.shape, p), flat / (1 - p), 0).view(x.shape)
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach().double().cpu() for t in tensors]
+
+
+def check_forward(y, x, weight, bias, lora_a, lora_b, scaling, dropout=0.0, seed=None, hidden=None) -> None:
+    """Fail unless y (and S, where given) are the layer's up to rounding."""
+    u, low, eta = units(y, lora_a)
+    x, weight, bias, a, b = wide(x, weight, bias, lora_a, lora_b)
+    bias = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias
+    d = masked(x, dropout, seed)
+    base, s = x @ weight.T + bias, d @ a.T
+    truth = base + scaling * s @ b.T
+    columns, rank = x.shape[-1], a.shape[0]
+    s_magnitude = d.abs() @ a.T.abs()
+    s_bound = low * (s.abs() + (dropout > 0) * s_magnitude) + eta + 2 * UNIT_FP32 * columns**0.5 * s_magnitude
+    factor = abs(scaling)
+    magnitude = x.abs() @ weight.T.abs() + bias.abs() + factor * s_magnitude @ b.T.abs()
+    sums = 2 * UNIT_FP32 * (columns + rank + 2) ** 0.5 * magnitude
+    bound = u * (truth.abs() + base.abs()) + factor * s_bound @ b.T.abs() + sums
+    # a mixed-dtype update is rounded to A's dtype as it is added
+    assert_within_bound(y.cpu(), truth, bound + low * truth.abs())
+    if hidden is not None:
+        flat = (-1, rank)
+        assert_within_bound(hidden.cpu(), s.reshape(flat), s_bound.reshape(flat))
+
+
+def check_backward(grads, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> None:
+    """Fail unless grads (d_x, d_weight, d_bias, d_lora_a, d_lora_b), some None or empty, are right up to rounding.
+
+    All of shape [rows, columns]; hidden as the forward made it.
+    """
+    u, low, eta = units(d_y, lora_a)
+    g, dh, x, weight, a, b, s = wide(d_y, d_hidden, x, weight, lora_a, lora_b, hidden)
+    rows, columns, rank = g.shape[0], g.shape[1], a.shape[0]
+    factor, d = abs(scaling), masked(x, dropout, seed)
+    unit_sums = 2 * UNIT_FP32
+    d_s = scaling * g @ b + (0 if dh is None else dh)
+    d_s_magnitude = factor * g.abs() @ b.abs() + (0 if dh is None else dh.abs())
+    # the product is rounded before d_hidden is added, and the sum again
+    d_s_bound = 2 * low * d_s_magnitude + eta + unit_sums * columns**0.5 * d_s_magnitude
+    d_magnitude = d.abs()
+    mask = masked(torch.ones_like(x), dropout, seed)
+    low_rank = mask * (d_s @ a)
+    base = g @ weight
+    magnitudes = {
+        "d_x": g.abs() @ weight.abs() + mask * (d_s_magnitude @ a.abs()),
+        "d_weight": g.T.abs() @ x.abs(),
+        "d_bias": g.abs().sum(0),
+        "d_lora_a": d_s_magnitude.T @ d_magnitude,
+        "d_lora_b": factor * g.T.abs() @ s.abs(),
+    }
+    truths = {
+        "d_x": base + low_rank,
+        "d_weight": g.T @ x,
+        "d_bias": g.sum(0),
+        "d_lora_a": d_s.T @ d,
+        "d_lora_b": scaling * g.T @ s,
+    }
+    extra = {
+        # rounded again: the library's base product, and the mixed-dtype update; 1 / (1 - p) is one more rounding
+        "d_x": u * base.abs() + mask * (d_s_bound @ a.abs()) + low * (low_rank.abs() + truths["d_x"].abs()),
+        "d_lora_a": d_s_bound.T @ d_magnitude + low * (dropout > 0) * magnitudes["d_lora_a"],
+    }
+    lengths = {"d_x": columns + rank, "d_weight": rows, "d_bias": rows, "d_lora_a": rows, "d_lora_b": rows}
+    for (name, truth), got in zip(truths.items(), grads, strict=True):
+        if got is None or (got.numel() == 0 and truth.numel()):
+            continue
+        own = torch.finfo(got.dtype).eps / 2
+        # scaling is multiplied in after the sum is rounded, in the reference
+        bound = 2 * own * truth.abs() + unit_sums * (lengths[name] + 1) ** 0.5 * magnitudes[name] + extra.get(name, 0)
+        assert_within_bound(got.cpu(), truth, bound)

@@ -1,0 +1,195 @@
+"""The kernels of lora_linear and its backward against float64: on a GPU, or on the CPU in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_bounds import check_backward, check_forward
+from strategies import dropouts, dtype_pairs, linear_operands, ranks, seeds, sizes, values
+from tolerance import UNIT_FP32, assert_within_bound
+
+from lora_core.kernels.crossover import PATHS
+from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.row_sum import launch_row_sum
+from lora_core.kernels.shrink import launch_shrink
+from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.reference.dropout import keep_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED = torch.tensor([2**40 + 77], device=DEVICE)
+paths = st.sampled_from(PATHS)
+scalings = st.sampled_from([0.5, 2.0, -1.7, 0.0])
+
+
+@given(sizes, sizes, sizes, ranks, dtype_pairs, st.booleans(), scalings, dropouts, paths, seeds)
+def test_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, bias, scaling, dropout, path, seed):
+    x, weight, b, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
+    operands = (x, weight, b if bias else None, lora_a, lora_b, scaling, dropout, SEED)
+    y, hidden = launch_lora_linear(*operands, path=path)
+    assert y.dtype == dtypes[0] and hidden.dtype == dtypes[1]
+    check_forward(y, *operands, hidden)
+
+
+@given(sizes, sizes, sizes, ranks, dtype_pairs, scalings, dropouts, paths, st.booleans(), seeds)
+def test_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, scaling, dropout, path, through, seed):
+    """`through`: a gradient reaches S by another way, too."""
+    x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
+    d_y = values(m * n, dtypes[0], 1.0, seed + 1).view(m, n).to(DEVICE)
+    d_hidden, hidden = values(2 * m * r, dtypes[1], 1.0, seed + 2).view(2, m, r).to(DEVICE)
+    rest = (x, weight, lora_a, lora_b, hidden, scaling, dropout, SEED)
+    d_hidden = d_hidden if through else None
+    grads = launch_lora_linear_backward(d_y, d_hidden, *rest, (True,) * 5, path=path)
+    assert [g.dtype for g in grads] == [dtypes[0]] * 3 + [dtypes[1]] * 2
+    check_backward(grads, d_y, d_hidden, *rest)
+
+
+@given(st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([4, 40]), dropouts)
+def test_lora_linear_backward_kernels_make_just_what_is_needed(needs, r, dropout):
+    """Every subset, by one read of dL/dy (r = 4) and by two (r = 40): the same as all together, the rest empty."""
+    x, weight, _, lora_a, lora_b = linear_operands(9, 20, 35, r, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    d_y, hidden = torch.randn(9, 20, device=DEVICE).bfloat16(), torch.randn(9, r, device=DEVICE).bfloat16()
+    run = (d_y, None, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
+    grads = launch_lora_linear_backward(*run, needs)
+    for got, need in zip(grads, needs, strict=True):
+        assert need or got.numel() == 0
+    check_backward(grads, d_y, None, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
+    assert all(g.numel() for g, need in zip(grads, needs, strict=True) if need)
+
+
+@given(sizes, st.sampled_from([1, 63, 64, 65, 300]), ranks, dtype_pairs, dropouts, st.integers(1, 5), seeds)
+def test_shrink_kernel_splits_its_sum_without_a_trace(m, k, r, dtypes, dropout, splits, seed):
+    """However the sum over K is cut, and whatever is added, the product is the formula's."""
+    x, _, _, lora_a, lora_b = linear_operands(m, 1, k, r, *dtypes, seed, DEVICE)
+    add = values(m * r, dtypes[1], 1.0, seed).view(m, r).to(DEVICE)
+    s = launch_shrink(x, lora_a, dropout, SEED, -0.7, add, splits)
+    wide = x.double().cpu()
+    keep = keep_mask(SEED.cpu(), m, k, dropout) / (1 - dropout)
+    product = (wide * keep) @ lora_a.double().cpu().T
+    truth = -0.7 * product + add.double().cpu()
+    magnitude = 0.7 * (wide * keep).abs() @ lora_a.double().cpu().T.abs() + add.double().cpu().abs()
+    unit = torch.finfo(dtypes[1]).eps / 2
+    assert_within_bound(s.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (k + splits + 2) ** 0.5 * magnitude)
+
+
+@given(st.sampled_from([1, 64, 65, 200]), sizes, ranks, dtype_pairs, dropouts, st.integers(1, 4), st.booleans(), seeds)
+def test_row_sum_kernel_splits_its_sums_without_a_trace(m, c, r, dtypes, dropout, splits, transposed, seed):
+    d = values(m * c, dtypes[0], 1.0, seed).view(m, c).to(DEVICE)
+    t = values(m * r, dtypes[1], 1.0, seed + 1).view(m, r).to(DEVICE)
+    product = launch_row_sum(d, t, 0.3, dropout, SEED, transposed=transposed, splits=splits).product
+    assert product.is_contiguous() and product.shape == ((r, c) if transposed else (c, r))
+    masked = d.double().cpu() * keep_mask(SEED.cpu(), m, c, dropout) / (1 - dropout)
+    truth, magnitude = (0.3 * a.T @ b for a, b in ((masked, t.double().cpu()), (masked.abs(), t.double().cpu().abs())))
+    got = product.T if transposed else product
+    unit = torch.finfo(dtypes[1]).eps / 2
+    assert_within_bound(got.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (m + splits + 2) ** 0.5 * magnitude)
+
+
+@given(st.integers(1, 9), st.integers(1, 1500), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(), seeds)
+def test_split_sum_kernel_adds_in_order(parts, size, dtype, with_add, seed):
+    """The bits of adding the parts one after the other: what makes a result repeatable."""
+    part = values(parts * size, torch.float32, 1.0, seed, mixed=True).view(parts, size).to(DEVICE)
+    add = values(size, dtype, 1.0, seed).to(DEVICE) if with_add else None
+    want = torch.zeros(size, device=DEVICE)
+    for p in part:
+        want = want + p
+    want = want * 1.5
+    # a GPU may fuse the product with what is added: one rounding the fewer
+    once = want if add is None else want + add.float()
+    got = launch_split_sum(part, dtype, 1.5, add)
+    if add is None or DEVICE == "cpu":
+        assert torch.equal(got, once.to(dtype))
+    else:
+        unit = torch.finfo(dtype).eps / 2
+        bound = unit * once.double().abs() + UNIT_FP32 * (want.double().abs() + once.double().abs())
+        assert_within_bound(got.cpu(), once.double().cpu(), bound.cpu())
+
+
+@given(sizes, sizes, st.sampled_from([0.1, 0.5, 0.9]), st.integers(0, 2**62), dtype_pairs)
+def test_dropout_in_the_kernels_is_the_references_mask(m, k, p, seed, dtypes):
+    """Ones through the identity show the mask itself, in the forward and in both gradients that use it."""
+    seed = torch.tensor([seed], device=DEVICE)
+    dtype, low = dtypes
+    keep = keep_mask(seed.cpu(), m, k, p)
+    x, eye = torch.ones(m, k, device=DEVICE, dtype=dtype), torch.eye(k, device=DEVICE)
+    s = launch_shrink(x, eye.to(low), p, seed)
+    assert torch.equal(s.cpu() != 0, keep)
+    d_a = launch_row_sum(x, torch.eye(m, device=DEVICE).to(low), 1.0, p, seed).product
+    assert torch.equal(d_a.T.cpu() != 0, keep)
+    for path in PATHS:
+        d_y, weight = torch.zeros(m, 3, device=DEVICE, dtype=dtype), torch.zeros(3, k, device=DEVICE, dtype=dtype)
+        hidden, lora_b = torch.zeros(m, k, device=DEVICE, dtype=low), torch.zeros(3, k, device=DEVICE, dtype=low)
+        rest = (torch.ones_like(hidden), None, weight, eye.to(low), lora_b, hidden, 1.0, p, seed)
+        d_x = launch_lora_linear_backward(d_y, *rest, (True, False, False, False, False), path=path)[0]
+        assert torch.equal(d_x.cpu() != 0, keep)
+
+
+@given(sizes, st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_lora_linear_kernels_take_any_strides(m, wider, dtype):
+    x, weight, bias, lora_a, lora_b = linear_operands(m, 21, 35, 5, dtype, dtype, m, DEVICE)
+    spread = [
+        t.repeat_interleave(2, -1)[..., ::2] if wider else t.T.contiguous().T for t in (x, weight, lora_a, lora_b)
+    ]
+    bias = bias.repeat_interleave(3)[::3]
+    d_y = torch.randn(21, m, device=DEVICE).to(dtype).T
+    for path in PATHS:
+        y, hidden = launch_lora_linear(spread[0], spread[1], bias, *spread[2:], 0.5, 0.3, SEED, path=path)
+        check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, 0.3, SEED, hidden)
+        rest = (*spread, hidden, 0.5, 0.3, SEED)
+        grads = launch_lora_linear_backward(d_y, None, *rest, (True,) * 5, path=path)
+        check_backward(grads, d_y, None, *rest)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0), (2, 3, 4)], ids=str)
+def test_lora_linear_kernels_take_any_leading_dimensions(lead):
+    x, weight, bias, lora_a, lora_b = linear_operands(24, 6, 32, 3, torch.float32, torch.float32, 0, DEVICE)
+    x = x[: max(1, torch.Size(lead).numel())].reshape(*lead, 32) if 0 not in lead else x[:0].reshape(*lead, 32)
+    y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None)
+    assert y.shape == (*lead, 6)
+    check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden)
+    grads = launch_lora_linear_backward(
+        torch.ones_like(y), None, x, weight, lora_a, lora_b, hidden, 0.5, 0.0, None, (True,) * 5
+    )
+    assert [g.shape for g in grads] == [t.shape for t in (x, weight, bias, lora_a, lora_b)]
+    assert 0 not in lead or all(bool((g == 0).all()) for g in grads)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lora_linear_kernels_give_the_same_bits_twice_and_change_no_operand(path):
+    operands = linear_operands(150, 70, 90, 9, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    before = [t.clone() for t in operands]
+    d_y = torch.randn(150, 70, device=DEVICE).bfloat16()
+    runs = []
+    for _ in range(2):
+        y, hidden = launch_lora_linear(*operands, 0.5, 0.3, SEED, path=path)
+        x, weight, _, lora_a, lora_b = operands
+        rest = (x, weight, lora_a, lora_b, hidden, 0.5, 0.3, SEED, (True,) * 5)
+        runs.append((y, hidden, *launch_lora_linear_backward(d_y, None, *rest, path=path)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(operands, before, strict=True))
+
+
+@pytest.mark.parametrize("part", ["base", "update"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_linear_kernel_bound_rejects_a_result_1_percent_off(part, dtype):
+    x, weight, bias, lora_a, lora_b = linear_operands(64, 40, 33, 8, dtype, dtype, 0, DEVICE)
+    zero = torch.zeros_like
+    right = (
+        (x, zero(weight), None, lora_a, lora_b, 0.5)
+        if part == "update"
+        else (x, weight, None, lora_a, zero(lora_b), 0.5)
+    )
+    wrong = (*right[:5], 0.505) if part == "update" else (x, weight * 1.01, *right[2:])
+    y, _ = launch_lora_linear(*wrong, 0.0, None, path="fused")
+    with pytest.raises(AssertionError, match="rounding bound|rms"):
+        check_forward(y, *right)
+
+
+def test_lora_linear_kernels_run_float64_on_the_reference():
+    operands = linear_operands(4, 5, 6, 2, torch.float64, torch.float64, 0, DEVICE)
+    y, hidden = launch_lora_linear(*operands, 0.5, 0.2, SEED)
+    assert y.dtype == torch.float64
+    x, weight, _, lora_a, lora_b = operands
+    rest = (x, weight, lora_a, lora_b, hidden, 0.5, 0.2, SEED)
+    grads = launch_lora_linear_backward(torch.ones_like(y), None, *rest, (True,) * 5)
+    check_forward(y, *operands, 0.5, 0.2, SEED, hidden)
+    check_backward(grads, torch.ones_like(y), None, *rest)

@@ -115,8 +115,10 @@ def low_rank_gradients(
     need_s = need_x or need_a
     d_s = d_bias = d_lora_a = d_lora_b = None
     # parts of dS for each block of columns move 8 R bytes a block and row; a second read of G its own size
-    columns = row_sum.BLOCK_C[lora_b.dtype]
-    together = need_s and PART_BYTES * lora_b.shape[1] < columns * d_y.element_size()
+    columns, ranks = row_sum.BLOCK_C[lora_b.dtype], lora_b.shape[1]
+    together = (
+        need_s and ranks <= row_sum.BLOCK_R[lora_b.dtype][0] and PART_BYTES * ranks < columns * d_y.element_size()
+    )
     if need_b:
         d_lora_b, d_bias, d_s = launch_row_sum(
             d_y, hidden, scaling, hidden_of=lora_b if together else None, add=d_hidden, bias=need_bias

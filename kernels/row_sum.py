@@ -32,8 +32,9 @@ from lora_core.reference.dropout import threshold
 # columns of a program, rows of a step and ranks of a program, by the dtype of T and B
 BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 BLOCK_M = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-BLOCK_R = {torch.float32: (16, 32), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
-WARPS = 4
+BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
+# warps by ranks of a program: what keeps every configuration in registers
+WARPS = {16: 4, 64: 8}
 STAGES = 3
 # rows of a part of a split sum at least
 SHORTEST = 256
@@ -122,8 +123,8 @@ def variants() -> Iterator[Variant]:
     uses = ("transposed", "transposed dropout", "", "hidden", "bias", "bias hidden")
     for (dtype, low), use in itertools.product(DTYPE_PAIRS, uses):
         for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
-            if split and low == torch.float32:
-                # the parts are float32 in any case
+            # the parts are float32 in any case; d_hidden of more ranks would need a second read of D after all
+            if (split and low == torch.float32) or ("hidden" in use and block_r > BLOCK_R[low][0]):
                 continue
             strides = ("stride_bc", "stride_pr") if "transposed" in use else ("stride_bc", "stride_pc")
             yield Variant(
@@ -149,7 +150,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 aligned=("C", "R", "stride_dm", *strides),
-                options={"num_warps": WARPS, "num_stages": STAGES},
+                options={"num_warps": WARPS[block_r], "num_stages": STAGES},
                 tile_m=BLOCK_M[low] if low != torch.float32 else 0,
             )
 
@@ -184,7 +185,7 @@ def launch_row_sum(
     """
     (m, c), r = d.shape, t.shape[1]
     low = t.dtype
-    block_r = next((x for x in BLOCK_R[low] if r <= x), BLOCK_R[low][-1])
+    block_r = next((x for x in BLOCK_R[low] if r <= x), BLOCK_R[low][-1]) if hidden_of is None else BLOCK_R[low][0]
     # without ranks there are column sums still
     grid_c, grid_r = triton.cdiv(c, BLOCK_C[low]), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(d.device, grid_c * grid_r, m, SHORTEST)
@@ -220,7 +221,7 @@ def launch_row_sum(
                 BLOCK_C=BLOCK_C[low],
                 BLOCK_M=BLOCK_M[low],
                 BLOCK_R=block_r,
-                num_warps=WARPS,
+                num_warps=WARPS[block_r],
                 num_stages=STAGES,
             )
     return RowSums(

@@ -29,8 +29,9 @@ from lora_core.reference.dropout import threshold
 BLOCK_M = (16, 64)
 # columns of a step and ranks of a tile, by A's dtype
 BLOCK_K = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-BLOCK_R = {torch.float32: (16, 32), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
-WARPS = 4
+BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
+# warps by ranks of a tile: what keeps every configuration in registers
+WARPS = {16: 4, 64: 4, 128: 8}
 STAGES = 3
 # terms of a part of a split sum at least
 SHORTEST = 256
@@ -112,7 +113,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 aligned=("K", "stride_xm", "stride_ar", "k_per_split"),
-                options={"num_warps": WARPS, "num_stages": STAGES},
+                options={"num_warps": WARPS[block_r], "num_stages": STAGES},
                 tile_m=block_m if low != torch.float32 else 0,
             )
 
@@ -170,7 +171,7 @@ def launch_shrink(
                 BLOCK_M=block_m,
                 BLOCK_K=BLOCK_K[low],
                 BLOCK_R=block_r,
-                num_warps=WARPS,
+                num_warps=WARPS[block_r],
                 num_stages=STAGES,
             )
     return s if together else launch_split_sum(s, low, factor, add)

@@ -31,8 +31,8 @@ SAMPLE = {
     ),
     "nf4_dequantize": ("bf16 64 nested words", "fp16 64 plain bytes", "fp32 4096 nested words"),
     "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
-    "row_sum": ("bf16 bf16 rank 16 bias hidden split", "bf16 fp32 rank 32 transposed dropout"),
-    "shrink": ("bf16 bf16 64x16 dropout", "fp16 fp16 16x64 split", "fp32 fp32 64x32"),
+    "row_sum": ("bf16 bf16 rank 16 bias hidden split", "bf16 fp32 rank 16 transposed dropout"),
+    "shrink": ("bf16 bf16 64x16 dropout", "fp16 fp16 16x64 split", "fp32 fp32 64x16"),
     "split_sum": ("bf16 added",),
 }
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.tile import dot, keep, round_to
+from lora_core.kernels.tile import dot, low_rank_start, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
@@ -98,20 +98,24 @@ def _low_rank_matmul_kernel(
     column = (inside // rows_of_group).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, column_ok = (row < M)[:, None], (column < N)[None, :]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # few steps: loads in flight would cost registers
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        rank = r + tl.arange(0, BLOCK_R)
-        s = tl.load(s_ptr + row[:, None] * R + rank[None, :], mask=row_ok & (rank < R)[None, :], other=0.0)
-        b = tl.load(
-            b_ptr + column[None, :] * stride_bn + rank.to(tl.int64)[:, None] * stride_br,
-            mask=column_ok & (rank < R)[:, None],
-            other=0.0,
-        )
-        acc = dot(s, b, acc)
-    acc *= factor
-    if DROPOUT:
-        acc = tl.where(keep(seed_ptr, row, column, threshold), acc, 0.0)
+    acc = low_rank_start(
+        s_ptr,
+        b_ptr,
+        seed_ptr,
+        row,
+        column,
+        M,
+        N,
+        R,
+        stride_bn,
+        stride_br,
+        factor,
+        threshold,
+        DROPOUT,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+    )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + column * stride_bias, mask=column < N, other=0.0).to(tl.float32)[None, :]
 

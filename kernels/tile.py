@@ -61,3 +61,40 @@ def nearest_code(x, tree, LEVELS: tl.constexpr, DEPTH: tl.constexpr):
         below = x < tl.gather(tree, node, 0)
         node = 2 * node + tl.where(below, 0, 1)
     return node - LEVELS
+
+
+@triton.jit
+def low_rank_start(
+    s_ptr,
+    b_ptr,
+    seed_ptr,
+    row,
+    column,
+    M,
+    N,
+    R,
+    stride_bn,
+    stride_br,
+    factor,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """factor keep * (S B^T) for rows of S [M, R] and of B [N, R], fp32 [BLOCK_M, BLOCK_N]: where a product starts."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # few steps: loads in flight would cost registers
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        rank = r + tl.arange(0, BLOCK_R)
+        s = tl.load(s_ptr + row[:, None] * R + rank[None, :], mask=(row < M)[:, None] & (rank < R)[None, :], other=0.0)
+        b = tl.load(
+            b_ptr + column[None, :] * stride_bn + rank.to(tl.int64)[:, None] * stride_br,
+            mask=(column < N)[None, :] & (rank < R)[:, None],
+            other=0.0,
+        )
+        acc = dot(s, b, acc)
+    acc *= factor
+    if DROPOUT:
+        acc = tl.where(keep(seed_ptr, row, column, threshold), acc, 0.0)
+    return acc

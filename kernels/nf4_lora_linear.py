@@ -1,0 +1,177 @@
+"""Triton kernels for lora_core::nf4_lora_linear and its backward: LoRA on a frozen NF4 weight.
+
+Few tokens:    W is decoded inside the product, forward and for dL/dx          nf4_matmul.py
+More tokens:   W is dequantised in panels of rows that a GPU's cache can hold  nf4_dequantize.py
+               and each is multiplied as a dense weight is                     lora_linear.py
+
+The backward's dL/dx sums over W's rows: panels would be rounded in between, so there W is made whole, and let go.
+The low-rank gradients are lora_linear's. float64 takes the reference.
+
+Reference: lora_core/reference/lora.py, lora_core/reference/nf4.py
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_core.kernels.crossover import log
+from lora_core.kernels.lora_linear import (
+    launch_lora_linear,
+    launch_lora_linear_backward,
+    low_rank_gradients,
+    low_rank_linear,
+)
+from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
+from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
+from lora_core.kernels.shrink import launch_shrink
+from lora_core.ops.nf4_lora_linear import backward_op, op
+
+# half of the second-level cache of an H100 or A100, so that a panel is still there when it is multiplied
+PANEL_BYTES = 2**24
+
+
+class Packed(NamedTuple):
+    """An NF4 weight's parts, in the order in which the ops take them."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    shape: Sequence[int]
+    block_size: int
+    nested_block_size: int
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return launch_nf4_dequantize(*self[:5], dtype, *self[5:])
+
+
+def panels(w: Packed, dtype: torch.dtype, panel_bytes: int = PANEL_BYTES) -> Iterator[tuple[int, int, Packed]]:
+    """Yield (first row, row behind the last, packed rows) of a weight's panels; each begins with a scale of its own.
+
+    Args:
+        w: the weight, codes contiguous.
+        dtype: that it will be dequantised to.
+        panel_bytes: a panel is the most rows that fit in, but at least as many as can be cut off.
+    """
+    n, k = w.shape
+    # a panel must begin with a block, and a second-level block where there are such
+    unit = w.block_size * (w.nested_block_size if w.nested_absmax is not None else 1)
+    step = unit // math.gcd(k, unit)
+    rows = max(panel_bytes // max(k * dtype.itemsize, 1) // step, 1) * step
+    for first in range(0, n, rows):
+        end = min(first + rows, n)
+        start, stop = first * k, end * k
+        block, last = start // w.block_size, -(-stop // w.block_size)
+        nested = w.nested_absmax
+        if nested is not None:
+            nested = nested[block // w.nested_block_size : -(-last // w.nested_block_size)]
+        yield (
+            first,
+            end,
+            w._replace(
+                codes=w.codes.view(-1)[start // 2 : (stop + 1) // 2],
+                absmax=w.absmax[block:last],
+                nested_absmax=nested,
+                shape=(end - first, k),
+            ),
+        )
+
+
+def launch_nf4_lora_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    nested_block_size: int,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    path: str | None = None,
+    panel_bytes: int = PANEL_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Run the forward; operands as checked by the op. Copies x only where its leading dimensions cannot be flattened.
+
+    Args:
+        path: "fused" or "library" for panels; by default what was measured to be faster.
+        panel_bytes: size of a dequantised panel.
+    Returns:
+        y [..., N] and S [M, R].
+    """
+    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    if x.dtype == torch.float64:
+        return launch_lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
+    flat = x.reshape(-1, shape[1])
+    hidden = launch_shrink(flat, lora_a, dropout, seed)
+    if len(flat) <= MOST_TOKENS:
+        log.debug("nf4 linear %s m=%d n=%d k=%d: decoded in the product", x.dtype, len(flat), *shape)
+        y = launch_nf4_matmul(flat, *w, bias, hidden, lora_b, scaling)
+    else:
+        log.debug("nf4 linear %s m=%d n=%d k=%d: in panels", x.dtype, len(flat), *shape)
+        y = x.new_empty(len(flat), shape[0])
+        for first, end, panel in panels(w, x.dtype, panel_bytes):
+            part = None if bias is None else bias[first:end]
+            dense = panel.dense(x.dtype)
+            low_rank_linear(flat, dense, part, hidden, lora_b[first:end], scaling, path=path, out=y[:, first:end])
+    return y.view(*x.shape[:-1], shape[0]), hidden
+
+
+def launch_nf4_lora_linear_backward(
+    d_y: Tensor,
+    d_hidden: Tensor | None,
+    x: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    nested_block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    path: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the backward; operands and results as the op has them, empty where needs says that none is wanted.
+
+    Args:
+        path: "fused" or "library" for d_x; by default what was measured to be faster.
+    """
+    columns, rows = shape
+    w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    grad, flat = d_y.reshape(-1, columns), None if x is None else x.reshape(-1, rows)
+    need_x, *need_others = needs
+    if d_y.dtype == torch.float64:
+        # without d_x the weight does not matter
+        dense = w.dense(d_y.dtype) if need_x else d_y.new_empty(columns, rows)
+        adapter = (lora_a, lora_b, hidden, scaling, dropout, seed)
+        wanted = (need_x, False, *need_others)
+        d_x, _, *others = launch_lora_linear_backward(d_y, d_hidden, x, dense, *adapter, wanted)
+        return d_x, *others
+    d_s, *others = low_rank_gradients(grad, d_hidden, flat, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
+    d_x = None
+    if need_x and d_s is not None:
+        up = (d_s, lora_a.T, 1 / (1 - dropout), dropout, seed)
+        if len(grad) <= MOST_TOKENS:
+            d_x = launch_nf4_matmul(grad, *w, None, *up, transposed=True)
+        else:
+            d_x = low_rank_linear(grad, w.dense(d_y.dtype).T, None, *up, path)
+        d_x = d_x.view(*d_y.shape[:-1], rows)
+    none = d_y.new_empty(0)
+    return tuple(none if g is None else g for g in (d_x, *others))
+
+
+op.register_kernel("cuda")(launch_nf4_lora_linear)
+backward_op.register_kernel("cuda")(launch_nf4_lora_linear_backward)

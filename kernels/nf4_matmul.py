@@ -1,0 +1,339 @@
+"""Triton kernel for a product of few tokens with an NF4 weight, which is decoded inside: no dense W, not even a part.
+
+    forward:     y = x W^T + factor (S B^T) + b                   x [M, K], W [N, K], S [M, R], B [N, R]
+    transposed:  y = x W + factor keep * (S B^T)                  x [M, N], S [M, R], B [K, R]: dL/dx from dL/dy
+
+Reads W at half a byte an element instead of two: bound by memory, up to some 50 tokens. The weight is rounded to the
+dtype of x as the dense path has it; products are exact and summed in float32. The sum is split so that there are
+programs for every multiprocessor; the first part starts with the low-rank product and the bias, and the parts are
+added in a fixed order and rounded once (split_sum.py).
+
+Where K is a multiple of 8 a row is read as 32-bit words of eight codes, else element by element.
+
+Reference: lora_core/reference/nf4.py, lora_core/reference/lora.py
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.processors import splits_to_fill
+from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.kernels.tables import level_pairs, levels
+from lora_core.kernels.tile import dot, low_rank_start, round_to
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+from lora_core.reference.dropout import threshold
+
+# tokens at most: beyond, W is dequantised once and a matrix product of its own is faster
+MOST_TOKENS = 64
+# tokens of a tile, by how many there are
+BLOCK_M = (16, 64)
+# rows and columns of W in a step: 64 weights a thread; fewer where single elements or multiply-adds take registers
+TILE, SMALL_TILE = (64, 128), (32, 64)
+BLOCK_R = 16
+WARPS = 4
+STAGES = 2
+# terms of a part of a split sum at least, and programs wanted for each multiprocessor
+SHORTEST = 256
+PER_PROCESSOR = 2
+
+
+@triton.jit
+def _scales(
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    levels8_ptr,
+    block,
+    ok,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """Scales of blocks, fp32, as the reference rounds them; 0 where not ok."""
+    absmax = tl.load(absmax_ptr + block, mask=ok, other=0)
+    if NESTED:
+        level8 = tl.load(levels8_ptr + absmax.to(tl.int32))
+        absmax2 = tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=ok, other=0.0)
+        absmax = tl.where(ok, level8 * absmax2 + tl.load(nested_offset_ptr), 0.0)
+    return absmax
+
+
+@triton.jit(do_not_specialize=["M", "R", "has_bias", "factor", "threshold", "block_shift"])
+def _nf4_matmul_kernel(
+    x_ptr,
+    codes_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    pairs_ptr,
+    levels_ptr,
+    levels8_ptr,
+    bias_ptr,
+    s_ptr,
+    b_ptr,
+    seed_ptr,
+    part_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_bn,
+    stride_br,
+    has_bias,
+    factor,
+    threshold,
+    per_split,
+    block_shift,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK_M).to(tl.int64)
+    split = tl.program_id(1)
+    # what y has for columns, and what is summed over
+    if TRANSPOSED:
+        width, length = K, N
+        BLOCK_Y: tl.constexpr = BLOCK_K
+        BLOCK_SUM: tl.constexpr = BLOCK_N
+    else:
+        width, length = N, K
+        BLOCK_Y: tl.constexpr = BLOCK_N
+        BLOCK_SUM: tl.constexpr = BLOCK_K
+    column = tl.program_id(0).to(tl.int64) * BLOCK_Y + tl.arange(0, BLOCK_Y)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_Y), tl.float32)
+    if split == 0:
+        acc = low_rank_start(
+            s_ptr,
+            b_ptr,
+            seed_ptr,
+            row,
+            column,
+            M,
+            width,
+            R,
+            stride_bn,
+            stride_br,
+            factor,
+            threshold,
+            DROPOUT,
+            BLOCK_M,
+            BLOCK_Y,
+            BLOCK_R,
+        )
+        bias = tl.load(bias_ptr + column, mask=(column < width) & (has_bias != 0), other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+
+    first = split * per_split
+    for start in range(first, tl.minimum(first + per_split, length), BLOCK_SUM):
+        term = start + tl.arange(0, BLOCK_SUM)
+        x = tl.load(
+            x_ptr + row[:, None] * stride_xm + term.to(tl.int64)[None, :] * stride_xk,
+            mask=(row < M)[:, None] & (term < length)[None, :],
+            other=0.0,
+        )
+        # the tile of W: BLOCK_N of its rows, BLOCK_K of its columns
+        if TRANSPOSED:
+            n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+            first_k = tl.program_id(0) * BLOCK_K
+        else:
+            n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            first_k = start
+        if WORDS:
+            unit = first_k // 8 + tl.arange(0, BLOCK_K // 8)
+            ok = (n < N)[:, None] & (unit < K // 8)[None, :]
+            place = n[:, None] * (K // 8) + unit[None, :]  # [BLOCK_N, BLOCK_K / 8]
+            packed = tl.load(codes_ptr + place, mask=ok, other=0)
+            scale = _scales(
+                absmax_ptr,
+                nested_absmax_ptr,
+                nested_offset_ptr,
+                levels8_ptr,
+                place * 8 >> block_shift,
+                ok,
+                NESTED_BLOCK,
+                NESTED,
+            )
+            # the lowest byte of a word comes first
+            byte = (packed[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 0xFF
+            pairs = tl.load(pairs_ptr + tl.arange(0, 256))
+            pair = tl.gather(pairs, byte.reshape(BLOCK_N * BLOCK_K // 2), 0)
+            even = pair.to(tl.int32).to(tl.float32, bitcast=True)
+            odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            level = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K // 8, 8)
+            w = (level * scale[:, :, None]).reshape(BLOCK_N, BLOCK_K)
+        else:
+            k = first_k + tl.arange(0, BLOCK_K)
+            ok = (n < N)[:, None] & (k < K)[None, :]
+            place = n[:, None] * K + k[None, :]
+            byte = tl.load(codes_ptr + place // 2, mask=ok, other=0).to(tl.int32)
+            # the high half comes first
+            code = tl.where(place % 2 == 0, byte >> 4, byte & 15)
+            table = tl.load(levels_ptr + tl.arange(0, 16))
+            level = tl.gather(table, code.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
+            w = level * _scales(
+                absmax_ptr,
+                nested_absmax_ptr,
+                nested_offset_ptr,
+                levels8_ptr,
+                place >> block_shift,
+                ok,
+                NESTED_BLOCK,
+                NESTED,
+            )
+        w = round_to(w, x_ptr.dtype.element_ty)
+        acc = dot(x, w if TRANSPOSED else tl.trans(w), acc)
+    place = (split.to(tl.int64) * M + row)[:, None] * width + column[None, :]
+    tl.store(part_ptr + place, acc, mask=(row < M)[:, None] & (column < width)[None, :])
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
+    uses = ("forward", "transposed", "transposed dropout")
+    choices = itertools.product(DTYPE_PAIRS, BLOCK_M, ("plain", "nested"), ("words", "elements"), uses)
+    for (dtype, low), block_m, scales, kind, use in choices:
+        transposed = use != "forward"
+        block_n, block_k = _tile(dtype, kind == "words")
+        # what is contiguous of B, or of A^T
+        unit, long = ("stride_bn", "stride_br") if transposed else ("stride_br", "stride_bn")
+        yield Variant(
+            name=f"{TYPES[dtype]} {TYPES[low]} {block_m} {scales} {kind} {use}",
+            kernel=_nf4_matmul_kernel,
+            signature={
+                "x_ptr": f"*{TYPES[dtype]}",
+                "codes_ptr": "*i32" if kind == "words" else "*u8",
+                "absmax_ptr": "*u8" if scales == "nested" else "*fp32",
+                **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
+                "pairs_ptr": "*i64",
+                "bias_ptr": f"*{TYPES[dtype]}",
+                **dict.fromkeys(("s_ptr", "b_ptr"), f"*{TYPES[low]}"),
+                "seed_ptr": "*i64",
+                "part_ptr": "*fp32",
+                **dict.fromkeys(("M", "N", "K", "R", "stride_xm", long, "has_bias", "per_split", "block_shift"), "i32"),
+                "factor": "fp32",
+                "threshold": "i64",
+            },
+            constants={
+                **dict.fromkeys(("stride_xk", unit), 1),
+                "NESTED_BLOCK": NESTED_BLOCK_SIZE,
+                "NESTED": scales == "nested",
+                "WORDS": kind == "words",
+                "TRANSPOSED": transposed,
+                "DROPOUT": use.endswith("dropout"),
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+                "BLOCK_R": BLOCK_R,
+            },
+            # a row of single elements may end anywhere
+            aligned=("N", "stride_xm", "per_split", *(("K", long) if kind == "words" else ())),
+            options={"num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": False},
+            tile_m=block_m if dtype != torch.float32 else 0,
+        )
+
+
+def _tile(dtype: torch.dtype, words: bool) -> tuple[int, int]:
+    return TILE if words and dtype != torch.float32 else SMALL_TILE
+
+
+def launch_nf4_matmul(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    nested_block_size: int,
+    bias: Tensor | None,
+    hidden: Tensor,
+    lora_b: Tensor,
+    factor: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    transposed: bool = False,
+    splits: int | None = None,
+) -> Tensor:
+    """Run the kernel; any strides of x and lora_b. Copies codes, scales or a bias that are not contiguous.
+
+    Args:
+        x: float32, float16 or bfloat16, at most MOST_TOKENS rows: shape [M, K], or with transposed [M, N].
+        codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size: W, as in nf4_dequantize.
+        bias: dtype of x, shape [N], or None; none with transposed.
+        hidden: S, dtype of lora_b, contiguous, shape [M, R].
+        lora_b: dtype of x or float32, shape [N, R], or with transposed [K, R].
+        factor: multiplies the low-rank product.
+        dropout: probability with which elements of the low-rank product are left out, with transposed.
+        seed: int64, one element; needed where dropout > 0.
+        transposed: multiply by W instead of W^T.
+        splits: parts of the sum; by default as many as fill the device.
+    Returns:
+        Shape [M, N], or with transposed [M, K]; dtype of x.
+    """
+    n, k = shape
+    m, r = x.shape[0], lora_b.shape[1]
+    width, length = (k, n) if transposed else (n, k)
+    codes = codes.contiguous()
+    words = k % 8 == 0 and codes.data_ptr() % 4 == 0
+    block_n, block_k = _tile(x.dtype, words)
+    block_y, block_sum = (block_k, block_n) if transposed else (block_n, block_k)
+    tiles = triton.cdiv(width, block_y)
+    splits = splits or splits_to_fill(x.device, triton.cdiv(tiles, PER_PROCESSOR), length, SHORTEST)
+    per_split = triton.cdiv(triton.cdiv(max(length, 1), splits), block_sum) * block_sum
+    splits = triton.cdiv(max(length, 1), per_split)
+    part = x.new_empty((splits, m, width), dtype=torch.float32)
+    if part.numel():
+        levels8 = levels("dynamic", x.device)
+        with torch.cuda.device_of(x):
+            _nf4_matmul_kernel[(tiles, splits)](
+                x,
+                codes.view(-1).view(torch.int32) if words else codes,
+                absmax.contiguous(),
+                nested_absmax.contiguous() if nested_absmax is not None else levels8,
+                nested_offset if nested_offset is not None else levels8,
+                level_pairs("nf4", x.device),
+                levels("nf4", x.device),
+                levels8,
+                x if bias is None else bias.contiguous(),
+                hidden,
+                lora_b,
+                seed if seed is not None and dropout else x,
+                part,
+                m,
+                n,
+                k,
+                r,
+                *x.stride(),
+                *lora_b.stride(),
+                int(bias is not None),
+                float(factor),
+                threshold(dropout),
+                per_split,
+                block_size.bit_length() - 1,
+                NESTED_BLOCK=nested_block_size,
+                NESTED=nested_absmax is not None,
+                WORDS=words,
+                TRANSPOSED=transposed,
+                DROPOUT=dropout > 0,
+                BLOCK_M=BLOCK_M[0] if m <= BLOCK_M[0] else BLOCK_M[1],
+                BLOCK_N=block_n,
+                BLOCK_K=block_k,
+                BLOCK_R=BLOCK_R,
+                num_warps=WARPS,
+                num_stages=STAGES,
+                enable_fp_fusion=False,
+            )
+    return launch_split_sum(part, x.dtype)

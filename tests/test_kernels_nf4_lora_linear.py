@@ -1,0 +1,178 @@
+"""The kernels of nf4_lora_linear and its backward against float64: on a GPU, or in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_bounds import check_backward, check_forward
+from strategies import block_sizes, dropouts, dtype_pairs, linear_operands, ranks, seeds, sizes, values
+
+import lora_core as lc
+from lora_core.kernels.crossover import PATHS
+from lora_core.kernels.nf4_lora_linear import (
+    Packed,
+    launch_nf4_lora_linear,
+    launch_nf4_lora_linear_backward,
+    panels,
+)
+from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED = torch.tensor([2**40 + 77], device=DEVICE)
+paths = st.sampled_from(PATHS)
+# few tokens take one way, more another
+tokens = st.sampled_from([1, 3, 16, 17, 63, 64, 65, 100])
+# multiples of 8 are read by the word, the others element by element; a block may straddle rows
+columns = st.sampled_from([1, 7, 8, 40, 64, 67, 136, 200])
+
+
+def packed(q):
+    return Packed(
+        q.codes, q.absmax, q.nested_absmax, q.nested_offset, tuple(q.shape), q.block_size, q.nested_block_size
+    )
+
+
+def quantised(weight, block_size, nested):
+    """W in NF4, and as the dense matrix it stands for, in the same dtype."""
+    q = lc.quantize_nf4(weight, block_size, nested)
+    return packed(q), q.dequantize(weight.dtype)
+
+
+@given(tokens, sizes, columns, ranks, dtype_pairs, block_sizes, st.booleans(), st.booleans(), dropouts, paths, seeds)
+def test_nf4_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, block, nested, bias, dropout, path, seed):
+    x, weight, b, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
+    w, dense = quantised(weight, block, nested)
+    b = b if bias else None
+    # panels as small as they can be
+    y, hidden = launch_nf4_lora_linear(x, *w, b, lora_a, lora_b, 0.5, dropout, SEED, path, panel_bytes=1)
+    assert y.dtype == dtypes[0] and hidden.dtype == dtypes[1]
+    check_forward(y, x, dense, b, lora_a, lora_b, 0.5, dropout, SEED, hidden)
+
+
+@given(tokens, sizes, columns, ranks, dtype_pairs, block_sizes, st.booleans(), dropouts, paths, st.booleans(), seeds)
+def test_nf4_lora_linear_backward_kernels_match_the_formula(
+    m, n, k, r, dtypes, block, nested, dropout, path, through, seed
+):
+    x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
+    w, dense = quantised(weight, block, nested)
+    d_y = values(m * n, dtypes[0], 1.0, seed + 1).view(m, n).to(DEVICE)
+    d_hidden, hidden = values(2 * m * r, dtypes[1], 1.0, seed + 2).view(2, m, r).to(DEVICE)
+    d_hidden = d_hidden if through else None
+    rest = (lora_a, lora_b, hidden, -0.7, dropout, SEED)
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, d_hidden, x, *w, *rest, (True,) * 4, path)
+    check_backward((d_x, None, *others), d_y, d_hidden, x, dense, *rest)
+
+
+@given(st.integers(1, MOST_TOKENS), sizes, st.sampled_from([64, 67, 512]), st.integers(1, 5), st.booleans(), seeds)
+def test_nf4_matmul_kernel_splits_its_sum_without_a_trace(m, n, k, splits, transposed, seed):
+    x, weight, _, _, lora_b = linear_operands(m, n, k, 3, torch.bfloat16, torch.bfloat16, seed, DEVICE)
+    w, dense = quantised(weight, 64, True)
+    if transposed:
+        dense, lora_b = dense.T, values(k * 3, torch.bfloat16, 1.0, seed).view(k, 3).to(DEVICE)
+        x = values(m * n, torch.bfloat16, 1.0, seed).view(m, n).to(DEVICE)
+    hidden = torch.eye(m, 3, device=DEVICE).bfloat16()
+    y = launch_nf4_matmul(x, *w, None, hidden, lora_b, 0.5, transposed=transposed, splits=splits)
+    # the same formula: x and S side by side, S given as x's first columns times one
+    wide = torch.cat([x, hidden], 1), torch.cat([dense, 0.5 * lora_b], 1)
+    nothing = lora_b[:0].new_zeros(0, wide[0].shape[1]), lora_b.new_zeros(len(dense), 0)
+    check_forward(y, *wide, None, *nothing, 0.0)
+
+
+@given(st.integers(1, 300), columns, block_sizes, st.booleans(), st.integers(1, 20_000))
+def test_panels_put_together_are_the_weight(n, k, block, nested, panel_bytes):
+    """Every row once, in order, to the bit, no panel larger than it need be."""
+    w, dense = quantised(torch.randn(n, k, device=DEVICE), block, nested)
+    found = list(panels(w, torch.float32, panel_bytes))
+    assert [first for first, *_ in found] == [0, *(end for _, end, _ in found[:-1])] and found[-1][1] == n
+    assert torch.equal(torch.cat([part.dense(torch.float32) for *_, part in found]), dense)
+    unit = block * (256 if nested else 1)
+    assert all(4 * k * (end - first) <= max(panel_bytes, 4 * k * unit) for first, end, _ in found)
+
+
+@given(st.lists(st.booleans(), min_size=4, max_size=4), st.sampled_from([5, 70]), dropouts)
+def test_nf4_lora_linear_backward_kernels_make_just_what_is_needed(needs, m, dropout):
+    x, weight, _, lora_a, lora_b = linear_operands(m, 20, 40, 4, torch.bfloat16, torch.float32, 0, DEVICE)
+    w, dense = quantised(weight, 64, True)
+    d_y, hidden = torch.randn(m, 20, device=DEVICE).bfloat16(), torch.randn(m, 4, device=DEVICE)
+    rest = (lora_a, lora_b, hidden, 0.5, dropout, SEED)
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, None, x if needs[2] else None, *w, *rest, needs)
+    grads = (d_x, None, *others)
+    for got, need in zip((d_x, *others), needs, strict=True):
+        assert bool(got.numel()) == need
+    check_backward(grads, d_y, None, x, dense, *rest)
+
+
+@pytest.mark.parametrize("m", [3, 70])
+@pytest.mark.parametrize("spread", ["columns", "transposed"])
+def test_nf4_lora_linear_kernels_take_any_strides(m, spread):
+    operands = linear_operands(m, 21, 72, 5, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    x, weight, bias, lora_a, lora_b = operands
+    w, dense = quantised(weight, 32, True)
+    loose = [
+        t.repeat_interleave(2, -1)[..., ::2] if spread == "columns" else t.T.contiguous().T for t in (x, lora_a, lora_b)
+    ]
+    scattered = w._replace(codes=w.codes.repeat_interleave(2, 0)[::2], absmax=w.absmax.repeat_interleave(2)[::2])
+    bias = bias.repeat_interleave(3)[::3]
+    y, hidden = launch_nf4_lora_linear(loose[0], *scattered, bias, *loose[1:], 0.5, 0.3, SEED)
+    check_forward(y, x, dense, bias, lora_a, lora_b, 0.5, 0.3, SEED, hidden)
+    d_y = torch.randn(21, m, device=DEVICE).bfloat16().T
+    rest = (*loose[1:], hidden, 0.5, 0.3, SEED)
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, None, loose[0], *scattered, *rest, (True,) * 4)
+    check_backward((d_x, None, *others), d_y, None, loose[0], dense, *rest)
+
+
+@pytest.mark.parametrize("m", [9, 150])
+def test_nf4_lora_linear_kernels_give_the_same_bits_twice_and_change_no_operand(m):
+    x, weight, bias, lora_a, lora_b = linear_operands(m, 70, 600, 9, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    w, _ = quantised(weight, 64, True)
+    operands = (x, bias, lora_a, lora_b, *w[:4])
+    before = [t.clone() for t in operands]
+    d_y = torch.randn(m, 70, device=DEVICE).bfloat16()
+    runs = []
+    for _ in range(2):
+        y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.3, SEED)
+        rest = (lora_a, lora_b, hidden, 0.5, 0.3, SEED, (True,) * 4)
+        runs.append((y, hidden, *launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(operands, before, strict=True))
+
+
+@pytest.mark.parametrize("m", [2, 70])
+@pytest.mark.parametrize("part", ["base", "update"])
+def test_nf4_lora_linear_kernel_bound_rejects_a_result_1_percent_off(m, part):
+    x, weight, _, lora_a, lora_b = linear_operands(m, 200, 64, 8, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    w, dense = quantised(weight, 64, True)
+    if part == "update":
+        dense, scaling = torch.zeros_like(dense), 0.505
+        w = w._replace(absmax=torch.zeros(len(w.absmax), device=DEVICE), nested_absmax=None, nested_offset=None)
+    else:
+        lora_b, scaling = torch.zeros_like(lora_b), 0.5
+        w = w._replace(nested_absmax=w.nested_absmax * 1.01, nested_offset=w.nested_offset * 1.01)
+    y, _ = launch_nf4_lora_linear(x, *w, None, lora_a, lora_b, scaling, 0.0, None)
+    with pytest.raises(AssertionError, match="rounding bound|rms"):
+        check_forward(y, x, dense, None, lora_a, lora_b, 0.5)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 3), (2, 50)], ids=str)
+def test_nf4_lora_linear_kernels_take_any_leading_dimensions_and_no_adapter(lead):
+    x = torch.randn(*lead, 40, device=DEVICE)
+    w, dense = quantised(torch.randn(6, 40, device=DEVICE), 64, True)
+    none = x.new_empty(0, 40), x.new_empty(6, 0)
+    y, hidden = launch_nf4_lora_linear(x, *w, None, *none, 0.0, 0.0, None)
+    assert y.shape == (*lead, 6) and hidden.shape[1] == 0
+    check_forward(y, x, dense, None, *none, 0.0)
+    rest = (*none, hidden, 0.0, 0.0, None)
+    d_x, *_ = launch_nf4_lora_linear_backward(torch.ones_like(y), None, x, *w, *rest, (True, True, True, True))
+    assert d_x.shape == x.shape
+
+
+def test_nf4_lora_linear_kernels_run_float64_on_the_reference():
+    x, weight, bias, lora_a, lora_b = linear_operands(4, 5, 40, 2, torch.float64, torch.float64, 0, DEVICE)
+    q = lc.quantize_nf4(weight.float())
+    w, dense = packed(q), q.dequantize(torch.float64)
+    y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.2, SEED)
+    check_forward(y, x, dense, bias, lora_a, lora_b, 0.5, 0.2, SEED, hidden)
+    rest = (lora_a, lora_b, hidden, 0.5, 0.2, SEED)
+    for needs in ((True,) * 4, (False, True, True, True)):
+        d_x, *others = launch_nf4_lora_linear_backward(torch.ones_like(y), None, x, *w, *rest, needs)
+        check_backward((d_x, None, *others), torch.ones_like(y), None, x, dense, *rest)

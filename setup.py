@@ -15,6 +15,7 @@ setup(
     package_data={
         "lora_core": ["py.typed"],
         "lora_core.plan": ["*.json"],
+        "lora_core.kernels": ["*.json"],
         "lora_core.demo": ["*.json", "*.safetensors", "*.html"],
     },
 )

@@ -167,11 +167,11 @@ def launch_lora_linear_backward(
             d_x = low_rank_linear(grad, weight.T, None, d_s, lora_a.T, 1 / (1 - dropout), dropout, seed, path)
         if need_weight and flat is not None:
             d_weight = grad.T @ flat
-    none = d_y.new_empty(0)
-    return (
-        none if d_x is None else d_x.view(*d_y.shape[:-1], rows),
-        *(none if g is None else g for g in (d_weight, d_bias, d_lora_a, d_lora_b)),
+    d_x = None if d_x is None else d_x.view(*d_y.shape[:-1], rows)
+    d_x, d_weight, d_bias, d_lora_a, d_lora_b = (
+        d_y.new_empty(0) if g is None else g for g in (d_x, d_weight, d_bias, d_lora_a, d_lora_b)
     )
+    return d_x, d_weight, d_bias, d_lora_a, d_lora_b
 
 
 op.register_kernel("cuda")(launch_lora_linear)

@@ -12,7 +12,6 @@ Reference: lora_core/reference/lora.py, lora_core/reference/nf4.py
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,28 +23,13 @@ from lora_core.kernels.lora_linear import (
     low_rank_gradients,
     low_rank_linear,
 )
-from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
 from lora_core.kernels.shrink import launch_shrink
 from lora_core.ops.nf4_lora_linear import backward_op, op
+from lora_core.ops.packed import Packed
 
 # half of the second-level cache of an H100 or A100, so that a panel is still there when it is multiplied
 PANEL_BYTES = 2**24
-
-
-class Packed(NamedTuple):
-    """An NF4 weight's parts, in the order in which the ops take them."""
-
-    codes: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    shape: Sequence[int]
-    block_size: int
-    nested_block_size: int
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return launch_nf4_dequantize(*self[:5], dtype, *self[5:])
 
 
 def panels(w: Packed, dtype: torch.dtype, panel_bytes: int = PANEL_BYTES) -> Iterator[tuple[int, int, Packed]]:
@@ -153,14 +137,14 @@ def launch_nf4_lora_linear_backward(
     w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     grad, flat = d_y.reshape(-1, columns), None if x is None else x.reshape(-1, rows)
     need_x, *need_others = needs
+    adapter = (lora_a, lora_b, hidden, scaling, dropout, seed)
     if d_y.dtype == torch.float64:
         # without d_x the weight does not matter
         dense = w.dense(d_y.dtype) if need_x else d_y.new_empty(columns, rows)
-        adapter = (lora_a, lora_b, hidden, scaling, dropout, seed)
         wanted = (need_x, False, *need_others)
-        d_x, _, *others = launch_lora_linear_backward(d_y, d_hidden, x, dense, *adapter, wanted)
-        return d_x, *others
-    d_s, *others = low_rank_gradients(grad, d_hidden, flat, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
+        wide = launch_lora_linear_backward(d_y, d_hidden, x, dense, *adapter, wanted)
+        return wide[0], *wide[2:]
+    d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs)
     d_x = None
     if need_x and d_s is not None:
         up = (d_s, lora_a.T, 1 / (1 - dropout), dropout, seed)
@@ -169,8 +153,8 @@ def launch_nf4_lora_linear_backward(
         else:
             d_x = low_rank_linear(grad, w.dense(d_y.dtype).T, None, *up, path)
         d_x = d_x.view(*d_y.shape[:-1], rows)
-    none = d_y.new_empty(0)
-    return tuple(none if g is None else g for g in (d_x, *others))
+    d_x, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in (d_x, d_bias, d_lora_a, d_lora_b))
+    return d_x, d_bias, d_lora_a, d_lora_b
 
 
 op.register_kernel("cuda")(launch_nf4_lora_linear)

@@ -31,13 +31,13 @@ from lora_core.reference.dropout import threshold
 
 # tokens at most: beyond, W is dequantised once and a matrix product of its own is faster
 MOST_TOKENS = 64
-# tokens of a tile, by how many there are
-BLOCK_M = (16, 64)
-# rows and columns of W in a step: 64 weights a thread; fewer where single elements or multiply-adds take registers
-TILE, SMALL_TILE = (64, 128), (32, 64)
+# warps by tokens of a tile: what keeps every configuration in registers
+WARPS = {16: 4, 64: 8}
+# rows and columns of W in a step: 32 weights a thread; fewer where single elements or multiply-adds take registers
+TILE, SMALL_TILE = (32, 128), (32, 64)
 BLOCK_R = 16
-WARPS = 4
-STAGES = 2
+# steps whose loads are in flight: single elements have too many loads for more
+STAGES = {"words": 2, "elements": 1}
 # terms of a part of a split sum at least, and programs wanted for each multiprocessor
 SHORTEST = 256
 PER_PROCESSOR = 2
@@ -101,17 +101,12 @@ def _nf4_matmul_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK_M).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     # what y has for columns, and what is summed over
-    if TRANSPOSED:
-        width, length = K, N
-        BLOCK_Y: tl.constexpr = BLOCK_K
-        BLOCK_SUM: tl.constexpr = BLOCK_N
-    else:
-        width, length = N, K
-        BLOCK_Y: tl.constexpr = BLOCK_N
-        BLOCK_SUM: tl.constexpr = BLOCK_K
+    BLOCK_Y: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
+    BLOCK_SUM: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
+    width, length = (K, N) if TRANSPOSED else (N, K)
     column = tl.program_id(0).to(tl.int64) * BLOCK_Y + tl.arange(0, BLOCK_Y)
 
     acc = tl.zeros((BLOCK_M, BLOCK_Y), tl.float32)
@@ -203,8 +198,10 @@ def _nf4_matmul_kernel(
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
     uses = ("forward", "transposed", "transposed dropout")
-    choices = itertools.product(DTYPE_PAIRS, BLOCK_M, ("plain", "nested"), ("words", "elements"), uses)
+    choices = itertools.product(DTYPE_PAIRS, (16, 64), ("plain", "nested"), ("words", "elements"), uses)
     for (dtype, low), block_m, scales, kind, use in choices:
+        if block_m not in _rows(dtype, kind == "words"):
+            continue
         transposed = use != "forward"
         block_n, block_k = _tile(dtype, kind == "words")
         # what is contiguous of B, or of A^T
@@ -240,9 +237,14 @@ def variants() -> Iterator[Variant]:
             },
             # a row of single elements may end anywhere
             aligned=("N", "stride_xm", "per_split", *(("K", long) if kind == "words" else ())),
-            options={"num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": False},
+            options={"num_warps": WARPS[block_m], "num_stages": STAGES[kind], "enable_fp_fusion": False},
             tile_m=block_m if dtype != torch.float32 else 0,
         )
+
+
+def _rows(dtype: torch.dtype, words: bool) -> tuple[int, ...]:
+    """Tokens a tile may have: many where tensor cores multiply them and weights are read by the word."""
+    return (16, 64) if words and dtype != torch.float32 else (16,)
 
 
 def _tile(dtype: torch.dtype, words: bool) -> tuple[int, int]:
@@ -290,15 +292,18 @@ def launch_nf4_matmul(
     words = k % 8 == 0 and codes.data_ptr() % 4 == 0
     block_n, block_k = _tile(x.dtype, words)
     block_y, block_sum = (block_k, block_n) if transposed else (block_n, block_k)
+    block_m = _rows(x.dtype, words)[-1 if m > 16 else 0]
     tiles = triton.cdiv(width, block_y)
-    splits = splits or splits_to_fill(x.device, triton.cdiv(tiles, PER_PROCESSOR), length, SHORTEST)
+    splits = splits or splits_to_fill(
+        x.device, triton.cdiv(tiles * triton.cdiv(m, block_m), PER_PROCESSOR), length, SHORTEST
+    )
     per_split = triton.cdiv(triton.cdiv(max(length, 1), splits), block_sum) * block_sum
     splits = triton.cdiv(max(length, 1), per_split)
     part = x.new_empty((splits, m, width), dtype=torch.float32)
     if part.numel():
         levels8 = levels("dynamic", x.device)
         with torch.cuda.device_of(x):
-            _nf4_matmul_kernel[(tiles, splits)](
+            _nf4_matmul_kernel[(tiles, splits, triton.cdiv(m, block_m))](
                 x,
                 codes.view(-1).view(torch.int32) if words else codes,
                 absmax.contiguous(),
@@ -328,12 +333,12 @@ def launch_nf4_matmul(
                 WORDS=words,
                 TRANSPOSED=transposed,
                 DROPOUT=dropout > 0,
-                BLOCK_M=BLOCK_M[0] if m <= BLOCK_M[0] else BLOCK_M[1],
+                BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_R=BLOCK_R,
-                num_warps=WARPS,
-                num_stages=STAGES,
+                num_warps=WARPS[block_m],
+                num_stages=STAGES["words" if words else "elements"],
                 enable_fp_fusion=False,
             )
     return launch_split_sum(part, x.dtype)

@@ -13,6 +13,7 @@ from lora_core import backends  # noqa: E402
 from lora_core.adapt.count import print_trainable_parameters  # noqa: E402
 from lora_core.adapt.delete import delete_adapter  # noqa: E402
 from lora_core.adapt.disable import disable_adapter  # noqa: E402
+from lora_core.adapt.fuse import FuseReport, fuse, unfuse  # noqa: E402
 from lora_core.adapt.inject import add_adapter  # noqa: E402
 from lora_core.adapt.load import load_adapter  # noqa: E402
 from lora_core.adapt.merge import merge_adapter, merge_and_unload, unmerge_adapter  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "ConfigError",
     "DeviceError",
     "DtypeError",
+    "FuseReport",
     "LoraConfig",
     "LoraCoreError",
     "NF4Config",
@@ -53,6 +55,7 @@ __all__ = [
     "add_adapter",
     "delete_adapter",
     "disable_adapter",
+    "fuse",
     "load_adapter",
     "lora_linear",
     "merge_adapter",
@@ -63,6 +66,7 @@ __all__ = [
     "quantize_nf4",
     "save_adapter",
     "set_adapter",
+    "unfuse",
     "unmerge_adapter",
 ]
 

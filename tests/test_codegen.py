@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # kernels bound by memory: instructions for one element on sm_90 at most
 LEANEST = {"nf4_dequantize": 6.5}
 # results that must not depend on what the compiler fuses
-UNFUSED = ("nf4_dequantize", "absmax_dequantize")
+UNFUSED = ("nf4_dequantize", "absmax_dequantize", "nf4_matmul")
 # a quotient decides the code
 EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
 # a configuration of each kernel for the ordinary run; the marker codegen runs them all
@@ -30,6 +30,11 @@ SAMPLE = {
         "fp32 fp32 16x64x32 rank 16 added",
     ),
     "nf4_dequantize": ("bf16 64 nested words", "fp16 64 plain bytes", "fp32 4096 nested words"),
+    "nf4_matmul": (
+        "bf16 bf16 16 nested words forward",
+        "bf16 bf16 64 nested words transposed dropout",
+        "fp32 fp32 16 nested elements forward",
+    ),
     "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
     "row_sum": ("bf16 bf16 rank 16 bias hidden split", "bf16 fp32 rank 16 transposed dropout"),
     "shrink": ("bf16 bf16 64x16 dropout", "fp16 fp16 16x64 split", "fp32 fp32 64x16"),

@@ -10,12 +10,12 @@ from strategies import block_sizes, dropouts, dtype_pairs, linear_operands, rank
 import lora_core as lc
 from lora_core.kernels.crossover import PATHS
 from lora_core.kernels.nf4_lora_linear import (
-    Packed,
     launch_nf4_lora_linear,
     launch_nf4_lora_linear_backward,
     panels,
 )
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
+from lora_core.ops.packed import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([2**40 + 77], device=DEVICE)

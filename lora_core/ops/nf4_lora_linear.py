@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_core.errors import ConfigError
 from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_shapes
-from lora_core.ops.nf4_dequantize import op as dequantize
+from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
 from lora_core.reference import lora as reference
 
@@ -33,7 +33,8 @@ def op(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    weight = dequantize(codes, absmax, nested_absmax, nested_offset, shape, x.dtype, block_size, nested_block_size)
+    packed = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    weight = packed.dense(x.dtype)
     y, hidden = reference.forward(x.reshape(-1, shape[1]), weight, bias, lora_a, lora_b, scaling, dropout, seed)
     return y.view(*x.shape[:-1], shape[0]), hidden
 
@@ -82,9 +83,8 @@ def backward_op(
     columns, rows = shape
     weight = None
     if need_x:
-        weight = dequantize(
-            codes, absmax, nested_absmax, nested_offset, shape, d_y.dtype, block_size, nested_block_size
-        )
+        packed = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+        weight = packed.dense(d_y.dtype)
     flat = None if x is None else x.reshape(-1, rows)
     d_x, _, d_bias, d_lora_a, d_lora_b = (
         d_y.new_empty(0) if g is None else g
@@ -192,6 +192,21 @@ def nf4_lora_linear(
         raise ConfigError(
             f"nf4_lora_linear: want q = quantize_nf4(weight), got {got}; use lora_linear with a dense weight"
         )
+    w = Packed(q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size)
+    return packed_lora_linear(x, w, bias, lora_a, lora_b, scaling, dropout, seed)
+
+
+def packed_lora_linear(
+    x: Tensor,
+    w: Packed,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return what nf4_lora_linear returns, for a weight given by its parts, whoever holds them."""
     if (lora_a is None) != (lora_b is None):
         raise ConfigError("nf4_lora_linear: lora_a and lora_b go together; got only one of them")
     cast = autocast_dtype(x)
@@ -200,25 +215,10 @@ def nf4_lora_linear(
         bias, lora_a, lora_b = (None if t is None else t.to(cast) for t in (bias, lora_a, lora_b))
     if lora_a is None or lora_b is None:
         # an adapter of rank 0 adds nothing
-        lora_a, lora_b = x.new_empty(0, q.shape[-1]), x.new_empty(*q.shape[:1], 0)
-    check_shapes("nf4_lora_linear", x, q.shape, bias, lora_a, lora_b)
+        lora_a, lora_b = x.new_empty(0, w.shape[-1]), x.new_empty(*w.shape[:1], 0)
+    check_shapes("nf4_lora_linear", x, tuple(w.shape), bias, lora_a, lora_b)
     check_dtypes("nf4_lora_linear", {"x": x, "bias": bias}, lora_a, lora_b)
-    check_devices("nf4_lora_linear", {"x": x, "q": q.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b})
+    check_devices("nf4_lora_linear", {"x": x, "q": w.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b})
     check_dropout("nf4_lora_linear", dropout, seed)
-    y, _ = op(
-        x,
-        q.codes,
-        q.absmax,
-        q.nested_absmax,
-        q.nested_offset,
-        q.shape,
-        q.block_size,
-        q.nested_block_size,
-        bias,
-        lora_a,
-        lora_b,
-        scaling,
-        dropout,
-        seed,
-    )
+    y, _ = op(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)
     return y

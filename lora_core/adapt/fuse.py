@@ -1,0 +1,141 @@
+"""fuse: run a model's adapted and 4-bit layers by the fused operations, whichever library made them."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora_core.adapt.kinds import is_transposed_linear
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.bitsandbytes_weight import why_unreadable
+from lora_core.layers.fused import (
+    Fused,
+    FusedBitsandbytes,
+    FusedPeft,
+    base_runs_as_written,
+    fused_class,
+    is_four_bit,
+    is_plain,
+)
+from lora_core.layers.linear import LoraLinear
+from lora_core.layers.nf4_linear import NF4Linear
+
+NOTHING = "neither adapted nor in 4 bits: there is nothing to fuse"
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What fuse did.
+
+    Args:
+        swapped: names of the layers that run a fused operation from now on.
+        skipped: why each other linear, adapted or quantised layer does not, by name.
+    """
+
+    swapped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} layers fused, {len(self.skipped)} left as they are"]
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.skipped.items())])
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Make a model's layers run one operation for base weight, adapter, dropout and bias, in place.
+
+    Takes this library's adapters and NF4 layers, PEFT's LoRA on nn.Linear, transformers' Conv1D and bitsandbytes'
+    Linear4bit, and a Linear4bit without adapter. Parameters and packed bytes are shared, the layers are the same
+    objects under the same names: an optimiser, a state dict and PEFT's own verbs go on working. Outputs and gradients
+    are the same up to rounding; in training, dropout's masks are drawn by this library's generator.
+
+    Args:
+        model: any module; layers already fused are left so.
+    Returns:
+        What was swapped, and why each other layer was not.
+    Source: Hu et al. 2021, eq. 3; Dettmers et al. 2023, eq. 5.
+    """
+    report = FuseReport()
+    done: list[str] = []
+    module: Any
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        found = _mixin(module)
+        if found is None:
+            continue
+        done.append(name)
+        if isinstance(found, str):
+            report.skipped[name] = found
+        else:
+            module.__class__ = fused_class(found, type(module))
+            report.swapped.append(name)
+    return report
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every fused layer its own forward back, in place; return model."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            restored: Any = module
+            restored.__class__ = type(module).fused_from
+    return model
+
+
+def _mixin(module: nn.Module) -> type[Fused] | str | None:
+    """Return what fuses this layer, why nothing does, or None for a module that is no such layer."""
+    if isinstance(module, Fused):
+        return "it is fused already"
+    found = _candidate(module)
+    if isinstance(found, type) and "forward" in module.__dict__:
+        return "its forward is patched on the layer itself, as accelerate's hooks do: take the patch off first"
+    return found
+
+
+def _candidate(module: nn.Module) -> type[Fused] | str | None:
+    if isinstance(module, AdapterLayer):
+        return _own(module)
+    if isinstance(module, NF4Linear):
+        return Fused
+    lora = getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", None)
+    if lora is not None and isinstance(module, lora):
+        return _peft(module)
+    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if tuner is not None and isinstance(module, tuner):
+        return f"PEFT's {type(module).__name__} is no LoRA layer"
+    if isinstance(module, nn.Linear) and is_four_bit(module):
+        return why_unreadable(module) or FusedBitsandbytes
+    if type(module).__module__.startswith("bitsandbytes."):
+        return f"bitsandbytes' {type(module).__name__} has no fused operation"
+    if isinstance(module, nn.Linear) or is_transposed_linear(module):
+        return NOTHING
+    return None
+
+
+def _own(layer: AdapterLayer) -> type[Fused] | str:
+    if not isinstance(layer, LoraLinear):
+        return f"{type(layer).__name__} has no fused operation: its base layer is no linear one"
+    if not layer.can_fuse():
+        return "its base layer has hooks or a forward of its own, which one operation would pass by"
+    return Fused
+
+
+def _peft(layer: Any) -> type[Fused] | str:
+    own = [
+        getattr(sys.modules.get("peft.tuners.lora.layer"), "Linear", None),
+        getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None),
+    ]
+    name, base = type(layer).__name__, layer.base_layer
+    if type(layer) not in own:
+        return f"PEFT's {type(layer).__module__}.{name} has no fused operation"
+    variants = sorted({type(v).__name__ for v in layer.lora_variant.values()})
+    if variants:
+        return f"PEFT's {', '.join(variants)} is more than LoRA: no fused operation computes it"
+    if not base_runs_as_written(layer):
+        return "its base layer has hooks or a forward of its own, which one operation would pass by"
+    if not isinstance(base, nn.Linear) and not is_transposed_linear(base):
+        return f"its base layer is a {type(base).__name__}: want nn.Linear, Conv1D or Linear4bit"
+    odd = [adapter for adapter in layer.lora_A if not is_plain(layer, adapter)]
+    if odd:
+        return f"adapter {odd[0]!r} has a bias, hooks or layers of its own beside A, B and dropout"
+    return why_unreadable(base) or FusedPeft if is_four_bit(base) else FusedPeft

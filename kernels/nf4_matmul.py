@@ -8,8 +8,6 @@ dtype of x as the dense path has it; products are exact and summed in float32. T
 programs for every multiprocessor; the first part starts with the low-rank product and the bias, and the parts are
 added in a fixed order and rounded once (split_sum.py).
 
-Where K is a multiple of 8 a row is read as 32-bit words of eight codes, else element by element.
-
 Reference: lora_core/reference/nf4.py, lora_core/reference/lora.py
 """
 
@@ -21,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.nf4_tile import arguments, in_words, nf4_tile
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
-from lora_core.kernels.tables import level_pairs, levels
 from lora_core.kernels.tile import dot, low_rank_start, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.ops.packed import Packed
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.reference.dropout import threshold
 
@@ -41,26 +40,6 @@ STAGES = {"words": 2, "elements": 1}
 # terms of a part of a split sum at least, and programs wanted for each multiprocessor
 SHORTEST = 256
 PER_PROCESSOR = 2
-
-
-@triton.jit
-def _scales(
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_offset_ptr,
-    levels8_ptr,
-    block,
-    ok,
-    NESTED_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-):
-    """Scales of blocks, fp32, as the reference rounds them; 0 where not ok."""
-    absmax = tl.load(absmax_ptr + block, mask=ok, other=0)
-    if NESTED:
-        level8 = tl.load(levels8_ptr + absmax.to(tl.int32))
-        absmax2 = tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=ok, other=0.0)
-        absmax = tl.where(ok, level8 * absmax2 + tl.load(nested_offset_ptr), 0.0)
-    return absmax
 
 
 @triton.jit(do_not_specialize=["M", "R", "has_bias", "factor", "threshold", "block_shift"])
@@ -147,48 +126,25 @@ def _nf4_matmul_kernel(
         else:
             n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
             first_k = start
-        if WORDS:
-            unit = first_k // 8 + tl.arange(0, BLOCK_K // 8)
-            ok = (n < N)[:, None] & (unit < K // 8)[None, :]
-            place = n[:, None] * (K // 8) + unit[None, :]  # [BLOCK_N, BLOCK_K / 8]
-            packed = tl.load(codes_ptr + place, mask=ok, other=0)
-            scale = _scales(
-                absmax_ptr,
-                nested_absmax_ptr,
-                nested_offset_ptr,
-                levels8_ptr,
-                place * 8 >> block_shift,
-                ok,
-                NESTED_BLOCK,
-                NESTED,
-            )
-            # the lowest byte of a word comes first
-            byte = (packed[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 0xFF
-            pairs = tl.load(pairs_ptr + tl.arange(0, 256))
-            pair = tl.gather(pairs, byte.reshape(BLOCK_N * BLOCK_K // 2), 0)
-            even = pair.to(tl.int32).to(tl.float32, bitcast=True)
-            odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-            level = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K // 8, 8)
-            w = (level * scale[:, :, None]).reshape(BLOCK_N, BLOCK_K)
-        else:
-            k = first_k + tl.arange(0, BLOCK_K)
-            ok = (n < N)[:, None] & (k < K)[None, :]
-            place = n[:, None] * K + k[None, :]
-            byte = tl.load(codes_ptr + place // 2, mask=ok, other=0).to(tl.int32)
-            # the high half comes first
-            code = tl.where(place % 2 == 0, byte >> 4, byte & 15)
-            table = tl.load(levels_ptr + tl.arange(0, 16))
-            level = tl.gather(table, code.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
-            w = level * _scales(
-                absmax_ptr,
-                nested_absmax_ptr,
-                nested_offset_ptr,
-                levels8_ptr,
-                place >> block_shift,
-                ok,
-                NESTED_BLOCK,
-                NESTED,
-            )
+        w = nf4_tile(
+            codes_ptr,
+            absmax_ptr,
+            nested_absmax_ptr,
+            nested_offset_ptr,
+            pairs_ptr,
+            levels_ptr,
+            levels8_ptr,
+            n,
+            first_k,
+            N,
+            K,
+            block_shift,
+            NESTED_BLOCK,
+            NESTED,
+            WORDS,
+            BLOCK_N,
+            BLOCK_K,
+        )
         w = round_to(w, x_ptr.dtype.element_ty)
         acc = dot(x, w if TRANSPOSED else tl.trans(w), acc)
     place = (split.to(tl.int64) * M + row)[:, None] * width + column[None, :]
@@ -288,8 +244,8 @@ def launch_nf4_matmul(
     n, k = shape
     m, r = x.shape[0], lora_b.shape[1]
     width, length = (k, n) if transposed else (n, k)
-    codes = codes.contiguous()
-    words = k % 8 == 0 and codes.data_ptr() % 4 == 0
+    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    words = in_words(w)
     block_n, block_k = _tile(x.dtype, words)
     block_y, block_sum = (block_k, block_n) if transposed else (block_n, block_k)
     block_m = _rows(x.dtype, words)[-1 if m > 16 else 0]
@@ -301,17 +257,10 @@ def launch_nf4_matmul(
     splits = triton.cdiv(max(length, 1), per_split)
     part = x.new_empty((splits, m, width), dtype=torch.float32)
     if part.numel():
-        levels8 = levels("dynamic", x.device)
         with torch.cuda.device_of(x):
             _nf4_matmul_kernel[(tiles, splits, triton.cdiv(m, block_m))](
                 x,
-                codes.view(-1).view(torch.int32) if words else codes,
-                absmax.contiguous(),
-                nested_absmax.contiguous() if nested_absmax is not None else levels8,
-                nested_offset if nested_offset is not None else levels8,
-                level_pairs("nf4", x.device),
-                levels("nf4", x.device),
-                levels8,
+                *arguments(w),
                 x if bias is None else bias.contiguous(),
                 hidden,
                 lora_b,

@@ -1,0 +1,249 @@
+"""Triton kernels for lora_core::dora_norm and nf4_dora_norm: row norms of W + s B A from one read of W.
+
+    |V_n|^2 = |W_n|^2 + 2 s <B_n, (W A^T)_n>      here
+            + s^2 B_n (A A^T) B_n^T               of size N R: by matrix products of PyTorch's
+
+A program owns BLOCK_N rows of W and a range of columns; W dense, or decoded from NF4 in registers. Its part is a number
+a row, so splitting the sum to fill the device costs next to nothing; the parts are added in a fixed order
+(split_sum.py). Bound by memory: reads W once for each BLOCK_R ranks.
+
+Reference: lora_core/reference/dora.py
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.nf4_tile import arguments, in_words, nf4_tile
+from lora_core.kernels.processors import splits_to_fill
+from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.kernels.tile import dot, round_to
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.ops.dora_norm import nf4_op, op
+from lora_core.ops.packed import Packed
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+from lora_core.reference import dora as reference
+
+# rows and columns of W in a step, by A's dtype: a float32 product is unrolled into single multiply-adds
+TILE = {torch.float32: (32, 32), torch.float16: (64, 64), torch.bfloat16: (64, 64)}
+BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
+WARPS = 4
+STAGES = {"dense": 3, "words": 2, "elements": 1}
+# columns of a part of a split sum at least
+SHORTEST = 256
+
+
+@triton.jit(do_not_specialize=["N", "scaling", "block_shift"])
+def _dora_norm_kernel(
+    w_ptr,
+    codes_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    pairs_ptr,
+    levels_ptr,
+    levels8_ptr,
+    a_ptr,
+    b_ptr,
+    part_ptr,
+    N,
+    K,
+    R,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    k_per_split,
+    scaling,
+    block_shift,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    row_ok, rank_ok = row < N, rank < R
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    projected = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    first = split * k_per_split
+    for k in range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
+        column = k + tl.arange(0, BLOCK_K)
+        if KIND == "dense":
+            w = tl.load(
+                w_ptr + row[:, None] * stride_wn + column.to(tl.int64)[None, :] * stride_wk,
+                mask=row_ok[:, None] & (column < K)[None, :],
+                other=0.0,
+            )
+        else:
+            w = nf4_tile(
+                codes_ptr,
+                absmax_ptr,
+                nested_absmax_ptr,
+                nested_offset_ptr,
+                pairs_ptr,
+                levels_ptr,
+                levels8_ptr,
+                row,
+                k,
+                N,
+                K,
+                block_shift,
+                NESTED_BLOCK,
+                NESTED,
+                KIND == "words",
+                BLOCK_N,
+                BLOCK_K,
+            )
+            # only its dtype matters: what the matrix product rounds W to
+            w = round_to(w, w_ptr.dtype.element_ty)
+        a = tl.load(
+            a_ptr + rank[None, :] * stride_ar + column.to(tl.int64)[:, None] * stride_ak,
+            mask=rank_ok[None, :] & (column < K)[:, None],
+            other=0.0,
+        )
+        wide = w.to(tl.float32)
+        squares += tl.sum(wide * wide, axis=1)
+        projected = dot(w.to(a_ptr.dtype.element_ty), a, projected)
+    b = tl.load(
+        b_ptr + row[:, None] * stride_bn + rank[None, :] * stride_br,
+        mask=row_ok[:, None] & rank_ok[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    part = 2.0 * scaling * tl.sum(b * projected, axis=1)
+    # every program of a row's ranks has the same squares
+    part += tl.where(tl.program_id(1) == 0, squares, 0.0)
+    place = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * N + row
+    tl.store(part_ptr + place, part, mask=row_ok)
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose, for second-level blocks of 256, last dimensions contiguous."""
+    kinds = (("dense", False), ("words", False), ("words", True), ("elements", False), ("elements", True))
+    for (dtype, low), (kind, nested) in itertools.product(DTYPE_PAIRS, kinds):
+        for block_r in BLOCK_R[low]:
+            block_n, block_k = TILE[low]
+            yield Variant(
+                name=f"{TYPES[dtype]} {TYPES[low]} rank {block_r} {kind}{' nested' * nested}",
+                kernel=_dora_norm_kernel,
+                signature={
+                    "w_ptr": f"*{TYPES[dtype]}",
+                    "codes_ptr": "*i32" if kind == "words" else "*u8",
+                    "absmax_ptr": "*u8" if nested else "*fp32",
+                    **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
+                    "pairs_ptr": "*i64",
+                    **dict.fromkeys(("a_ptr", "b_ptr"), f"*{TYPES[low]}"),
+                    "part_ptr": "*fp32",
+                    **dict.fromkeys(
+                        ("N", "K", "R", "stride_wn", "stride_ar", "stride_bn", "k_per_split", "block_shift"), "i32"
+                    ),
+                    "scaling": "fp32",
+                },
+                constants={
+                    **dict.fromkeys(("stride_wk", "stride_ak", "stride_br"), 1),
+                    "NESTED_BLOCK": NESTED_BLOCK_SIZE,
+                    "NESTED": nested,
+                    "KIND": kind,
+                    "BLOCK_N": block_n,
+                    "BLOCK_K": block_k,
+                    "BLOCK_R": block_r,
+                },
+                aligned=("k_per_split", *(() if kind == "elements" else ("K", "stride_wn", "stride_ar"))),
+                options={"num_warps": WARPS, "num_stages": STAGES[kind], "enable_fp_fusion": False},
+                tile_m=block_n if low != torch.float32 else 0,
+            )
+
+
+def _norms(
+    like: Tensor, w: Packed | None, lora_a: Tensor, lora_b: Tensor, scaling: float, splits: int | None
+) -> Tensor:
+    """Norms of the rows of a dense weight, or of the packed one that is rounded to the dtype of `like`."""
+    n, (r, k), low = lora_b.shape[0], lora_a.shape, lora_a.dtype
+    block_n, block_k = TILE[low]
+    block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
+    grid_n, grid_r = triton.cdiv(n, block_n), triton.cdiv(max(r, 1), block_r)
+    splits = splits or splits_to_fill(like.device, grid_n * grid_r, k, SHORTEST)
+    k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), block_k) * block_k
+    splits = triton.cdiv(max(k, 1), k_per_split)
+    part = like.new_empty((splits * grid_r, n), dtype=torch.float32)
+    kind = "dense" if w is None else "words" if in_words(w) else "elements"
+    if n:
+        with torch.cuda.device_of(like):
+            _dora_norm_kernel[(grid_n, grid_r, splits)](
+                like,
+                *((like,) * 7 if w is None else arguments(w)),
+                lora_a,
+                lora_b,
+                part,
+                n,
+                k,
+                r,
+                *(like.stride() if w is None else (0, 0)),
+                *lora_a.stride(),
+                *lora_b.stride(),
+                k_per_split,
+                float(scaling),
+                0 if w is None else w.block_size.bit_length() - 1,
+                NESTED_BLOCK=NESTED_BLOCK_SIZE if w is None else w.nested_block_size,
+                NESTED=w is not None and w.nested_absmax is not None,
+                KIND=kind,
+                BLOCK_N=block_n,
+                BLOCK_K=block_k,
+                BLOCK_R=block_r,
+                num_warps=WARPS,
+                num_stages=STAGES[kind],
+                enable_fp_fusion=False,
+            )
+    update = reference.update_squares(lora_a.float(), lora_b.float(), scaling)
+    return launch_split_sum(part, torch.float32, add=update).clamp_(min=0).sqrt_()
+
+
+def launch_dora_norm(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, splits: int | None = None
+) -> Tensor:
+    """Run the kernel; operands as checked by the op, any strides.
+
+    Args:
+        splits: parts of the sum over columns; by default as many as fill the device.
+    """
+    if lora_a.dtype == torch.float64:
+        return reference.dora_norm(weight, lora_a, lora_b, scaling)
+    return _norms(weight, None, lora_a, lora_b, scaling, splits)
+
+
+def launch_nf4_dora_norm(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    nested_block_size: int,
+    dtype: torch.dtype,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    splits: int | None = None,
+) -> Tensor:
+    """Run the kernel on an NF4 weight; operands as checked by the op. Copies codes or scales that are not contiguous.
+
+    Args:
+        splits: parts of the sum over columns; by default as many as fill the device.
+    """
+    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    if lora_a.dtype == torch.float64:
+        return reference.dora_norm(w.dense(dtype), lora_a, lora_b, scaling)
+    return _norms(codes.new_empty(0, dtype=dtype), w, lora_a, lora_b, scaling, splits)
+
+
+op.register_kernel("cuda")(launch_dora_norm)
+nf4_op.register_kernel("cuda")(launch_nf4_dora_norm)

@@ -92,7 +92,6 @@ def test_dora_norm_takes_empty_operands(shape):
         torch.randn(n, r, device=DEVICE),
     )
     for run in (launch_dora_norm, dora_norm):
-        assert torch.equal(run(weight, lora_a, lora_b, 1.0).cpu(), weight.norm(dim=1).cpu()) or r == 0
         check(run(weight, lora_a, lora_b, 1.0), weight, lora_a, lora_b, 1.0)
 
 
@@ -109,8 +108,9 @@ def test_dora_norm_runs_float64_on_the_reference():
     weight, lora_a, lora_b = (
         t.double().to(DEVICE) for t in (torch.randn(5, 40), torch.randn(2, 40), torch.randn(5, 2))
     )
-    want = reference.dora_norm_dense(weight, lora_a, lora_b, 0.5).float()
-    assert torch.allclose(launch_dora_norm(weight, lora_a, lora_b, 0.5).float(), want)
+    norm = launch_dora_norm(weight, lora_a, lora_b, 0.5)
+    assert norm.dtype == torch.float64
+    check(norm.float(), weight, lora_a, lora_b, 0.5)
     q = lc.quantize_nf4(weight.float())
     dense = q.dequantize(torch.float64)
     norm = launch_nf4_dora_norm(*packed(q), torch.float64, lora_a, lora_b, 0.5)

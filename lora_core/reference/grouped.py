@@ -1,0 +1,96 @@
+"""LoRA for a batch whose rows belong to different adapters, forward and backward, in plain PyTorch.
+
+A_g [R_g, K] stand one below the other in A [R, K], B_g [N, R_g] side by side in B [N, R], R the sum of all ranks. For
+row m of adapter g, with offset o_g:
+
+    S_m = x_m A_g^T                       in the first R_g of max R_g columns, the rest 0
+    y_m = base_m + s_g S_m B_g^T          base_m alone where the row has no adapter
+
+Backward, with G = dL/dy, row by row as for one adapter (lora.py), the sums over the rows of each adapter:
+
+    dS_m = s_g G_m B_g      dx_m = dS_m A_g      dA_g = sum dS_m^T x_m      dB_g = s_g sum G_m^T S_m      dbase = G
+
+Source: Chen et al. 2023 (Punica, arXiv 2310.18547) for the forward; the backward is the chain rule.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def offsets(ranks: Sequence[int]) -> list[int]:
+    """Return where each adapter's rows of A begin, and the end."""
+    found = [0]
+    for rank in ranks:
+        found.append(found[-1] + rank)
+    return found
+
+
+def members(ranks: Sequence[int], adapter: Tensor) -> Iterator[tuple[int, Tensor, slice, int]]:
+    """Yield (adapter, its rows of the batch, its slice of A and B, its rank) for each adapter."""
+    starts = offsets(ranks)
+    for g, rank in enumerate(ranks):
+        yield g, (adapter == g).nonzero()[:, 0], slice(starts[g], starts[g + 1]), rank
+
+
+def forward(
+    x: Tensor,
+    base: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ranks: Sequence[int],
+    adapter: Tensor,
+    scaling: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return (y [M, N], S [M, max rank]) for x [M, K].
+
+    Args:
+        x: shape [M, K].
+        base: shape [M, N], or None for zeros.
+        lora_a: shape [sum of ranks, K].
+        lora_b: shape [N, sum of ranks].
+        ranks: one for each adapter.
+        adapter: int64 [M], the adapter of each row; one that does not exist, such as -1, means none.
+        scaling: float32, one element for each adapter.
+    """
+    low = lora_a.dtype
+    update = x.new_zeros(len(x), len(lora_b), dtype=low)
+    hidden = x.new_zeros(len(x), max(ranks, default=0), dtype=low)
+    for g, rows, columns, rank in members(ranks, adapter):
+        s = x[rows].to(low) @ lora_a[columns].T
+        hidden[rows, :rank] = s
+        update[rows] = scaling[g].to(low) * (s @ lora_b[:, columns].T)
+    return (update if base is None else base.to(low) + update).to(x.dtype), hidden
+
+
+def backward(
+    d_y: Tensor,
+    d_hidden: Tensor | None,
+    x: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ranks: Sequence[int],
+    adapter: Tensor,
+    scaling: Tensor,
+    hidden: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients (d_x, d_lora_a, d_lora_b) that needs asks for, None for the others; operands as above."""
+    need_x, need_a, need_b = needs
+    low = d_y.to(lora_a.dtype)
+    d_x = d_y.new_zeros(len(d_y), lora_a.shape[1]) if need_x else None
+    d_lora_a = torch.zeros_like(lora_a) if need_a else None
+    d_lora_b = torch.zeros_like(lora_b) if need_b else None
+    for g, rows, columns, rank in members(ranks, adapter):
+        factor = scaling[g].to(low.dtype)
+        d_s = factor * (low[rows] @ lora_b[:, columns])
+        if d_hidden is not None:
+            d_s = d_s + d_hidden[rows, :rank]
+        if d_x is not None:
+            d_x[rows] = (d_s @ lora_a[columns]).to(d_x.dtype)
+        if d_lora_a is not None and x is not None:
+            d_lora_a[columns] = d_s.T @ x[rows].to(low.dtype)
+        if d_lora_b is not None:
+            d_lora_b[:, columns] = factor * (low[rows].T @ hidden[rows, :rank])
+    return d_x, d_lora_a, d_lora_b

@@ -31,9 +31,9 @@ from lora_core.reference import dora as reference
 # rows and columns of W in a step, by A's dtype: a float32 product is unrolled into single multiply-adds
 TILE = {torch.float32: (32, 32), torch.float16: (64, 64), torch.bfloat16: (64, 64)}
 # where W is decoded, which takes registers
-PACKED_TILE = {torch.float32: (32, 32), torch.float16: (32, 64), torch.bfloat16: (32, 64)}
+PACKED_TILE = (32, 32)
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
-WARPS = {"dense": 4, "words": 8, "elements": 8}
+WARPS = 4
 STAGES = {"dense": 3, "words": 2, "elements": 1}
 # columns of a part of a split sum at least
 SHORTEST = 256
@@ -133,7 +133,7 @@ def variants() -> Iterator[Variant]:
     kinds = (("dense", False), ("words", False), ("words", True), ("elements", False), ("elements", True))
     for (dtype, low), (kind, nested) in itertools.product(DTYPE_PAIRS, kinds):
         for block_r in BLOCK_R[low]:
-            block_n, block_k = TILE[low] if kind == "dense" else PACKED_TILE[low]
+            block_n, block_k = TILE[low] if kind == "dense" else PACKED_TILE
             yield Variant(
                 name=f"{TYPES[dtype]} {TYPES[low]} rank {block_r} {kind}{' nested' * nested}",
                 kernel=_dora_norm_kernel,
@@ -160,7 +160,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 aligned=("k_per_split", *(() if kind == "elements" else ("K", "stride_wn", "stride_ar"))),
-                options={"num_warps": WARPS[kind], "num_stages": STAGES[kind], "enable_fp_fusion": False},
+                options={"num_warps": WARPS, "num_stages": STAGES[kind], "enable_fp_fusion": False},
                 tile_m=block_n if low != torch.float32 else 0,
             )
 
@@ -170,7 +170,7 @@ def _norms(
 ) -> Tensor:
     """Norms of the rows of a dense weight, or of the packed one that is rounded to the dtype of `like`."""
     n, (r, k), low = lora_b.shape[0], lora_a.shape, lora_a.dtype
-    block_n, block_k = TILE[low] if w is None else PACKED_TILE[low]
+    block_n, block_k = TILE[low] if w is None else PACKED_TILE
     block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
     grid_n, grid_r = triton.cdiv(n, block_n), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(like.device, grid_n * grid_r, k, SHORTEST)
@@ -201,7 +201,7 @@ def _norms(
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,
-                num_warps=WARPS[kind],
+                num_warps=WARPS,
                 num_stages=STAGES[kind],
                 enable_fp_fusion=False,
             )

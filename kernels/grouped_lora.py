@@ -13,7 +13,7 @@ Reference: lora_core/reference/grouped.py
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ def _tile(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS: tl.const
     return group, row, ok, offset, (tl.load(offsets_ptr + group + 1) - offset).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["G", "C", "R"])
+@triton.jit(do_not_specialize=["G", "R"])
 def _gather_shrink_kernel(
     x_ptr,
     p_ptr,
@@ -195,7 +195,7 @@ def _gather_expand_kernel(
     tl.store(y_ptr + row[:, None] * C + column[None, :], round_to(acc, y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["C", "R"])
+@triton.jit(do_not_specialize=["R"])
 def _gather_gradient_kernel(
     t_ptr,
     d_ptr,
@@ -281,8 +281,8 @@ def variants() -> Iterator[Variant]:
 def _variant(
     name: str,
     kernel: object,
-    pointers: dict[str, str],
-    constants: dict[str, object],
+    pointers: Mapping[str, str],
+    constants: Mapping[str, int],
     strides: tuple[str, ...],
     low: torch.dtype,
 ) -> Variant:
@@ -291,11 +291,12 @@ def _variant(
     return Variant(
         name=name,
         kernel=kernel,
-        signature={a: t for a, t in (pointers | numbers).items() if a in arguments},
+        signature={a: t for a, t in {**pointers, **numbers}.items() if a in arguments},
         constants={a: v for a, v in constants.items() if a in arguments},
-        aligned=tuple(a for a in strides if a in arguments),
+        aligned=tuple(a for a in (*strides, "C") if a in arguments),
         options={"num_warps": WARPS, "num_stages": STAGES},
-        tile_m=BLOCK_M if low != torch.float32 else 0,
+        # a gradient's rows are ranks
+        tile_m=0 if low == torch.float32 else BLOCK_M if "G" in arguments else constants["BLOCK_R"],
     )
 
 

@@ -16,12 +16,14 @@ from torch import Tensor
 from lora_core import backends
 from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.absmax_quantize import absmax_quantize
+from lora_core.ops.dora_norm import dora_norm
+from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_quantize import nf4_quantize
 from lora_core.quant import QuantizedWeight, double, quantize_nf4
-from lora_core.reference import lora, nf4
+from lora_core.reference import dora, grouped, lora, nf4
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "transformers", "peft", "bitsandbytes", "accelerate")
 # odd on purpose: blocks straddle rows and the last is short
@@ -82,6 +84,9 @@ def self_check(device: str) -> list[SelfCheck]:
         "lora_linear": _check_linear,
         "lora_linear_backward": _check_backward,
         "nf4_lora_linear": _check_nf4_linear,
+        "nf4_lora_linear_backward": _check_nf4_backward,
+        "dora_norm": _check_dora_norm,
+        "grouped_lora": _check_grouped,
     }
     return [_run(operation, device, check) for operation, check in checks.items()]
 
@@ -158,23 +163,75 @@ def _check_nf4_linear(device: str) -> str:
 
 
 def _check_backward(device: str) -> str:
-    x, weight, bias, a, b = (t.double() for t in _operands(device, torch.float32))
-    leaves = x, a, b = x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
-    got = torch.autograd.grad(lora_linear(x, weight, bias, a, b, 0.5).square().sum(), leaves)
-    want = torch.autograd.grad(lora.lora_linear(x, weight, bias, a, b, 0.5).square().sum(), leaves)
-    for name, g, w in zip(("x", "lora_a", "lora_b"), got, want, strict=True):
-        # both sides in float64: a float32 rounding of the largest entry stands far above their difference
-        _require(bool(((g - w).abs() <= torch.finfo(torch.float32).eps * w.abs().max()).all()), f"d_{name} differs")
-    return "gradients as autograd's"
+    x, weight, bias, a, b = _operands(device, torch.float32)
+    return _check_gradients(lambda x, a, b: lora_linear(x, weight, bias, a, b, 0.5), x, weight, a, b)
+
+
+def _check_nf4_backward(device: str) -> str:
+    x, weight, bias, a, b = _operands(device, torch.float32)
+    q = quantize_nf4(weight)
+    return _check_gradients(lambda x, a, b: nf4_lora_linear(x, q, bias, a, b, 0.5), x, q.dequantize(), a, b)
+
+
+def _check_gradients(run: Callable[..., Tensor], x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> str:
+    """Compare d_x, d_lora_a and d_lora_b of the sum of y with the reference in float64."""
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    got = torch.autograd.grad(run(*leaves).sum(), leaves)
+    truth, magnitude = (_gradients(*(wide(t) for t in (x, weight, a, b))) for wide in (_double, _magnitude))
+    for name, g, t, m in zip(("x", "lora_a", "lora_b"), got, truth, magnitude, strict=True):
+        _require(_within(g, t, m, M + N + K + R), f"d_{name} is outside the rounding bound")
+    return "gradients within rounding"
+
+
+def _gradients(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    d_y = x.new_ones(len(x), len(weight))
+    grads = lora.backward(d_y, None, x, weight, a, b, x @ a.T, 0.5, 0.0, None, (True, False, False, True, True))
+    return tuple(g for g in grads if g is not None)
+
+
+def _check_dora_norm(device: str) -> str:
+    _, weight, _, a, b = _operands(device, torch.float32)
+    for w in (weight, quantize_nf4(weight)):
+        dense = w if isinstance(w, Tensor) else w.dequantize()
+        truth, bound = (dora.dora_norm_dense(*(wide(t) for t in (dense, a, b)), 0.5) for wide in (_double, _magnitude))
+        # of squares, as the root of a small sum magnifies its error
+        _require(_within(dora_norm(w, a, b, 0.5).double().square(), truth**2, bound**2, K + 2 * R), "norms differ")
+    return "within rounding"
+
+
+def _check_grouped(device: str) -> str:
+    x, _, _, a, b = _operands(device, torch.float32)
+    adapter = torch.tensor([1, -1, 0, 1, 0], device=device)
+    scaling, ranks = torch.tensor([0.5, 2.0], device=device), [1, 2]
+    got = grouped_lora(x, a, b, ranks, adapter, scaling)
+    truth, magnitude = (
+        grouped.forward(wide(x), None, wide(a), wide(b), ranks, adapter, wide(scaling))[0]
+        for wide in (_double, _magnitude)
+    )
+    _require(_within(got, truth, magnitude, K + R), "outside the rounding bound")
+    return "within rounding"
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double()
+
+
+def _magnitude(t: Tensor) -> Tensor:
+    return t.detach().double().abs()
+
+
+def _within(got: Tensor, truth: Tensor, magnitude: Tensor, products: int) -> bool:
+    """Say whether float32 sums of so many products are right up to rounding; Higham and Mary 2019."""
+    bound = 2.0 * torch.finfo(torch.float32).eps * (products + 2) ** 0.5 * magnitude
+    return bool(((got.double() - truth).abs() <= bound).all())
 
 
 def _require_close(got: Tensor, args: tuple[Tensor, ...], weight: Tensor) -> None:
-    x, _, bias, a, b = (t.double() for t in args)
-    truth = lora.lora_linear(x, weight.double(), bias, a, b, 0.5)
-    magnitude = lora.lora_linear(x.abs(), weight.double().abs(), bias.abs(), a.abs(), b.abs(), 0.5)
-    # float32 sums of K + R + 2 products; Higham and Mary 2019
-    bound = 2.0 * torch.finfo(torch.float32).eps * (K + R + 2) ** 0.5 * magnitude
-    _require(bool(((got.double() - truth).abs() <= bound).all()), "outside the rounding bound")
+    x, _, bias, a, b = args
+    truth, magnitude = (
+        lora.lora_linear(wide(x), wide(weight), wide(bias), wide(a), wide(b), 0.5) for wide in (_double, _magnitude)
+    )
+    _require(_within(got, truth, magnitude, K + R), "outside the rounding bound")
 
 
 def _require(agrees: bool, otherwise: str) -> None:

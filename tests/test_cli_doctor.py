@@ -13,7 +13,7 @@ from lora_core import cli, doctor
 def test_doctor_finds_every_operation_sound(capsys):
     cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] and len(report["checks"]) == 7
+    assert report["healthy"] and len(report["checks"]) == 10
     assert report["versions"]["torch"] == torch.__version__
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
     assert runs["nf4_dequantize"] == "lora_core.cpu.nf4_dequantize" and runs["lora_linear"] == "reference"
@@ -21,7 +21,10 @@ def test_doctor_finds_every_operation_sound(capsys):
 
 @pytest.mark.parametrize(
     "broken",
-    ["nf4_quantize", "nf4_dequantize", "absmax_quantize", "absmax_dequantize", "lora_linear", "nf4_lora_linear"],
+    [
+        *("nf4_quantize", "nf4_dequantize", "absmax_quantize", "absmax_dequantize"),
+        *("lora_linear", "nf4_lora_linear", "dora_norm", "grouped_lora"),
+    ],
 )
 def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
     """A result 1% off, or codes one off, is a failure and the exit status says so."""

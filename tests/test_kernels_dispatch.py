@@ -1,0 +1,107 @@
+"""The kernels behind their operations: autograd, opcheck and the self-check, run by the interpreter as on a GPU.
+
+In a process of its own the kernels are registered for CPU tensors; a GPU has them registered anyway.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROGRAM = """
+import importlib
+import torch
+import lora_core as lc
+from lora_core import doctor
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+files = {
+    "nf4_quantize": {"op": "launch_nf4_quantize"},
+    "nf4_dequantize": {"op": "launch_nf4_dequantize"},
+    "absmax_quantize": {"op": "launch_absmax_quantize"},
+    "absmax_dequantize": {"op": "launch_absmax_dequantize"},
+    "lora_linear": {"op": "launch_lora_linear", "backward_op": "launch_lora_linear_backward"},
+    "nf4_lora_linear": {"op": "launch_nf4_lora_linear", "backward_op": "launch_nf4_lora_linear_backward"},
+    "dora_norm": {"op": "launch_dora_norm", "nf4_op": "launch_nf4_dora_norm"},
+    "grouped_lora": {"op": "launch_grouped_lora", "backward_op": "launch_grouped_lora_backward"},
+}
+launched = set()
+
+
+def counted(name, launch):
+    def run(*args, **kwargs):
+        launched.add(name)
+        return launch(*args, **kwargs)
+
+    return run
+
+
+for file, launches in files.items():
+    ops, kernels = (importlib.import_module(f"lora_core.{where}.{file}") for where in ("ops", "kernels"))
+    for op, launch in launches.items():
+        getattr(ops, op).register_kernel(device)(counted(f"{file}.{op}", getattr(kernels, launch)))
+
+failed = [check for check in doctor.self_check(device) if not check.passed]
+assert not failed, failed
+
+g = torch.Generator().manual_seed(0)
+make = lambda *shape: torch.randn(*shape, generator=g).to(device)
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    x, w, b, lora_a, lora_b = (t.to(dtype) for t in (make(2, 3, 40), make(9, 40), make(9), make(3, 40), make(9, 3)))
+    q = lc.quantize_nf4(w.float())
+    packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, list(q.shape), 64, 256)
+    for t in (x, lora_a, lora_b):
+        t.requires_grad_()
+    seed = torch.tensor([5], device=device)
+    torch.library.opcheck(torch.ops.lora_core.lora_linear, (x, w, b, lora_a, lora_b, 0.5, 0.3, seed))
+    torch.library.opcheck(torch.ops.lora_core.nf4_lora_linear, (x, *packed, b, lora_a, lora_b, 0.5, 0.3, seed))
+    adapter, scaling = torch.tensor([0, 1, -1, 0, 1, 1], device=device), torch.ones(2, device=device)
+    flat = x.detach().reshape(6, 40).requires_grad_()
+    torch.library.opcheck(torch.ops.lora_core.grouped_lora, (flat, None, lora_a, lora_b, [1, 2], adapter, scaling))
+    plain = [t.detach() for t in (lora_a, lora_b)]
+    torch.library.opcheck(torch.ops.lora_core.dora_norm, (w, *plain, 0.5))
+    torch.library.opcheck(torch.ops.lora_core.nf4_dora_norm, (*packed, dtype, *plain, 0.5))
+torch.library.opcheck(torch.ops.lora_core.nf4_dequantize, (*packed[:5], torch.bfloat16, 64))
+torch.library.opcheck(torch.ops.lora_core.nf4_quantize, (make(9, 40), 64))
+missing = {f"{file}.{op}" for file, ops in files.items() for op in ops} - launched
+assert not missing, missing
+
+# a model trained through the kernels, 4 bits and dropout and all
+model = torch.nn.Sequential(torch.nn.Linear(40, 24), torch.nn.GELU(), torch.nn.Linear(24, 8)).to(device)
+lc.quantize_model(model, skip_modules=["2"])
+lc.add_adapter(model, lc.LoraConfig(r=3, lora_dropout=0.2, target_modules="all-linear"))
+optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+x, want = make(70, 40), make(70, 8)
+losses = []
+for _ in range(12):
+    loss = (model(x) - want).square().mean()
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.95 * losses[0], losses
+print("sound")
+"""
+
+
+@pytest.mark.parametrize("path", ["library", "fused"])
+def test_kernels_behind_their_operations_are_sound(path, tmp_path):
+    """Both ways a linear layer can go, as a table of measurements has it."""
+    times = (1.0, 2.0) if path == "fused" else (2.0, 1.0)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    sizes = ', "m": 1, "n": 1, "k": 1, "r": 1, '
+    rows = [
+        f'{{"device": "{device}", "dtype": "{dtype}"{sizes} "fused_ms": {times[0]}, "library_ms": {times[1]}}}'
+        for dtype in ("float32", "bfloat16")
+    ]
+    table = tmp_path / "crossover.json"
+    table.write_text(f"[{', '.join(rows)}]")
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"LORA_CORE_CROSSOVER": str(table)} | interpreted
+    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip().endswith("sound"), run.stderr[-3000:]

@@ -33,7 +33,7 @@ TILE = {torch.float32: (32, 32), torch.float16: (64, 64), torch.bfloat16: (64, 6
 # where W is decoded, which takes registers
 PACKED_TILE = (32, 32)
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
-WARPS = 4
+WARPS = {"dense": 8, "words": 4, "elements": 4}
 STAGES = {"dense": 3, "words": 2, "elements": 1}
 # columns of a part of a split sum at least
 SHORTEST = 256
@@ -160,7 +160,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 aligned=("k_per_split", *(() if kind == "elements" else ("K", "stride_wn", "stride_ar"))),
-                options={"num_warps": WARPS, "num_stages": STAGES[kind], "enable_fp_fusion": False},
+                options={"num_warps": WARPS[kind], "num_stages": STAGES[kind], "enable_fp_fusion": False},
                 tile_m=block_n if low != torch.float32 else 0,
             )
 
@@ -201,7 +201,7 @@ def _norms(
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,
-                num_warps=WARPS,
+                num_warps=WARPS[kind],
                 num_stages=STAGES[kind],
                 enable_fp_fusion=False,
             )

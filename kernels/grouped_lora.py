@@ -26,10 +26,11 @@ from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.grouped_lora import backward_op, op
 from lora_core.reference import grouped as reference
 
-# rows of a tile; columns of a step or a tile, and ranks of a step or a program, by A's dtype
+# rows of a tile; columns of a step or a tile, and ranks of a program, by A's dtype; ranks of a step on the way up
 BLOCK_M = 16
 BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
+EXPAND_R = 16
 WARPS = 4
 STAGES = 2
 
@@ -175,7 +176,8 @@ def _gather_expand_kernel(
     column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for r in range(0, ranks, BLOCK_R):
+    # few steps: loads in flight would cost registers
+    for r in tl.range(0, ranks, BLOCK_R, num_stages=1):
         rank = r + tl.arange(0, BLOCK_R)
         rank_ok = rank < ranks
         s = tl.load(s_ptr + row[:, None] * R + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
@@ -267,7 +269,9 @@ def variants() -> Iterator[Variant]:
                     name = f"shrink {shape}{' scaled' * scaled}{' added' * add}"
                     flags = {"SCALED": scaled, "ADD": add, "stride_xc": 1, columns: 1}
                     yield _variant(name, _gather_shrink_kernel, pointers, tile | flags, ("stride_xm", rows), low)
-                for base in (False, True) if scaled else (False,):
+                # the way up has one size of rank step for all
+                bases = () if block_r != EXPAND_R else (False, True) if scaled else (False,)
+                for base in bases:
                     name = f"expand {shape}{' scaled' * scaled}{' base' * base}"
                     flags = {"SCALED": scaled, "BASE": base, "stride_base_c": 1, columns: 1}
                     yield _variant(name, _gather_expand_kernel, pointers, tile | flags, ("stride_base_m", rows), low)
@@ -370,7 +374,7 @@ def _expand(
                 GROUPS=triton.next_power_of_2(count + 1),
                 BLOCK_M=BLOCK_M,
                 BLOCK_C=BLOCK_C[low],
-                BLOCK_R=_block_r(ranks or [1], low),
+                BLOCK_R=EXPAND_R,
                 num_warps=WARPS,
                 num_stages=STAGES,
             )

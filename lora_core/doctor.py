@@ -193,7 +193,7 @@ def _check_dora_norm(device: str) -> str:
     _, weight, _, a, b = _operands(device, torch.float32)
     for w in (weight, quantize_nf4(weight)):
         dense = w if isinstance(w, Tensor) else w.dequantize()
-        truth, bound = (dora.dora_norm_dense(*(wide(t) for t in (dense, a, b)), 0.5) for wide in (_double, _magnitude))
+        truth, bound = (dora.dora_norm_dense(wide(dense), wide(a), wide(b), 0.5) for wide in (_double, _magnitude))
         # of squares, as the root of a small sum magnifies its error
         _require(_within(dora_norm(w, a, b, 0.5).double().square(), truth**2, bound**2, K + 2 * R), "norms differ")
     return "within rounding"

@@ -28,10 +28,13 @@ def offsets(ranks: Sequence[int]) -> list[int]:
 
 
 def members(ranks: Sequence[int], adapter: Tensor) -> Iterator[tuple[int, Tensor, slice, int]]:
-    """Yield (adapter, its rows of the batch, its slice of A and B, its rank) for each adapter."""
+    """Yield (adapter, its rows of the batch, its slice of A and B, its rank) for each adapter that has rows."""
     starts = offsets(ranks)
+    order = adapter.argsort(stable=True)
+    bounds = torch.searchsorted(adapter[order], torch.arange(len(ranks) + 1, device=adapter.device)).tolist()
     for g, rank in enumerate(ranks):
-        yield g, (adapter == g).nonzero()[:, 0], slice(starts[g], starts[g + 1]), rank
+        if bounds[g] < bounds[g + 1]:
+            yield g, order[bounds[g] : bounds[g + 1]], slice(starts[g], starts[g + 1]), rank
 
 
 def forward(
@@ -54,14 +57,14 @@ def forward(
         adapter: int64 [M], the adapter of each row; one that does not exist, such as -1, means none.
         scaling: float32, one element for each adapter.
     """
-    low = lora_a.dtype
-    update = x.new_zeros(len(x), len(lora_b), dtype=low)
+    low, factors = lora_a.dtype, scaling.tolist()
+    y = x.new_zeros(len(x), len(lora_b), dtype=low) if base is None else base.to(low, copy=True)
     hidden = x.new_zeros(len(x), max(ranks, default=0), dtype=low)
     for g, rows, columns, rank in members(ranks, adapter):
         s = x[rows].to(low) @ lora_a[columns].T
         hidden[rows, :rank] = s
-        update[rows] = scaling[g].to(low) * (s @ lora_b[:, columns].T)
-    return (update if base is None else base.to(low) + update).to(x.dtype), hidden
+        y[rows] = torch.addmm(y[rows], s, lora_b[:, columns].T, alpha=factors[g])
+    return y.to(x.dtype), hidden
 
 
 def backward(
@@ -78,13 +81,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients (d_x, d_lora_a, d_lora_b) that needs asks for, None for the others; operands as above."""
     need_x, need_a, need_b = needs
-    low = d_y.to(lora_a.dtype)
+    low, factors = d_y.to(lora_a.dtype), scaling.tolist()
     d_x = d_y.new_zeros(len(d_y), lora_a.shape[1]) if need_x else None
     d_lora_a = torch.zeros_like(lora_a) if need_a else None
     d_lora_b = torch.zeros_like(lora_b) if need_b else None
     for g, rows, columns, rank in members(ranks, adapter):
-        factor = scaling[g].to(low.dtype)
-        d_s = factor * (low[rows] @ lora_b[:, columns])
+        d_s = factors[g] * (low[rows] @ lora_b[:, columns])
         if d_hidden is not None:
             d_s = d_s + d_hidden[rows, :rank]
         if d_x is not None:
@@ -92,5 +94,5 @@ def backward(
         if d_lora_a is not None and x is not None:
             d_lora_a[columns] = d_s.T @ x[rows].to(low.dtype)
         if d_lora_b is not None:
-            d_lora_b[:, columns] = factor * (low[rows].T @ hidden[rows, :rank])
+            d_lora_b[:, columns] = factors[g] * (low[rows].T @ hidden[rows, :rank])
     return d_x, d_lora_a, d_lora_b

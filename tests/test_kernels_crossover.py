@@ -73,3 +73,41 @@ def test_the_debug_log_says_which_path_ran(caplog):
     with caplog.at_level(logging.DEBUG, "lora_core.kernels"):
         launch_lora_linear(x, weight, None, lora_a, lora_b, 1.0, 0.0, None, "fused")
     assert "linear torch.float32 m=2 n=4 k=3 r=1: fused" in caplog.text
+
+
+SMALL = "M=3,N=17,K=20,R=2"
+
+
+def test_crossover_tool_measures_both_paths_and_keeps_other_devices(tmp_path, capsys):
+    from benchmarks.crossover import main
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    output = tmp_path / "found.json"
+    output.write_text(json.dumps([row(16, 1.0, 2.0)]))
+    arguments = ["--device", device, "--shape", SMALL, "--dtype", "float32", "--samples", "1", "--output", str(output)]
+    for _ in range(2):
+        assert main(arguments) == 0
+    assert "float32 M=3 N=17 K=20 R=2: fused" in capsys.readouterr().out
+    found = {m.device: m for m in crossover.read(output)}
+    assert len(found) == 2 and found["chip"].faster == "fused"
+    mine = found[crossover.device_name(torch.device(device))]
+    assert (mine.m, mine.n, mine.k, mine.r) == (3, 17, 20, 2) and min(mine.fused_ms, mine.library_ms) > 0
+
+
+def test_crossover_tool_does_not_time_a_wrong_result(monkeypatch, tmp_path):
+    from benchmarks import crossover as tool
+    from benchmarks.case import CheckError
+    from lora_core.kernels import lora_linear
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    right = lora_linear.low_rank_linear
+    monkeypatch.setattr(lora_linear, "low_rank_linear", lambda *a, **k: right(*a, **k) * 1.01)
+    with pytest.raises(CheckError, match="times the rounding bound off"):
+        tool.measure("float32", {"M": 3, "N": 17, "K": 20, "R": 2}, device, 1)
+
+
+def test_crossover_tool_refuses_without_a_gpu(monkeypatch, capsys):
+    from benchmarks.crossover import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 2 and "no GPU" in capsys.readouterr().err

@@ -52,8 +52,9 @@ def check_forward(y, hidden, args):
     assert_within_bound(hidden.cpu(), s, s_bound * (s_magnitude > 0))
     _, _, _, b, ranks, adapter, scaling = doubled(*args, absolute=True)
     carried = torch.zeros_like(truth)
-    for g, rows, part, rank in reference.members(ranks, adapter):
-        carried[rows] = scaling[g] * s_bound[rows, :rank] @ b[:, part].T
+    order, found = reference.members(ranks, adapter)
+    for g, rows, part, rank in found:
+        carried[order[rows]] = scaling[g] * s_bound[order[rows], :rank] @ b[:, part].T
     sums = 2 * UNIT_FP32 * (k + widest + 3) ** 0.5 * magnitude
     assert_within_bound(y.cpu(), truth, u * truth.abs() + carried + sums)
 

@@ -13,7 +13,7 @@ Backward, with G = dL/dy, row by row as for one adapter (lora.py), the sums over
 Source: Chen et al. 2023 (Punica, arXiv 2310.18547) for the forward; the backward is the chain rule.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,14 +27,19 @@ def offsets(ranks: Sequence[int]) -> list[int]:
     return found
 
 
-def members(ranks: Sequence[int], adapter: Tensor) -> Iterator[tuple[int, Tensor, slice, int]]:
-    """Yield (adapter, its rows of the batch, its slice of A and B, its rank) for each adapter that has rows."""
+def members(ranks: Sequence[int], adapter: Tensor) -> tuple[Tensor, list[tuple[int, slice, slice, int]]]:
+    """Return the order that sorts rows by adapter, and for each adapter that has rows (adapter, rows, columns, rank).
+
+    The rows are a slice of the sorted batch, the columns a slice of A's rows and B's columns.
+    """
     starts = offsets(ranks)
     order = adapter.argsort(stable=True)
-    bounds = torch.searchsorted(adapter[order], torch.arange(len(ranks) + 1, device=adapter.device)).tolist()
-    for g, rank in enumerate(ranks):
-        if bounds[g] < bounds[g + 1]:
-            yield g, order[bounds[g] : bounds[g + 1]], slice(starts[g], starts[g + 1]), rank
+    ends = torch.searchsorted(adapter[order], torch.arange(len(ranks) + 1, device=adapter.device)).tolist()
+    return order, [
+        (g, slice(ends[g], ends[g + 1]), slice(starts[g], starts[g + 1]), rank)
+        for g, rank in enumerate(ranks)
+        if ends[g] < ends[g + 1]
+    ]
 
 
 def forward(
@@ -58,13 +63,16 @@ def forward(
         scaling: float32, one element for each adapter.
     """
     low, factors = lora_a.dtype, scaling.tolist()
-    y = x.new_zeros(len(x), len(lora_b), dtype=low) if base is None else base.to(low, copy=True)
+    order, groups = members(ranks, adapter)
+    rows_of_x = x[order].to(low)
+    y = x.new_zeros(len(x), len(lora_b), dtype=low) if base is None else base[order].to(low)
     hidden = x.new_zeros(len(x), max(ranks, default=0), dtype=low)
-    for g, rows, columns, rank in members(ranks, adapter):
-        s = x[rows].to(low) @ lora_a[columns].T
-        hidden[rows, :rank] = s
-        y[rows] = torch.addmm(y[rows], s, lora_b[:, columns].T, alpha=factors[g])
-    return y.to(x.dtype), hidden
+    for g, rows, columns, rank in groups:
+        s = hidden[rows, :rank]
+        torch.mm(rows_of_x[rows], lora_a[columns].T, out=s)
+        y[rows].addmm_(s, lora_b[:, columns].T, alpha=factors[g])
+    back = order.argsort()
+    return y[back].to(x.dtype), hidden[back]
 
 
 def backward(
@@ -82,17 +90,22 @@ def backward(
     """Return the gradients (d_x, d_lora_a, d_lora_b) that needs asks for, None for the others; operands as above."""
     need_x, need_a, need_b = needs
     low, factors = d_y.to(lora_a.dtype), scaling.tolist()
-    d_x = d_y.new_zeros(len(d_y), lora_a.shape[1]) if need_x else None
+    order, groups = members(ranks, adapter)
+    back = order.argsort()
+    grad, s = low[order], hidden[order]
+    rows_of_x = None if x is None else x[order].to(low.dtype)
+    d_s_more = None if d_hidden is None else d_hidden[order]
+    d_x = low.new_zeros(len(low), lora_a.shape[1]) if need_x else None
     d_lora_a = torch.zeros_like(lora_a) if need_a else None
     d_lora_b = torch.zeros_like(lora_b) if need_b else None
-    for g, rows, columns, rank in members(ranks, adapter):
-        d_s = factors[g] * (low[rows] @ lora_b[:, columns])
-        if d_hidden is not None:
-            d_s = d_s + d_hidden[rows, :rank]
+    for g, rows, columns, rank in groups:
+        d_s = factors[g] * (grad[rows] @ lora_b[:, columns])
+        if d_s_more is not None:
+            d_s = d_s + d_s_more[rows, :rank]
         if d_x is not None:
-            d_x[rows] = (d_s @ lora_a[columns]).to(d_x.dtype)
-        if d_lora_a is not None and x is not None:
-            d_lora_a[columns] = d_s.T @ x[rows].to(low.dtype)
+            d_x[rows] = d_s @ lora_a[columns]
+        if d_lora_a is not None and rows_of_x is not None:
+            d_lora_a[columns] = d_s.T @ rows_of_x[rows]
         if d_lora_b is not None:
-            d_lora_b[:, columns] = factors[g] * (low[rows].T @ hidden[rows, :rank])
-    return d_x, d_lora_a, d_lora_b
+            d_lora_b[:, columns] = factors[g] * (grad[rows].T @ s[rows, :rank])
+    return None if d_x is None else d_x[back].to(d_y.dtype), d_lora_a, d_lora_b

@@ -1,0 +1,115 @@
+"""Measure where one fused product beats a library's and an addition: `python -m benchmarks.crossover` on a GPU.
+
+Times both paths of a linear layer's forward on the given shapes, side by side, and writes what it found beside what
+the file says of other devices. The library reads the file that LORA_CORE_CROSSOVER names, else kernels/crossover.json.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.case import CheckError, Provider
+from benchmarks.rounding import within_rounding
+from benchmarks.timing import interleave
+
+SAMPLES = 15
+TOKENS = (1, 16, 64, 512, 2048, 8192)
+# N x K of attention and feed-forward layers of Llama-3-8B and -70B; source: their config.json
+WEIGHTS = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
+RANKS = (16, 64)
+DTYPES = ("bfloat16", "float16")
+SCALING = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write, and print a line for each shape; return 2 where there is nothing to measure on."""
+    import torch
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.crossover", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu under TRITON_INTERPRET=1 to try the tool out")
+    parser.add_argument("--shape", type=shapes.parse, action="append", help="M=512,N=4096,K=4096,R=16; repeat for more")
+    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--output", type=Path, help="the file to write; by default the one the library reads")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("benchmarks.crossover: there is no GPU here to measure on\n")
+        return 2
+    if options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.stderr.write("benchmarks.crossover: set TRITON_INTERPRET=1 to run kernels on a CPU\n")
+        return 2
+    from lora_core.kernels import crossover
+
+    output = options.output or Path(os.environ.get(crossover.VARIABLE) or crossover.SHIPPED)
+    found = []
+    for dtype, shape in itertools.product(options.dtype or DTYPES, options.shape or every_shape()):
+        row = measure(dtype, shape, options.device, options.samples)
+        found.append(row)
+        print(
+            f"{dtype} M={row.m} N={row.n} K={row.k} R={row.r}: fused {row.fused_ms:.4g} ms, "
+            f"library {row.library_ms:.4g} ms: {row.faster}",
+            flush=True,
+        )
+        write(output, found)
+    return 0
+
+
+def every_shape() -> list[dict[str, int]]:
+    """Return the shapes measured by default."""
+    return [dict(zip("MNKR", (m, *w, r), strict=True)) for w, m, r in itertools.product(WEIGHTS, TOKENS, RANKS)]
+
+
+def measure(dtype: str, shape: dict[str, int], device: str, samples: int) -> Any:
+    """Return the Measurement of one shape.
+
+    Raises:
+        CheckError: if a path's result is out of tolerance: then its time says nothing.
+    """
+    import torch
+
+    from lora_core.kernels.crossover import PATHS, Measurement, device_name
+    from lora_core.kernels.lora_linear import low_rank_linear
+
+    m, n, k, r = (shape[name] for name in "MNKR")
+    torch.manual_seed(0)
+    x, weight, hidden, lora_b = (
+        torch.randn(*size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (n, k), (m, r), (n, r))
+    )
+    runs = {p: partial(low_rank_linear, x, weight, None, hidden, lora_b, SCALING, path=p) for p in PATHS}
+    wide = [t.double() for t in (x, weight, hidden, lora_b)]
+    truth, magnitude = (a @ w.T + SCALING * s @ b.T for a, w, s, b in (wide, [t.abs() for t in wide]))
+    for path, run in runs.items():
+        check = within_rounding(run(), truth, magnitude, k + r + 2, roundings=3)
+        if not check.passed:
+            raise CheckError(f"{path} path, {dtype} {shape}: {check.reason}")
+    del truth, magnitude, wide
+    *_, timings = interleave([Provider(path, run) for path, run in runs.items()], samples, device)
+    times = {f"{path}_ms": timings[path].median_ms for path in PATHS}
+    return Measurement(device_name(x.device), dtype, m, n, k, r, **times)
+
+
+def write(path: Path, found: list[Any]) -> None:
+    """Put these measurements in a file, in place of what it had for the same device, dtype and sizes."""
+    from lora_core.kernels.crossover import read
+
+    def about(row: Any) -> tuple[Any, ...]:
+        return row.device, row.dtype, row.n, row.k, row.r, row.m
+
+    rows = {about(row): row for row in (*(read(path) if path.exists() else ()), *found)}
+    lines = [json.dumps(dataclasses.asdict(rows[key])) for key in sorted(rows)]
+    text = "[\n" + ",\n".join(lines) + "\n]\n"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint typecheck format codegen bench coverage clean
+.PHONY: demo test lint typecheck format codegen codegen-versions mutation bench coverage clean
 
 demo: $(READY)
 	$(BIN)/lora-core demo
@@ -30,11 +30,24 @@ typecheck: $(READY)
 codegen: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m codegen tests/test_codegen.py
 
+# the same by the oldest and the newest Triton that the kernels are written for
+codegen-versions: $(READY)
+	for version in 3.6.0 3.9.0; do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton-$$version triton==$$version && \
+		PYTHONPATH=build/triton-$$version $(BIN)/python -m pytest -q -n 2 -m codegen -k "not readme" tests/test_codegen.py \
+		|| exit 1; \
+	done
+
+# planted errors that the tests must see: a sample, or with SAMPLE= all of them
+SAMPLE := --sample
+mutation: $(READY)
+	$(BIN)/python tests/mutation.py $(SAMPLE)
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 
 coverage: $(READY)
-	$(BIN)/python -m pytest -q --cov=lora_core --cov=quant --cov-report=term
+	$(BIN)/python -m pytest -q --cov=lora_core --cov=quant --cov=kernels --cov-report=term
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lora-core needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'

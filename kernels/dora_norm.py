@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_core.kernels.nf4_tile import arguments, in_words, nf4_tile
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
-from lora_core.kernels.tile import dot, round_to
+from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.dora_norm import nf4_op, op
 from lora_core.ops.packed import Packed
@@ -113,15 +113,15 @@ def _dora_norm_kernel(
             mask=rank_ok[None, :] & (column < K)[:, None],
             other=0.0,
         )
-        wide = w.to(tl.float32)
+        wide = widen(w)
         squares += tl.sum(wide * wide, axis=1)
-        projected = dot(w.to(a_ptr.dtype.element_ty), a, projected)
+        projected = dot(meet(w, a_ptr.dtype.element_ty), a, projected)
     b = tl.load(
         b_ptr + row[:, None] * stride_bn + rank[None, :] * stride_br,
         mask=row_ok[:, None] & rank_ok[None, :],
         other=0.0,
-    ).to(tl.float32)
-    part = 2.0 * scaling * tl.sum(b * projected, axis=1)
+    )
+    part = 2.0 * scaling * tl.sum(widen(b) * projected, axis=1)
     # every program of a row's ranks has the same squares
     part += tl.where(tl.program_id(1) == 0, squares, 0.0)
     place = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * N + row

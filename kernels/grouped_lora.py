@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.tile import dot, round_to
+from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.grouped_lora import backward_op, op
 from lora_core.reference import grouped as reference
@@ -136,13 +136,13 @@ def _gather_shrink_kernel(
             mask=rank_ok[None, :] & column_ok[:, None],
             other=0.0,
         )
-        acc = dot(x.to(p_ptr.dtype.element_ty), p, acc)
+        acc = dot(meet(x, p_ptr.dtype.element_ty), p, acc)
     if SCALED:
         acc *= tl.load(scaling_ptr + group, mask=group < G, other=0.0)
     place = row[:, None] * R + rank[None, :]
     ok = row_ok[:, None] & rank_ok[None, :]
     if ADD:
-        acc += tl.load(add_ptr + place, mask=ok, other=0.0).to(tl.float32)
+        acc += widen(tl.load(add_ptr + place, mask=ok, other=0.0))
     tl.store(s_ptr + place, round_to(acc, s_ptr.dtype.element_ty), mask=ok)
 
 
@@ -191,9 +191,8 @@ def _gather_expand_kernel(
         acc *= tl.load(scaling_ptr + group, mask=group < G, other=0.0)
     ok = row_ok[:, None] & column_ok[None, :]
     if BASE:
-        acc += tl.load(
-            base_ptr + row[:, None] * stride_base_m + column[None, :] * stride_base_c, mask=ok, other=0.0
-        ).to(tl.float32)
+        base = base_ptr + row[:, None] * stride_base_m + column[None, :] * stride_base_c
+        acc += widen(tl.load(base, mask=ok, other=0.0))
     tl.store(y_ptr + row[:, None] * C + column[None, :], round_to(acc, y_ptr.dtype.element_ty), mask=ok)
 
 
@@ -237,7 +236,7 @@ def _gather_gradient_kernel(
             mask=row_ok[:, None] & column_ok[None, :],
             other=0.0,
         )
-        acc = dot(t, d.to(t_ptr.dtype.element_ty), acc)
+        acc = dot(t, meet(d, t_ptr.dtype.element_ty), acc)
     if SCALED:
         acc *= tl.load(scaling_ptr + group)
     tl.store(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.tile import dot, low_rank_start, round_to
+from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
@@ -117,7 +117,7 @@ def _low_rank_matmul_kernel(
         BLOCK_R,
     )
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + column * stride_bias, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        acc += widen(tl.load(bias_ptr + column * stride_bias, mask=column < N, other=0.0))[None, :]
 
     step = tl.arange(0, BLOCK_K)
     x_tile = x_ptr + row[:, None] * stride_xm + step.to(tl.int64)[None, :] * stride_xk
@@ -131,7 +131,7 @@ def _low_rank_matmul_kernel(
         w_tile += BLOCK_K * stride_wk
     y_tile = y_ptr + row[:, None] * stride_ym + column[None, :]
     if ACCUMULATE:
-        acc += tl.load(y_tile, mask=row_ok & column_ok, other=0.0).to(tl.float32)
+        acc += widen(tl.load(y_tile, mask=row_ok & column_ok, other=0.0))
     tl.store(y_tile, round_to(acc, y_ptr.dtype.element_ty), mask=row_ok & column_ok)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_core.kernels.nf4_tile import arguments, in_words, nf4_tile
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
-from lora_core.kernels.tile import dot, low_rank_start, round_to
+from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.packed import Packed
 from lora_core.quant.double import NESTED_BLOCK_SIZE
@@ -109,7 +109,7 @@ def _nf4_matmul_kernel(
             BLOCK_R,
         )
         bias = tl.load(bias_ptr + column, mask=(column < width) & (has_bias != 0), other=0.0)
-        acc += bias.to(tl.float32)[None, :]
+        acc += widen(bias)[None, :]
 
     first = split * per_split
     for start in range(first, tl.minimum(first + per_split, length), BLOCK_SUM):

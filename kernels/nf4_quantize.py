@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.tables import thresholds
-from lora_core.kernels.tile import nearest_code
+from lora_core.kernels.tile import nearest_code, widen
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.nf4_quantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
@@ -43,7 +43,7 @@ def _nf4_quantize_kernel(
     place = unit[:, None] * PER_UNIT + tl.arange(0, PER_UNIT)[None, :]  # [units, PER_UNIT]
     # words are whole, so that one test serves all eight elements and they are loaded at once
     place_ok = (unit * PER_UNIT < left)[:, None] & (place >= 0) if PER_UNIT == 8 else place < left
-    w = tl.load(w_ptr + start + place, mask=place_ok, other=0.0).to(tl.float32)
+    w = widen(tl.load(w_ptr + start + place, mask=place_ok, other=0.0))
 
     # a block is a whole number of units
     largest = tl.max(tl.abs(w), axis=1).reshape(blocks, BLOCK_SIZE // PER_UNIT)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
-from lora_core.kernels.tile import dot, keep, round_to
+from lora_core.kernels.tile import dot, keep, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
@@ -100,8 +100,8 @@ def _row_sum_kernel(
         )
         t = tl.load(t_ptr + row[:, None] * R + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
         if BIAS:
-            bias += tl.sum(d.to(tl.float32), axis=0)
-        d = d.to(low)
+            bias += tl.sum(widen(d), axis=0)
+        d = meet(d, low)
         if HIDDEN:
             hidden = dot(d, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))
             place = (tile * M + row)[:, None] * R + rank[None, :]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
-from lora_core.kernels.tile import dot, keep, round_to
+from lora_core.kernels.tile import dot, keep, meet, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
@@ -78,7 +78,7 @@ def _shrink_kernel(
         )
         if DROPOUT:
             x = tl.where(keep(seed_ptr, row, column, threshold), x, 0.0)
-        acc = dot(x.to(a_ptr.dtype.element_ty), a, acc)
+        acc = dot(meet(x, a_ptr.dtype.element_ty), a, acc)
     place = (split.to(tl.int64) * M + row)[:, None] * R + rank[None, :]
     tl.store(
         s_ptr + place, round_to(acc * factor, s_ptr.dtype.element_ty), mask=(row < M)[:, None] & (rank < R)[None, :]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.tile import round_to
+from lora_core.kernels.tile import round_to, widen
 from lora_core.kernels.variant import TYPES, Variant
 
 # elements of a program
@@ -31,7 +31,7 @@ def _split_sum_kernel(part_ptr, add_ptr, out_ptr, parts, size, factor, ADD: tl.c
         part += size
     total *= factor
     if ADD:
-        total += tl.load(add_ptr + place, mask=ok, other=0.0).to(tl.float32)
+        total += widen(tl.load(add_ptr + place, mask=ok, other=0.0))
     tl.store(out_ptr + place, round_to(total, out_ptr.dtype.element_ty), mask=ok)
 
 

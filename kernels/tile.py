@@ -1,4 +1,4 @@
-"""Tile helpers that every kernel shares. Two faults of Triton's interpreter are met here and nowhere else."""
+"""Tile helpers that every kernel shares. Three faults of Triton's interpreter are met here and nowhere else."""
 
 import os
 
@@ -10,12 +10,30 @@ INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0")
 
 
 @triton.jit
+def widen(x):
+    """x in fp32, exactly."""
+    # the interpreter takes a subnormal of bfloat16 for zero
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def meet(x, dtype: tl.constexpr):
+    """x in the dtype of what it is multiplied by: its own, or fp32."""
+    y = x
+    if x.dtype != dtype:
+        y = widen(x)
+    return y
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b in fp32, for a [M, K] and b [K, N] of one dtype, each side at least 16."""
     # the interpreter (Triton 3.6 to 3.9) computes a bfloat16 product wrongly, and says nothing
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        a = widen(a)
+        b = widen(b)
     # "ieee": by default fp32 inputs may be rounded to tf32, 13 bits short of what the tolerance allows
     return tl.dot(a, b, acc, input_precision="ieee")
 

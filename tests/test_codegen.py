@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import codegen
+from benchmarks.codegen_table import BEGIN, END, README, SAMPLE, replaced
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,33 +20,6 @@ LEANEST = {"nf4_dequantize": 6.5}
 UNFUSED = ("nf4_dequantize", "absmax_dequantize", "nf4_matmul")
 # a quotient decides the code
 EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
-# a configuration of each kernel for the ordinary run; the marker codegen runs them all
-SAMPLE = {
-    "absmax_dequantize": ("blocks of 256",),
-    "absmax_quantize": ("blocks of 256",),
-    "dora_norm": ("bf16 bf16 rank 16 dense", "bf16 bf16 rank 64 words nested"),
-    "grouped_lora": (
-        "shrink bf16 bf16 rank 16 of 8 scaled added",
-        "expand bf16 bf16 rank 16 of 64 scaled base",
-        "gradient bf16 bf16 rank 64 of 8 scaled",
-    ),
-    "low_rank_matmul": (
-        "bf16 bf16 128x128x64 rank 16 bias",
-        "fp16 fp16 64x64x64 rank 64 transposed dropout",
-        "bf16 fp32 128x128x64 rank 16 plain",
-        "fp32 fp32 16x64x32 rank 16 added",
-    ),
-    "nf4_dequantize": ("bf16 64 nested words", "fp16 64 plain bytes", "fp32 4096 nested words"),
-    "nf4_matmul": (
-        "bf16 bf16 16 nested words forward",
-        "bf16 bf16 64 nested words transposed dropout",
-        "fp32 fp32 16 nested elements forward",
-    ),
-    "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
-    "row_sum": ("bf16 bf16 rank 16 bias hidden split", "bf16 fp32 rank 16 transposed dropout"),
-    "shrink": ("bf16 bf16 64x16 dropout", "fp16 fp16 16x64 split", "fp32 fp32 64x16"),
-    "split_sum": ("bf16 added",),
-}
 
 
 @functools.cache
@@ -112,3 +86,32 @@ def test_codegen_refuses_to_run_in_the_interpreter():
     command = [sys.executable, "-m", "benchmarks.codegen", "--kernel", "absmax_dequantize"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 2 and "unset TRITON_INTERPRET" in run.stderr
+
+
+@pytest.mark.codegen
+def test_codegen_table_in_the_readme_is_what_the_compiler_makes(tmp_path):
+    """Written anew by the pinned compiler, the table is the committed one."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    copy = tmp_path / "README.md"
+    copy.write_text(README.read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.codegen_table", "--readme", str(copy)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert copy.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
+
+
+def test_codegen_table_replaces_what_stands_between_its_markers():
+    assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    with pytest.raises(ValueError, match="want one line"):
+        replaced("no markers", "new")
+
+
+def test_kernels_readme_names_every_kernel_file_operation_and_test():
+    text = README.read_text(encoding="utf-8")
+    for path in codegen.KERNELS.glob("*.py"):
+        assert path.name in text
+    for name in ("lora_linear", "nf4_lora_linear", "grouped_lora"):
+        assert f"`{name}_backward`" in text
+    for word in set(text.replace("|", " ").replace(",", " ").split()):
+        if word.startswith("test_kernels"):
+            assert (ROOT / "tests" / word).exists()

@@ -50,6 +50,17 @@ def test_nf4_dequantize_kernel_takes_any_second_level_block(n, nested_block, see
     assert same_bits(launch_nf4_dequantize(*operands, (n,), torch.float32, 32, nested_block), want)
 
 
+@pytest.mark.parametrize("out", [torch.float16, torch.bfloat16], ids=str)
+def test_nf4_dequantize_kernel_rounds_ties_to_even(out):
+    """Scales of the highest level, which is 1: numbers half-way between two of the output, and their neighbours."""
+    below = torch.arange(1, 2, torch.finfo(out).eps, dtype=torch.float64)[:2000]
+    half = (below + torch.finfo(out).eps / 2).float()
+    absmax = torch.cat([half, *(torch.nextafter(half, torch.tensor(end)) for end in (0.0, 3.0)), half * 2.0**-14])
+    codes = torch.full((16 * len(absmax), 1), 255, dtype=torch.uint8, device=DEVICE)
+    got = launch_nf4_dequantize(codes, absmax.to(DEVICE), None, None, (len(absmax), 32), out, 32)
+    assert torch.equal(got.cpu(), absmax.to(out)[:, None].expand(-1, 32))
+
+
 def test_nf4_dequantize_kernel_takes_strided_operands_and_no_elements():
     # more than 256 blocks, so that no operand is too short to be strided
     q = lc.quantize_nf4(torch.randn(330, 70, device=DEVICE))

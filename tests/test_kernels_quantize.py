@@ -1,5 +1,6 @@
 """The quantising kernels give the reference's codes and scales: on a GPU, or on the CPU in Triton's interpreter."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,16 @@ def test_nf4_quantize_kernel_decides_at_the_thresholds_as_the_reference_does(ulp
         middle = torch.nextafter(middle, torch.tensor(float("inf") if ulps > 0 else float("-inf")))
     weight = torch.cat([torch.tensor([absmax]), middle[: n - 1]]).to(DEVICE)
     codes, _ = launch_nf4_quantize(weight, 32)
+    assert torch.equal(codes, reference.nf4_quantize(weight, 32)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_nf4_quantize_kernel_keeps_subnormal_weights(dtype):
+    """Blocks whose largest weight is a subnormal of the dtype, down to the smallest."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    weight = (torch.tensor([[1.0], [3.0], [50.0]]) * smallest * torch.linspace(-1, 1, 32)).to(dtype).to(DEVICE)
+    codes, absmax = launch_nf4_quantize(weight, 32)
+    assert absmax.tolist() == [smallest, 3 * smallest, 50 * smallest]
     assert torch.equal(codes, reference.nf4_quantize(weight, 32)[0])
 
 

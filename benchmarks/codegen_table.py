@@ -1,0 +1,108 @@
+"""Write what the compiler makes of the kernels into kernels/README.md: `python -m benchmarks.codegen_table`.
+
+A row for each configuration of the sample and each architecture, between two markers; all else in the file is written
+by hand. Needs no GPU; must run without TRITON_INTERPRET.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.codegen import ARCHITECTURES, KERNELS, Compiled, compile_variant, variants_of
+
+README = KERNELS / "README.md"
+BEGIN = "<!-- begin: written by python -m benchmarks.codegen_table -->"
+END = "<!-- end -->"
+
+# configurations of each kernel that stand for the rest, the most used one first
+SAMPLE = {
+    "absmax_dequantize": ("blocks of 256",),
+    "absmax_quantize": ("blocks of 256",),
+    "dora_norm": ("bf16 bf16 rank 16 dense", "bf16 bf16 rank 64 words nested"),
+    "grouped_lora": (
+        "shrink bf16 bf16 rank 16 of 8 scaled added",
+        "expand bf16 bf16 rank 16 of 64 scaled base",
+        "gradient bf16 bf16 rank 64 of 8 scaled",
+    ),
+    "low_rank_matmul": (
+        "bf16 bf16 128x128x64 rank 16 bias",
+        "fp16 fp16 64x64x64 rank 64 transposed dropout",
+        "bf16 fp32 128x128x64 rank 16 plain",
+        "fp32 fp32 16x64x32 rank 16 added",
+    ),
+    "nf4_dequantize": ("bf16 64 nested words", "fp16 64 plain bytes", "fp32 4096 nested words"),
+    "nf4_matmul": (
+        "bf16 bf16 16 nested words forward",
+        "bf16 bf16 64 nested words transposed dropout",
+        "fp32 fp32 16 nested elements forward",
+    ),
+    "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
+    "row_sum": ("bf16 bf16 rank 16 bias hidden split", "bf16 fp32 rank 16 transposed dropout"),
+    "shrink": ("bf16 bf16 64x16 dropout", "fp16 fp16 16x64 split", "fp32 fp32 64x16"),
+    "split_sum": ("bf16 added",),
+}
+# the matrix instructions of each architecture, by the first word of their names
+MATRIX = ("HGMMA", "HMMA", "UTCHMMA")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile the sample and rewrite the table."""
+    import triton
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen_table", description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, default=README, help="the file whose table is written")
+    readme = parser.parse_args(arguments).readme
+    rows = []
+    for kernel, names in SAMPLE.items():
+        known = {variant.name: variant for variant in variants_of(kernel)}
+        for name in names:
+            rows += [compile_variant(kernel, known[name], arch) for arch in ARCHITECTURES]
+    readme.write_text(replaced(readme.read_text(encoding="utf-8"), table(rows, triton.__version__)), encoding="utf-8")
+    return 0
+
+
+def table(rows: Iterable[Compiled], triton_version: str) -> str:
+    """Return the rows as a Markdown table that says which compiler made them."""
+    head = ("kernel", "configuration", "sm", "registers", "spilled bytes", "shared KiB", "instructions")
+    head += ("per element", "matrix", "16-byte loads", "16-byte stores")
+    lines = [f"Compiled by Triton {triton_version}.", "", _line(head), _line(["---"] * len(head))]
+    return "\n".join([*lines, *(_line(_cells(row)) for row in rows)])
+
+
+def _cells(row: Compiled) -> list[str]:
+    matrix = [f"{row.instructions[name]} {name}" for name in MATRIX if name in row.instructions]
+    loads = sum(row.accesses.get(f"{name}.128", 0) for name in ("LDG", "LDGSTS"))
+    return [
+        row.kernel,
+        row.variant,
+        str(row.arch),
+        str(row.registers),
+        str(row.spill_bytes + row.stack_bytes),
+        f"{row.shared_bytes / 1024:.3g}",
+        str(row.total),
+        f"{row.per_element:.2f}" if row.per_element else "",
+        ", ".join(matrix),
+        str(loads),
+        str(row.accesses.get("STG.128", 0)),
+    ]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def replaced(text: str, new: str) -> str:
+    """Return a file's text with what stands between the markers replaced.
+
+    Raises:
+        ValueError: if the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{README.name}: want one line {BEGIN} and below it one line {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

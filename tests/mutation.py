@@ -1,0 +1,212 @@
+"""Plant errors and expect the tests to see them: `python tests/mutation.py`, or `--sample` for every fourth.
+
+Each mutation is one small change to a kernel, a reference or a layer, and the test that must turn red. The tests run on
+a copy of the sources; first all of them unchanged, as a test that is red anyway proves nothing.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("lora_core", "kernels", "quant", "tests", "benchmarks", "pyproject.toml")
+SAMPLED = 4
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted error.
+
+    Args:
+        file: path from the root.
+        old: text that the file holds once.
+        new: what it becomes.
+        test: file and name of a test, as pytest selects them with -k.
+    """
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+TILE, DEQUANTIZE, QUANTIZE = "kernels/tile.py", "kernels/nf4_dequantize.py", "kernels/nf4_quantize.py"
+SHRINK, PRODUCT, ROWS, SUM = (f"kernels/{name}.py" for name in ("shrink", "low_rank_matmul", "row_sum", "split_sum"))
+LINEAR, PANELS, NF4, DECODE = (
+    f"kernels/{name}.py" for name in ("lora_linear", "nf4_lora_linear", "nf4_matmul", "nf4_tile")
+)
+DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
+
+IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
+IN_ROUNDING = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_rounds_ties"
+IN_QUANTIZE = "test_kernels_quantize.py::test_nf4_quantize_kernel_gives_the_references_codes"
+AT_THRESHOLDS = "test_kernels_quantize.py::test_nf4_quantize_kernel_decides_at_the_thresholds"
+IN_ABSMAX = "test_kernels_quantize.py::test_absmax_kernels_give"
+IN_LINEAR = "test_kernels_lora_linear.py::test_lora_linear_kernels_match_the_formula"
+IN_BACKWARD = "test_kernels_lora_linear.py::test_lora_linear_backward_kernels_match_the_formula"
+IN_MASK = "test_kernels_lora_linear.py::test_dropout_in_the_kernels_is_the_references_mask"
+IN_SHRINK = "test_kernels_lora_linear.py::test_shrink_kernel_splits"
+IN_ROWS = "test_kernels_lora_linear.py::test_row_sum_kernel_splits"
+IN_SUM = "test_kernels_lora_linear.py::test_split_sum_kernel_adds_in_order"
+IN_NF4 = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_match_the_formula"
+IN_NF4_BACKWARD = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_match"
+IN_NF4_SPLIT = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_splits"
+IN_PANELS = "test_kernels_nf4_lora_linear.py::test_panels_put_together"
+IN_DORA = "test_kernels_dora_norm.py::test_dora_norm_kernel_matches"
+IN_NF4_DORA = "test_kernels_dora_norm.py::test_nf4_dora_norm_kernel_matches"
+IN_GROUPED = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_match"
+IN_GROUPED_BACKWARD = "test_kernels_grouped_lora.py::test_grouped_lora_backward_kernels_match"
+IN_SORTING = "test_kernels_grouped_lora.py::test_grouped_lora_sorts"
+IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
+
+MUTATIONS = (
+    Mutation(TILE, "bits + 0x7FFF +", "bits + 0x8000 +", IN_ROUNDING),
+    Mutation(TILE, "h *= 0x7FEB352D", "h *= 0x7FEB352F", IN_MASK),
+    Mutation(TILE, "row_hash[:, None] ^ column", "row_hash[:, None] + column", IN_MASK),
+    Mutation(TILE, "below = x < tl", "below = x <= tl", AT_THRESHOLDS),
+    Mutation(TILE, "    acc *= factor\n    if DROPOUT", "    if DROPOUT", IN_LINEAR),
+    Mutation(DEQUANTIZE, "absmax2 + tl.load(nested_offset_ptr)", "absmax2", IN_DEQUANTIZE),
+    Mutation(DEQUANTIZE, "tl.join(even, odd)", "tl.join(odd, even)", IN_DEQUANTIZE),
+    Mutation(
+        DEQUANTIZE,
+        "(first_block + block) // NESTED_BLOCK",
+        "first_block // NESTED_BLOCK + block * 0",
+        "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_takes_any_second_level_block",
+    ),
+    Mutation(QUANTIZE, "tl.where(absmax == 0.0, 1.0, absmax)", "absmax", IN_QUANTIZE),
+    Mutation(QUANTIZE, "(1 - element % 2) * 4", "(element % 2) * 4", IN_QUANTIZE),
+    Mutation(
+        QUANTIZE,
+        "tl.div_rn(w, tl.broadcast_to(share[:, None], (units, PER_UNIT)))",
+        "w * (1.0 / share)[:, None]",
+        AT_THRESHOLDS,
+    ),
+    Mutation("kernels/absmax_quantize.py", "other=0.0) - offset", "other=0.0)", IN_ABSMAX),
+    Mutation("kernels/absmax_dequantize.py", "place // BLOCK_SIZE,", "place // (BLOCK_SIZE + 1),", IN_ABSMAX),
+    Mutation(SUM, "    total *= factor\n", "", IN_SUM),
+    Mutation(SUM, "in range(parts)", "in range(parts - 1)", IN_SUM),
+    Mutation(SHRINK, "factor = factor / (1 - dropout)", "factor = factor * 1.0", IN_SHRINK),
+    Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
+    Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
+    Mutation(PRODUCT, "    if HAS_BIAS:", "    if HAS_BIAS and BLOCK_M < 64:", IN_LINEAR),
+    Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_LINEAR),
+    Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
+    Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
+    Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_BACKWARD),
+    Mutation(ROWS, "        if DROPOUT:", "        if DROPOUT and BLOCK_M < 32:", IN_ROWS),
+    Mutation(ROWS, "split * C * R +", "split * C * 0 +", IN_ROWS),
+    Mutation(LINEAR, "add=d_hidden, bias=need_bias", "bias=need_bias", IN_BACKWARD),
+    Mutation(LINEAR, "lora_a.T, 1 / (1 - dropout), dropout", "lora_a.T, 1.0, dropout", IN_BACKWARD),
+    Mutation(NF4, "    if split == 0:", "    if split >= 0:", IN_NF4_SPLIT),
+    Mutation(NF4, "round_to(w, x_ptr.dtype.element_ty)", "(w * 1.01).to(x_ptr.dtype.element_ty)", IN_NF4),
+    Mutation(DECODE, "byte >> 4, byte & 15", "byte & 15, byte >> 4", IN_NF4),
+    Mutation(DECODE, "block = place * 8 >> block_shift", "block = place * 4 >> block_shift", IN_NF4_BACKWARD),
+    Mutation(PANELS, "absmax=w.absmax[block:last]", "absmax=w.absmax[: last - block]", IN_PANELS),
+    Mutation(PANELS, "up = (d_s, lora_a.T, 1 / (1 - dropout)", "up = (d_s, lora_a.T, 1 + dropout", IN_NF4_BACKWARD),
+    Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),
+    Mutation(DORA, "tl.program_id(1) == 0, squares", "tl.program_id(1) >= 0, squares", IN_DORA),
+    Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),
+    Mutation(GROUPED, "(adapter >= count)", "(adapter > count)", IN_SORTING),
+    Mutation(GROUPED, "(tile - before) * BLOCK_M", "(tile - before) * (BLOCK_M - 1)", IN_GROUPED),
+    Mutation(
+        GROUPED, "s_ptr + row[:, None] * R + rank[None, :]", "s_ptr + row[:, None] * R + rank[None, :] * 0", IN_GROUPED
+    ),
+    Mutation(
+        GROUPED,
+        "_gradient(hidden, d_y, found, ranks, scaling,",
+        "_gradient(hidden, d_y, found, ranks, None,",
+        IN_GROUPED_BACKWARD,
+    ),
+    Mutation(FUSED, ".weight, layer.scaling[name]", ".weight, layer.scaling[name] * 1.01", IN_FUSE),
+    Mutation(
+        FUSED,
+        "isinstance(dropout, nn.Dropout) and dropout.training",
+        "isinstance(dropout, nn.Dropout)",
+        "test_adapt_fuse.py::test_fused_dropout_drops_in_training_alone",
+    ),
+    Mutation(
+        "lora_core/layers/bitsandbytes_weight.py",
+        "None if nested is None else state.offset",
+        "None if nested is None else state.offset * 1.01",
+        IN_FUSE,
+    ),
+    Mutation(
+        "kernels/crossover.py",
+        "self.fused_ms < self.library_ms",
+        "self.fused_ms > self.library_ms",
+        "test_kernels_crossover.py::test_faster_path_is_that_of_the_nearest",
+    ),
+)
+
+
+def main() -> int:
+    """Run the tests unchanged and with each mutation; return 0 if all were green and all turned red."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", action="store_true", help=f"plant every {SAMPLED}th mutation only")
+    options = parser.parse_args()
+    chosen = MUTATIONS[::SAMPLED] if options.sample else MUTATIONS
+    with tempfile.TemporaryDirectory() as folder:
+        clean = _copy(Path(folder) / "clean")
+        code, output = _pytest(clean, sorted({m.test for m in chosen}))
+        if code != 0:
+            print(f"a test is red without any mutation:\n{output[-4000:]}")
+            return 1
+        with ThreadPoolExecutor(WORKERS) as pool:
+            outcomes = list(pool.map(lambda pair: _plant(Path(folder) / str(pair[0]), pair[1]), enumerate(chosen)))
+    survived = [m for m, red in zip(chosen, outcomes, strict=True) if not red]
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} planted errors were seen")
+    return 1 if survived else 0
+
+
+def _plant(folder: Path, mutation: Mutation) -> bool:
+    """Return whether the mutation's test turned red; say so in a line."""
+    path = _copy(folder) / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times; want once")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    code, output = _pytest(folder, [mutation.test])
+    # 1 is a failed test; anything else is a test that did not run
+    if code not in (0, 1):
+        raise RuntimeError(f"{mutation.test} could not run (exit {code}):\n{output[-4000:]}")
+    first_line = mutation.old.strip().splitlines()[0]
+    print(f"{'seen' if code else 'SURVIVED'}: {mutation.file}: {first_line}", flush=True)
+    shutil.rmtree(folder)
+    return code == 1
+
+
+def _copy(folder: Path) -> Path:
+    folder.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def _pytest(folder: Path, tests: list[str]) -> tuple[int, str]:
+    """Run tests in a folder, on its sources; return the exit code and what was printed."""
+    files = sorted({test.partition("::")[0] for test in tests})
+    names = " or ".join(test.partition("::")[2] for test in tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names]
+    # the copy's own examples, not those that a run before found
+    environment = os.environ | {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"),
+    }
+    run = subprocess.run(
+        [*command, *(f"tests/{file}" for file in files)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main())

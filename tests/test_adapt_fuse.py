@@ -339,6 +339,35 @@ def test_fuse_says_why_it_skips_a_layer(case):
     )
 
 
+def test_fuse_skips_layers_whose_class_has_a_forward_of_its_own():
+    class Doubled(bnb.nn.Linear4bit):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for wrap in (nn.Sequential, lambda layer: with_peft(nn.Sequential(layer), target_modules=["0"])):
+        layer = linear4bit(nn.Linear(WIDTH, 8))
+        layer.__class__ = Doubled
+        report = lc.fuse(wrap(layer))
+        assert report.swapped == [] and "a forward of its own" in str(report)
+
+
+@pytest.mark.parametrize("name", ["own", "peft", "peft 4-bit", "bitsandbytes"])
+def test_fuse_takes_a_single_layer(name):
+    layer = next(m for n, m in MAKERS[name]().named_modules() if n.endswith("q_proj"))
+    report = lc.fuse(layer)
+    assert report.swapped == [""] and report.skipped == {}
+    check_layer(layer, torch.float32)
+
+
+def test_unfuse_refuses_a_layer_whose_class_was_swapped_again():
+    model = own()
+    lc.fuse(model)
+    model.q_proj.__class__ = type("Wrapped", (type(model.q_proj),), {})
+    with pytest.raises(lc.AdapterError, match="q_proj has become a Wrapped since it was fused"):
+        lc.unfuse(model)
+    assert isinstance(model.up_proj, Fused)
+
+
 def test_fuse_skips_embeddings_convolutions_and_other_tuners():
     class Odd(nn.Module):
         def __init__(self):

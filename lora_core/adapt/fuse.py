@@ -7,14 +7,15 @@ from typing import Any
 from torch import nn
 
 from lora_core.adapt.kinds import is_transposed_linear
+from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.bitsandbytes_weight import why_unreadable
 from lora_core.layers.fused import (
     Fused,
     FusedBitsandbytes,
     FusedPeft,
-    base_runs_as_written,
     fused_class,
+    is_as_written,
     is_four_bit,
     is_plain,
 )
@@ -59,7 +60,7 @@ def fuse(model: nn.Module) -> FuseReport:
     done: list[str] = []
     module: Any
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in done):
+        if any(name.startswith(f"{outer}." if outer else outer) for outer in done):
             continue
         found = _mixin(module)
         if found is None:
@@ -74,11 +75,20 @@ def fuse(model: nn.Module) -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every fused layer its own forward back, in place; return model."""
-    for module in model.modules():
-        if isinstance(module, Fused):
-            restored: Any = module
-            restored.__class__ = type(module).fused_from
+    """Give every fused layer its own forward back, in place; return model.
+
+    Raises:
+        AdapterError: if a layer's class was swapped once more since, naming it; the model is unchanged.
+    """
+    fused: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    for name, module in fused.items():
+        if "fused_from" not in vars(type(module)):
+            raise AdapterError(
+                f"unfuse: {name} has become a {type(module).__name__} since it was fused: undo that first, as "
+                "torch.nn.utils.parametrize.remove_parametrizations does"
+            )
+    for module in fused.values():
+        module.__class__ = type(module).fused_from
     return model
 
 
@@ -104,6 +114,9 @@ def _candidate(module: nn.Module) -> type[Fused] | str | None:
     if tuner is not None and isinstance(module, tuner):
         return f"PEFT's {type(module).__name__} is no LoRA layer"
     if isinstance(module, nn.Linear) and is_four_bit(module):
+        # the layer's own hooks are called around its forward, whichever that is
+        if type(module).forward is not sys.modules.get("bitsandbytes.nn").Linear4bit.forward:
+            return f"{type(module).__name__} has a forward of its own"
         return why_unreadable(module) or FusedBitsandbytes
     if type(module).__module__.startswith("bitsandbytes."):
         return f"bitsandbytes' {type(module).__name__} has no fused operation"
@@ -131,10 +144,10 @@ def _peft(layer: Any) -> type[Fused] | str:
     variants = sorted({type(v).__name__ for v in layer.lora_variant.values()})
     if variants:
         return f"PEFT's {', '.join(variants)} is more than LoRA: no fused operation computes it"
-    if not base_runs_as_written(layer):
-        return "its base layer has hooks or a forward of its own, which one operation would pass by"
     if not isinstance(base, nn.Linear) and not is_transposed_linear(base):
         return f"its base layer is a {type(base).__name__}: want nn.Linear, Conv1D or Linear4bit"
+    if not is_as_written(base):
+        return "its base layer has hooks or a forward of its own, which one operation would pass by"
     odd = [adapter for adapter in layer.lora_A if not is_plain(layer, adapter)]
     if odd:
         return f"adapter {odd[0]!r} has a bias, hooks or layers of its own beside A, B and dropout"

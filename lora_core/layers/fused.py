@@ -8,6 +8,7 @@ What a fused forward cannot do (a merged or disabled adapter, a per-sample adapt
 layer's own forward does.
 """
 
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -69,7 +70,7 @@ class FusedPeft(Fused):
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
         plain = not args and not kwargs and all(is_plain(self, name, x) for name in names)
-        y = self._fused_forward(x, names) if names and plain and base_runs_as_written(self) else None
+        y = self._fused_forward(x, names) if names and plain and is_as_written(self.base_layer) else None
         return y if y is not None else super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def _fused_forward(self: Any, x: Tensor, names: list[str]) -> Tensor | None:
@@ -117,11 +118,13 @@ def is_plain(layer: Any, name: str, x: Tensor | None = None) -> bool:
     )
 
 
-def base_runs_as_written(layer: Any) -> bool:
-    """Say whether no hook or patch stands between a PEFT layer and its base layer's own forward."""
-    base = layer.base_layer
-    own = nn.Linear.forward if isinstance(base, nn.Linear) and not is_four_bit(base) else type(base).forward
-    return runs_as_written(base, own)
+def is_as_written(base: Any) -> bool:
+    """Say whether calling a linear layer means its library's own forward: no subclass, hook or patch stands between."""
+    where, name = ("transformers.pytorch_utils", "Conv1D")
+    if isinstance(base, nn.Linear):
+        where, name = ("bitsandbytes.nn", "Linear4bit") if is_four_bit(base) else ("torch.nn", "Linear")
+    kind = getattr(sys.modules.get(where), name, None)
+    return kind is not None and runs_as_written(base, kind.forward)
 
 
 def four_bit(

@@ -1,0 +1,99 @@
+"""What only a GPU can show of the kernels: capture in a CUDA graph, streams, compilation, sizes past 2^31."""
+
+import pytest
+import torch
+
+import lora_core as lc
+from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
+from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear
+from lora_core.kernels.shrink import _shrink_kernel
+from lora_core.ops.grouped_lora import grouped_lora
+from lora_core.reference import nf4 as reference
+
+pytestmark = pytest.mark.gpu
+
+
+def layer(m, n=256, k=512, r=16):
+    x, weight, lora_a, lora_b = (
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (n, k), (r, k), (n, r))
+    )
+    return x, weight, None, lora_a, lora_b
+
+
+def packed(q):
+    return q.codes, q.absmax, q.nested_absmax, q.nested_offset, tuple(q.shape), q.block_size, q.nested_block_size
+
+
+@pytest.mark.parametrize("name", ["dense fused", "dense library", "nf4 few", "nf4 many", "backward", "grouped"])
+def test_kernels_can_be_captured_in_a_cuda_graph(name):
+    """No launch waits for the host; replayed on new values, the graph gives what a direct call gives."""
+    x, weight, _, lora_a, lora_b = layer(8 if name == "nf4 few" else 200)
+    q = lc.quantize_nf4(weight)
+    seed = torch.tensor([5], device="cuda")
+    adapter = torch.randint(-1, 2, (len(x),), device="cuda")
+    scaling = torch.ones(2, device="cuda")
+
+    def run():
+        if name.startswith("dense"):
+            return launch_lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed, name.split()[1])[0]
+        if name.startswith("nf4"):
+            return launch_nf4_lora_linear(x, *packed(q), None, lora_a, lora_b, 0.5, 0.3, seed)[0]
+        if name == "grouped":
+            return grouped_lora(x, lora_a, lora_b, [10, 6], adapter, scaling)
+        y, hidden = launch_lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed)
+        return launch_lora_linear_backward(
+            y, None, x, weight, lora_a, lora_b, hidden, 0.5, 0.3, seed, (True, False, False, True, True)
+        )[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.copy_(torch.randn_like(x))
+    seed.fill_(9)
+    adapter.copy_(adapter.flip(0))
+    graph.replay()
+    assert torch.equal(y, run())
+
+
+def test_kernels_run_on_the_current_stream():
+    """Work queued behind a long task on a side stream sees what that task wrote."""
+    x, weight, _, lora_a, lora_b = layer(300)
+    want, _ = launch_lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.0, None)
+    slow = torch.zeros_like(x)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        slow.copy_(x)
+        y, _ = launch_lora_linear(slow, weight, None, lora_a, lora_b, 0.5, 0.0, None)
+    torch.cuda.synchronize()
+    assert torch.equal(y, want)
+
+
+def test_the_number_of_tokens_compiles_nothing_anew():
+    def compiled():
+        return sum(len(cache[0]) for cache in _shrink_kernel.device_caches.values())
+
+    for m in (17, 64):
+        launch_lora_linear(*layer(m), 0.5, 0.0, None)
+    before = compiled()
+    for m in (18, 33, 65, 100, 128, 129, 1000):
+        launch_lora_linear(*layer(m), 0.5, 0.0, None)
+    assert compiled() == before
+
+
+def test_weights_of_more_than_2_to_the_31_elements_dequantise_to_the_bit():
+    rows, columns = 2**16 + 8, 2**15
+    codes = torch.randint(256, (rows * columns // 2, 1), dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(rows * columns // 64, device="cuda")
+    w = launch_nf4_dequantize(codes, absmax, None, None, (rows, columns), torch.bfloat16, 64)
+    tail = 64 * 4096
+    want = reference.nf4_dequantize(codes[-tail // 2 :], absmax[-tail // 64 :], None, None, (tail,), torch.bfloat16, 64)
+    assert torch.equal(w.view(-1)[-tail:], want)

@@ -18,6 +18,7 @@ from lora_core.layers.fused import (
     is_as_written,
     is_four_bit,
     is_plain,
+    own_forward,
 )
 from lora_core.layers.linear import LoraLinear
 from lora_core.layers.nf4_linear import NF4Linear
@@ -115,7 +116,7 @@ def _candidate(module: nn.Module) -> type[Fused] | str | None:
         return f"PEFT's {type(module).__name__} is no LoRA layer"
     if isinstance(module, nn.Linear) and is_four_bit(module):
         # the layer's own hooks are called around its forward, whichever that is
-        if type(module).forward is not sys.modules.get("bitsandbytes.nn").Linear4bit.forward:
+        if type(module).forward is not own_forward(module):
             return f"{type(module).__name__} has a forward of its own"
         return why_unreadable(module) or FusedBitsandbytes
     if type(module).__module__.startswith("bitsandbytes."):

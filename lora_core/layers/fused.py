@@ -118,13 +118,18 @@ def is_plain(layer: Any, name: str, x: Tensor | None = None) -> bool:
     )
 
 
-def is_as_written(base: Any) -> bool:
-    """Say whether calling a linear layer means its library's own forward: no subclass, hook or patch stands between."""
-    where, name = ("transformers.pytorch_utils", "Conv1D")
+def own_forward(base: Any) -> Any:
+    """Return the forward that the library of a linear layer gave it: PyTorch's, bitsandbytes' or transformers'."""
+    where, name = "transformers.pytorch_utils", "Conv1D"
     if isinstance(base, nn.Linear):
         where, name = ("bitsandbytes.nn", "Linear4bit") if is_four_bit(base) else ("torch.nn", "Linear")
-    kind = getattr(sys.modules.get(where), name, None)
-    return kind is not None and runs_as_written(base, kind.forward)
+    return getattr(getattr(sys.modules.get(where), name, None), "forward", None)
+
+
+def is_as_written(base: Any) -> bool:
+    """Say whether calling a linear layer means its library's own forward: no subclass, hook or patch stands between."""
+    own = own_forward(base)
+    return own is not None and runs_as_written(base, own)
 
 
 def four_bit(

@@ -1,20 +1,46 @@
 """Registers the fast paths, once per process: CPU ones always, Triton kernels where Triton and a GPU are there.
 
 Dispatch is PyTorch's own: an op's default body is the reference, and a fast path registers itself for a device type
-when its module is imported.
+when its module is imported. A kernel's module is imported at its operation's first call.
 """
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
 import sys
+from typing import Any
+
+# what the files of lora_core/ops call the operations they define
+OPERATIONS = ("op", "backward_op", "nf4_op")
+
+# kernel files whose import waits for the first call of their operation
+_deferred: set[str] = set()
 
 
 def load() -> None:
-    """Import every module that registers an implementation this machine can run."""
+    """Register every implementation this machine can run; the kernels are imported when first called."""
     _import_all("lora_core.cpu")
     if kernels_can_run():
-        _import_all("lora_core.kernels")
+        defer_kernels("cuda")
+
+
+def defer_kernels(device_type: str) -> None:
+    """Register, for each operation with a kernel file, a first call that imports it: importing Triton takes long."""
+    for name in _modules("lora_core.kernels"):
+        if importlib.util.find_spec(f"lora_core.ops.{name}") is None:
+            continue
+        _deferred.add(name)
+        operations = importlib.import_module(f"lora_core.ops.{name}")
+        for operation in (operations.__dict__.get(attribute) for attribute in OPERATIONS):
+            if operation is not None:
+                operation.register_kernel(device_type)(functools.partial(_first_call, name, operation))
+
+
+def _first_call(name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:
+    # the file registers its launch functions in place of this one
+    importlib.import_module(f"lora_core.kernels.{name}")
+    return operation(*args, **kwargs)
 
 
 def kernels_can_run() -> bool:
@@ -26,10 +52,14 @@ def kernels_can_run() -> bool:
 
 
 def _import_all(package: str) -> None:
+    for name in _modules(package):
+        importlib.import_module(f"{package}.{name}")
+
+
+def _modules(package: str) -> list[str]:
     spec = importlib.util.find_spec(package)
-    for path in (spec.submodule_search_locations or []) if spec else []:
-        for module in pkgutil.iter_modules([path]):
-            importlib.import_module(f"{package}.{module.name}")
+    places = (spec.submodule_search_locations or []) if spec else []
+    return [module.name for place in places for module in pkgutil.iter_modules([place])]
 
 
 def implementation(op: str, device_type: str) -> str:
@@ -41,5 +71,7 @@ def implementation(op: str, device_type: str) -> str:
         device_type: "cpu" or "cuda".
     """
     package = {"cpu": "lora_core.cpu", "cuda": "lora_core.kernels"}.get(device_type, "")
-    module = f"{package}.{op.removesuffix('_backward')}"
-    return module if module in sys.modules else "reference"
+    name = op.removesuffix("_backward")
+    found = f"{package}.{name}"
+    deferred = device_type == "cuda" and name in _deferred
+    return found if deferred or found in sys.modules else "reference"

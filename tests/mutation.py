@@ -124,6 +124,42 @@ MUTATIONS = (
         "_gradient(hidden, d_y, found, ranks, None,",
         IN_GROUPED_BACKWARD,
     ),
+    Mutation(
+        "lora_core/reference/dora.py",
+        "+ 2 * scaling * (b",
+        "+ scaling * (b",
+        "test_kernels_dora_norm.py::test_dora_norm_by_algebra",
+    ),
+    Mutation(
+        LINEAR,
+        "if need_bias and d_bias is None:",
+        "if need_bias and need_b:",
+        "test_kernels_lora_linear.py::test_lora_linear_backward_kernels_make_just",
+    ),
+    Mutation(
+        PANELS,
+        "    if need_x and d_s is not None:",
+        "    if d_s is not None:",
+        "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_make_just",
+    ),
+    Mutation(
+        GROUPED,
+        "    if need_b:\n",
+        "    if need_a:\n",
+        "test_kernels_grouped_lora.py::test_grouped_lora_backward_kernels_make_just",
+    ),
+    Mutation(
+        PRODUCT,
+        "bias_ptr + column * stride_bias",
+        "bias_ptr + column",
+        "test_kernels_lora_linear.py::test_lora_linear_kernels_take_any_strides",
+    ),
+    Mutation(
+        DEQUANTIZE,
+        "n % 8 == 0 and codes.data_ptr() % 4 == 0",
+        "n % 8 == 0",
+        "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_takes_words_and_bytes",
+    ),
     Mutation(FUSED, ".weight, layer.scaling[name]", ".weight, layer.scaling[name] * 1.01", IN_FUSE),
     Mutation(
         FUSED,

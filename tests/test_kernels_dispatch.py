@@ -89,6 +89,27 @@ print("sound")
 """
 
 
+def test_kernels_are_registered_for_a_gpu_and_not_imported_before_their_first_call():
+    """As import lora_core does where there is a GPU; what is asked of the CPU still runs there."""
+    program = """
+import sys
+import torch
+torch.cuda.is_available = lambda: True
+import lora_core as lc
+from lora_core import backends
+for name in ("lora_linear", "lora_linear_backward", "nf4_dequantize", "dora_norm", "grouped_lora"):
+    assert backends.implementation(name, "cuda") == f"lora_core.kernels.{name.removesuffix('_backward')}"
+    assert backends.implementation(name, "cpu") in ("reference", f"lora_core.cpu.{name}")
+for op in ("op", "backward_op"):
+    assert "cuda" in getattr(sys.modules["lora_core.ops.lora_linear"], op)._backend_fns
+assert not any(name.startswith(("lora_core.kernels", "triton")) for name in sys.modules)
+torch.cuda.is_available = lambda: False
+lc.quantize_nf4(torch.randn(4, 8)).dequantize()
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 @pytest.mark.parametrize("path", ["library", "fused"])
 def test_kernels_behind_their_operations_are_sound(path, tmp_path):
     """Both ways a linear layer can go, as a table of measurements has it."""

@@ -1,5 +1,9 @@
 """What only a GPU can show of the kernels: capture in a CUDA graph, streams, compilation, sizes past 2^31."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.reference import nf4 as reference
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def layer(m, n=256, k=512, r=16):
@@ -97,3 +102,23 @@ def test_weights_of_more_than_2_to_the_31_elements_dequantise_to_the_bit():
     tail = 64 * 4096
     want = reference.nf4_dequantize(codes[-tail // 2 :], absmax[-tail // 64 :], None, None, (tail,), torch.bfloat16, 64)
     assert torch.equal(w.view(-1)[-tail:], want)
+
+
+def test_the_first_call_of_an_operation_loads_its_kernel():
+    """Importing the library does not import Triton; the operation's first call on the GPU does, and runs the kernel."""
+    program = """
+import sys
+import torch
+import lora_core as lc
+from lora_core import backends
+assert backends.implementation("lora_linear", "cuda") == "lora_core.kernels.lora_linear"
+assert "lora_core.kernels.lora_linear" not in sys.modules
+x, w, a, b = (torch.randn(*s, device="cuda", requires_grad=True) for s in ((3, 8), (5, 8), (2, 8), (5, 2)))
+y = lc.lora_linear(x, w.detach(), None, a, b, 0.5)
+assert "lora_core.kernels.lora_linear" in sys.modules
+y.sum().backward()
+assert x.grad is not None and a.grad is not None
+assert torch.equal(y, lc.lora_linear(x, w.detach(), None, a, b, 0.5))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -20,11 +20,9 @@ SAMPLE = {
     "absmax_dequantize": ("blocks of 256",),
     "absmax_quantize": ("blocks of 256",),
     "dora_norm": ("bf16 bf16 rank 16 dense", "bf16 bf16 rank 64 words nested"),
-    "grouped_lora": (
-        "shrink bf16 bf16 rank 16 of 8 scaled added",
-        "expand bf16 bf16 rank 16 of 64 scaled base",
-        "gradient bf16 bf16 rank 64 of 8 scaled",
-    ),
+    "gather_expand": ("bf16 bf16 of 64 scaled base",),
+    "gather_gradient": ("bf16 bf16 rank 64 scaled",),
+    "gather_shrink": ("bf16 bf16 rank 16 of 8 scaled added",),
     "low_rank_matmul": (
         "bf16 bf16 128x128x64 rank 16 bias",
         "fp16 fp16 64x64x64 rank 64 transposed dropout",

@@ -43,6 +43,7 @@ LINEAR, PANELS, NF4, DECODE = (
     f"kernels/{name}.py" for name in ("lora_linear", "nf4_lora_linear", "nf4_matmul", "nf4_tile")
 )
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
+GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
 IN_ROUNDING = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_rounds_ties"
@@ -113,15 +114,15 @@ MUTATIONS = (
     Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),
     Mutation(DORA, "tl.program_id(1) == 0, squares", "tl.program_id(1) >= 0, squares", IN_DORA),
     Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),
-    Mutation(GROUPED, "(adapter >= count)", "(adapter > count)", IN_SORTING),
-    Mutation(GROUPED, "(tile - before) * BLOCK_M", "(tile - before) * (BLOCK_M - 1)", IN_GROUPED),
+    Mutation(GROUPS, "(adapter >= count)", "(adapter > count)", IN_SORTING),
+    Mutation(GROUPS, "(tile - before) * BLOCK_M", "(tile - before) * (BLOCK_M - 1)", IN_GROUPED),
     Mutation(
-        GROUPED, "s_ptr + row[:, None] * R + rank[None, :]", "s_ptr + row[:, None] * R + rank[None, :] * 0", IN_GROUPED
+        EXPAND, "s_ptr + row[:, None] * R + rank[None, :]", "s_ptr + row[:, None] * R + rank[None, :] * 0", IN_GROUPED
     ),
     Mutation(
         GROUPED,
-        "_gradient(hidden, d_y, found, ranks, scaling,",
-        "_gradient(hidden, d_y, found, ranks, None,",
+        "launch_gather_gradient(hidden, d_y, found, ranks, scaling,",
+        "launch_gather_gradient(hidden, d_y, found, ranks, None,",
         IN_GROUPED_BACKWARD,
     ),
     Mutation(

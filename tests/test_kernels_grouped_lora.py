@@ -9,7 +9,8 @@ from strategies import dtype_pairs, seeds, values
 from tolerance import UNIT_FP32, assert_within_bound
 
 import lora_core as lc
-from lora_core.kernels.grouped_lora import groups, launch_grouped_lora, launch_grouped_lora_backward
+from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_lora_backward
+from lora_core.kernels.groups import groups
 from lora_core.ops.grouped_lora import backward_op, grouped_lora, op
 from lora_core.reference import grouped as reference
 from lora_core.reference.lora import lora_linear

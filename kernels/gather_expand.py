@@ -1,0 +1,151 @@
+"""Triton kernel for the way up of grouped_lora: each row by its own adapter's B, or its gradient by A.
+
+    y_m = base_m + s_g S_m B_g^T,  dx_m = dS_m A_g
+
+A row without an adapter gets its base, or 0. A step of grouped_lora.
+
+Reference: lora_core/reference/grouped.py
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.groups import (
+    BLOCK_C,
+    BLOCK_M,
+    SEARCHED,
+    STAGES,
+    WARPS,
+    Groups,
+    rank_offsets,
+    tile_of_group,
+    variant,
+)
+from lora_core.kernels.tile import dot, round_to, widen
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+
+# ranks of a step
+BLOCK_R = 16
+
+
+@triton.jit(do_not_specialize=["G", "R"])
+def _gather_expand_kernel(
+    s_ptr,
+    p_ptr,
+    base_ptr,
+    scaling_ptr,
+    y_ptr,
+    order_ptr,
+    starts_ptr,
+    tile_ends_ptr,
+    offsets_ptr,
+    G,
+    C,
+    R,
+    stride_pr,
+    stride_pc,
+    stride_base_m,
+    stride_base_c,
+    SCALED: tl.constexpr,
+    BASE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y [M, C] = base + factor S P for rows of S [M, R] and each group's rows of P [., C]."""
+    group, row, row_ok, offset, ranks = tile_of_group(
+        order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS, BLOCK_M
+    )
+    column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < C
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    # few steps: loads in flight would cost registers
+    for r in tl.range(0, ranks, BLOCK_R, num_stages=1):
+        rank = r + tl.arange(0, BLOCK_R)
+        rank_ok = rank < ranks
+        s = tl.load(s_ptr + row[:, None] * R + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
+        p = tl.load(
+            p_ptr + (offset + rank)[:, None] * stride_pr + column[None, :] * stride_pc,
+            mask=rank_ok[:, None] & column_ok[None, :],
+            other=0.0,
+        )
+        acc = dot(s, p, acc)
+    if SCALED:
+        acc *= tl.load(scaling_ptr + group, mask=group < G, other=0.0)
+    ok = row_ok[:, None] & column_ok[None, :]
+    if BASE:
+        base = base_ptr + row[:, None] * stride_base_m + column[None, :] * stride_base_c
+        acc += widen(tl.load(base, mask=ok, other=0.0))
+    tl.store(y_ptr + row[:, None] * C + column[None, :], round_to(acc, y_ptr.dtype.element_ty), mask=ok)
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose but for the number of adapters, last dimensions contiguous."""
+    # forward with B^T, backward with A: what is contiguous changes places
+    uses = (
+        ("", "stride_pr", "stride_pc"),
+        ("scaled", "stride_pc", "stride_pr"),
+        ("scaled base", "stride_pc", "stride_pr"),
+    )
+    for (dtype, low), searched, (use, long, unit) in itertools.product(DTYPE_PAIRS, SEARCHED, uses):
+        constants = {"SCALED": "scaled" in use, "BASE": "base" in use, "stride_base_c": 1, unit: 1}
+        constants |= {"GROUPS": searched, "BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[low], "BLOCK_R": BLOCK_R}
+        name = f"{TYPES[dtype]} {TYPES[low]} of {searched} {use}".strip()
+        yield variant(name, _gather_expand_kernel, dtype, low, constants, ("stride_base_m", long))
+
+
+def launch_gather_expand(
+    s: Tensor,
+    p: Tensor,
+    found: Groups,
+    ranks: Sequence[int],
+    scaling: Tensor | None,
+    base: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run the kernel; any strides of p and base.
+
+    Args:
+        s: S, dtype of p, contiguous, shape [M, max rank].
+        p: the adapters' B^T one below the other, or A: shape [sum of ranks, C].
+        found: which rows belong to which adapter.
+        ranks: of the adapters.
+        scaling: float32, one for each adapter, contiguous; None for 1.
+        base: shape [M, C], added; or None.
+        dtype: of the result.
+    Returns:
+        Shape [M, C].
+    """
+    count, columns, low = len(ranks), p.shape[1], p.dtype
+    y = s.new_empty(len(s), columns, dtype=dtype)
+    if y.numel():
+        with torch.cuda.device_of(s):
+            _gather_expand_kernel[(found.tiles, triton.cdiv(columns, BLOCK_C[low]))](
+                s,
+                p,
+                y if base is None else base,
+                found.starts if scaling is None else scaling,
+                y,
+                *found[:3],
+                rank_offsets(tuple(ranks), s.device),
+                count,
+                columns,
+                s.shape[1],
+                *p.stride(),
+                *((0, 0) if base is None else base.stride()),
+                SCALED=scaling is not None,
+                BASE=base is not None,
+                GROUPS=triton.next_power_of_2(count + 1),
+                BLOCK_M=BLOCK_M,
+                BLOCK_C=BLOCK_C[low],
+                BLOCK_R=BLOCK_R,
+                num_warps=WARPS,
+                num_stages=STAGES,
+            )
+    return y

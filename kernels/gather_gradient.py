@@ -1,0 +1,135 @@
+"""Triton kernel for the gradients of the matrices of grouped_lora: a sum over each adapter's own rows.
+
+    dA_g = sum dS_m^T x_m,  dB_g = s_g sum G_m^T S_m
+
+One program sums a tile in the order of the rows: no atomics, the same bits every time. A step of grouped_lora.
+
+Reference: lora_core/reference/grouped.py
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.groups import (
+    BLOCK_C,
+    BLOCK_M,
+    BLOCK_R,
+    STAGES,
+    WARPS,
+    Groups,
+    block_r,
+    rank_chunks,
+    rank_offsets,
+    variant,
+)
+from lora_core.kernels.tile import dot, meet, round_to
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+
+
+@triton.jit(do_not_specialize=["R"])
+def _gather_gradient_kernel(
+    t_ptr,
+    d_ptr,
+    scaling_ptr,
+    out_ptr,
+    order_ptr,
+    starts_ptr,
+    offsets_ptr,
+    chunks_ptr,
+    C,
+    R,
+    stride_dm,
+    stride_dc,
+    stride_or,
+    stride_oc,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out [., C] = factor T^T D over each group's rows of T [M, R] and D [M, C]."""
+    group = tl.load(chunks_ptr + tl.program_id(0) * 2)
+    rank = tl.load(chunks_ptr + tl.program_id(0) * 2 + 1) + tl.arange(0, BLOCK_R)
+    offset = tl.load(offsets_ptr + group)
+    rank_ok = rank < tl.load(offsets_ptr + group + 1) - offset
+    column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < C
+    first, end = tl.load(starts_ptr + group).to(tl.int32), tl.load(starts_ptr + group + 1).to(tl.int32)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for m in range(first, end, BLOCK_M):
+        place = m + tl.arange(0, BLOCK_M)
+        row_ok = place < end
+        row = tl.load(order_ptr + place, mask=row_ok, other=0)
+        t = tl.load(t_ptr + row[None, :] * R + rank[:, None], mask=rank_ok[:, None] & row_ok[None, :], other=0.0)
+        d = tl.load(
+            d_ptr + row[:, None] * stride_dm + column[None, :] * stride_dc,
+            mask=row_ok[:, None] & column_ok[None, :],
+            other=0.0,
+        )
+        acc = dot(t, meet(d, t_ptr.dtype.element_ty), acc)
+    if SCALED:
+        acc *= tl.load(scaling_ptr + group)
+    tl.store(
+        out_ptr + (offset + rank)[:, None] * stride_or + column[None, :] * stride_oc,
+        round_to(acc, out_ptr.dtype.element_ty),
+        mask=rank_ok[:, None] & column_ok[None, :],
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose, last dimensions contiguous."""
+    # dA, and dB transposed
+    uses = (("", "stride_or", "stride_oc"), ("scaled", "stride_oc", "stride_or"))
+    for (dtype, low), (use, long, unit) in itertools.product(DTYPE_PAIRS, uses):
+        for ranks in BLOCK_R[low]:
+            constants = {"SCALED": "scaled" in use, "stride_dc": 1, unit: 1}
+            constants |= {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[low], "BLOCK_R": ranks}
+            name = f"{TYPES[dtype]} {TYPES[low]} rank {ranks} {use}".strip()
+            # its rows are ranks
+            yield variant(name, _gather_gradient_kernel, dtype, low, constants, ("stride_dm", long), tile_m=ranks)
+
+
+def launch_gather_gradient(
+    t: Tensor, d: Tensor, found: Groups, ranks: Sequence[int], scaling: Tensor | None, out: Tensor
+) -> None:
+    """Run the kernel; any strides of d and out.
+
+    Args:
+        t: S or dS, contiguous, shape [M, max rank].
+        d: dL/dy or x, the dtype of t or half precision under float32, shape [M, C].
+        found: which rows belong to which adapter.
+        ranks: of the adapters.
+        scaling: float32, one for each adapter, contiguous; None for 1.
+        out: written, dtype of t, shape [sum of ranks, C].
+    """
+    if not out.numel():
+        return
+    low = t.dtype
+    ranks_of_program = block_r(ranks, low)
+    chunks = rank_chunks(tuple(ranks), ranks_of_program, t.device)
+    with torch.cuda.device_of(t):
+        _gather_gradient_kernel[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
+            t,
+            d,
+            found.starts if scaling is None else scaling,
+            out,
+            found.order,
+            found.starts,
+            rank_offsets(tuple(ranks), t.device),
+            chunks,
+            d.shape[1],
+            t.shape[1],
+            *d.stride(),
+            *out.stride(),
+            SCALED=scaling is not None,
+            BLOCK_M=BLOCK_M,
+            BLOCK_C=BLOCK_C[low],
+            BLOCK_R=ranks_of_program,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )

@@ -1,0 +1,127 @@
+"""Rows of a batch sorted by adapter on the device, in tiles of one adapter each: what the gathering kernels share.
+
+A tile holds rows of one adapter, so that work and traffic follow each adapter's own rank; nothing waits for the host.
+Rows without an adapter form a last group of rank 0.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.variant import TYPES, Variant
+from lora_core.reference import grouped as reference
+
+# rows of a tile; columns of a step or a tile, and ranks of a program, by A's dtype
+BLOCK_M = 16
+BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
+BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
+WARPS = 4
+STAGES = 2
+# adapters that a compiled kernel searches among, as variants list them: few, and many
+SEARCHED = (8, 64)
+
+
+class Groups(NamedTuple):
+    """Which rows belong to which adapter, on the device.
+
+    Args:
+        order: int64 [M], the rows sorted by adapter.
+        starts: int64 [G + 2], where each group begins in order; group G has no adapter.
+        tile_ends: int64 [G + 1], how many tiles there are up to each group's end.
+        tiles: at most this many tiles there are.
+    """
+
+    order: Tensor
+    starts: Tensor
+    tile_ends: Tensor
+    tiles: int
+
+
+def groups(adapter: Tensor, count: int) -> Groups:
+    """Sort rows by adapter, of which there are `count`; nothing here waits for the device."""
+    rows = len(adapter)
+    key = torch.where((adapter < 0) | (adapter >= count), count, adapter)
+    key, order = key.sort(stable=True)
+    starts = torch.searchsorted(key, torch.arange(count + 2, device=adapter.device))
+    tile_ends = ((starts.diff() + BLOCK_M - 1) // BLOCK_M).cumsum(0)
+    return Groups(order, starts, tile_ends, min(rows, triton.cdiv(rows, BLOCK_M) + count + 1))
+
+
+@functools.cache
+def rank_offsets(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return int64 [G + 2]: where each adapter's ranks begin; group G has none."""
+    found = reference.offsets(ranks)
+    return torch.tensor([*found, found[-1]], dtype=torch.int64).to(device)
+
+
+@functools.cache
+def rank_chunks(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
+    """Return int64 [chunks, 2]: adapter and first rank of every block of ranks."""
+    found = [(g, first) for g, rank in enumerate(ranks) for first in range(0, rank, block_r)]
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).to(device)
+
+
+def block_r(ranks: Sequence[int], low: torch.dtype) -> int:
+    """Return the ranks of a program for adapters of these ranks."""
+    return next((b for b in BLOCK_R[low] if max(ranks) <= b), BLOCK_R[low][-1])
+
+
+@triton.jit
+def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Group, rows, whether there are such, first rank in A and number of ranks of this program's tile."""
+    tile = tl.program_id(0)
+    each = tl.arange(0, GROUPS)
+    # tiles behind the last belong to no group; their rows are masked
+    ends = tl.load(tile_ends_ptr + each, mask=each <= G, other=0)
+    group = tl.minimum(tl.sum(((ends <= tile) & (each <= G)).to(tl.int32)), G)
+    before = tl.load(tile_ends_ptr + group - 1, mask=group > 0, other=0)
+    first = tl.load(starts_ptr + group) + (tile - before) * BLOCK_M
+    place = first + tl.arange(0, BLOCK_M)
+    ok = place < tl.load(starts_ptr + group + 1)
+    row = tl.load(order_ptr + place, mask=ok, other=0)
+    offset = tl.load(offsets_ptr + group)
+    return group, row, ok, offset, (tl.load(offsets_ptr + group + 1) - offset).to(tl.int32)
+
+
+def variant(
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    low: torch.dtype,
+    constants: Mapping[str, int],
+    strides: Sequence[str],
+    tile_m: int = BLOCK_M,
+) -> Variant:
+    """Return a configuration of a gathering kernel, whose arguments all have one meaning.
+
+    Args:
+        name: of the configuration.
+        kernel: the kernel.
+        dtype: of x, y and dL/dy.
+        low: dtype of A, B and S.
+        constants: value of every constexpr, and of a stride that is 1.
+        strides: the other strides, multiples of 16.
+        tile_m: rows of the tile that tensor cores multiply.
+    """
+    pointers = {
+        **dict.fromkeys(("x_ptr", "base_ptr", "y_ptr", "d_ptr"), f"*{TYPES[dtype]}"),
+        **dict.fromkeys(("p_ptr", "add_ptr", "s_ptr", "t_ptr", "out_ptr"), f"*{TYPES[low]}"),
+        **dict.fromkeys(("order_ptr", "starts_ptr", "tile_ends_ptr", "offsets_ptr", "chunks_ptr"), "*i64"),
+        "scaling_ptr": "*fp32",
+    }
+    arguments = kernel.arg_names
+    numbers = dict.fromkeys(("G", "C", "R", *strides), "i32")
+    return Variant(
+        name=name,
+        kernel=kernel,
+        signature={a: t for a, t in {**pointers, **numbers}.items() if a in arguments},
+        constants=constants,
+        aligned=(*strides, "C"),
+        options={"num_warps": WARPS, "num_stages": STAGES},
+        tile_m=0 if low == torch.float32 else tile_m,
+    )

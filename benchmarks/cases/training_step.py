@@ -31,9 +31,9 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     torch.manual_seed(0)
     base = _llama(shape["K"], device)
     tokens = torch.randint(base.config.vocab_size, (SEQUENCES, shape["M"] // SEQUENCES), device=device)
-    start = _start(_with_peft(copy.deepcopy(base), shape["R"]))
+    start = _start(with_peft(copy.deepcopy(base), shape["R"]))
     builders = {"lora_core": partial(_ours, base, shape["R"], start), "peft": partial(_peft, base, shape["R"], start)}
-    truth = _losses(_peft(base, shape["R"], start).double(), tokens)
+    truth = losses(_peft(base, shape["R"], start).double(), tokens)
     providers = [
         Provider(name, _step(build(), tokens), measure_memory=partial(_several_steps, build, tokens))
         for name, build in builders.items()
@@ -45,7 +45,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         dtype="float32",
         block_size=None,
         providers=providers,
-        check=lambda name: _check(builders[name](), tokens, truth),
+        check=lambda name: check(builders[name](), tokens, truth),
         claims=(Claim(against="peft", no_slower=True, no_larger=True),),
         note=f"Llama of {base.config.num_hidden_layers} layers, all-linear, AdamW",
     )
@@ -57,7 +57,7 @@ def _llama(hidden_size: int, device: str) -> Any:
     return LlamaForCausalLM(LlamaConfig(**small_llama(hidden_size), use_cache=False)).to(device)
 
 
-def _with_peft(model: Any, rank: int) -> Any:
+def with_peft(model: Any, rank: int) -> Any:
     import warnings
 
     import peft
@@ -100,7 +100,7 @@ def _ours(base: Any, rank: int, start: dict[str, tuple[Any, Any]]) -> Any:
 def _peft(base: Any, rank: int, start: dict[str, tuple[Any, Any]]) -> Any:
     import torch
 
-    model = _with_peft(copy.deepcopy(base), rank)
+    model = with_peft(copy.deepcopy(base), rank)
     with torch.no_grad():
         for name, (lora_a, lora_b) in start.items():
             layer = model.get_base_model().get_submodule(name)
@@ -129,12 +129,12 @@ def _several_steps(build: Callable[[], Any], tokens: Any) -> None:
         step()
 
 
-def _losses(model: Any, tokens: Any) -> list[float]:
+def losses(model: Any, tokens: Any) -> list[float]:
     import torch
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=CHECKED_LEARNING_RATE)
-    losses = []
+    found = []
     for _ in range(CHECKED_STEPS):
         optimizer.zero_grad()
         # transformers computes its loss in float32, whatever the model's dtype
@@ -142,18 +142,18 @@ def _losses(model: Any, tokens: Any) -> list[float]:
         loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
+        found.append(float(loss.detach()))
+    return found
 
 
-def _check(model: Any, tokens: Any, truth: list[float]) -> Check:
+def check(model: Any, tokens: Any, truth: list[float]) -> Check:
     """Compare the losses of a few steps with those of PEFT's model in float64; a scaling 1% off does not pass.
 
     The bound is that of a sum as long as all products one token passes through, in fp32.
     """
     config = model.config
     products = config.num_hidden_layers * (6 * config.hidden_size + config.intermediate_size) + config.hidden_size
-    errors = [abs(a - b) for a, b in zip(_losses(model, tokens), truth, strict=True)]
+    errors = [abs(a - b) for a, b in zip(losses(model, tokens), truth, strict=True)]
     bound = 2 * UNIT_FP32 * products**0.5 * max(truth)
     worst = max(errors)
     rms = (sum(e * e for e in errors) / len(errors)) ** 0.5

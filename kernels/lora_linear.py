@@ -40,19 +40,24 @@ def low_rank_linear(
     seed: Tensor | None = None,
     path: str | None = None,
     out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """Return x W^T + factor keep (S B^T) + b by the faster path; x [M, K], W [N, K], S [M, R], B [N, R].
 
     Args:
-        x, weight, bias, hidden, lora_b, factor, dropout, seed, out: as in launch_low_rank_matmul.
+        x, weight, bias, hidden, lora_b, factor, dropout, seed, out, accumulate: as in launch_low_rank_matmul; no bias
+            where out is added to.
         path: "fused" or "library"; by default what was measured to be faster.
     """
     (m, k), n, r = x.shape, weight.shape[0], lora_b.shape[1]
     path = path or faster_path(device_name(x.device), x.dtype, m, n, k, r)
     log.debug("linear %s m=%d n=%d k=%d r=%d: %s", x.dtype, m, n, k, r, path)
     if path == "fused":
-        return launch_low_rank_matmul(x, weight, bias, hidden, lora_b, factor, dropout, seed, out)
-    y = F.linear(x, weight, bias) if out is None else _product_into(out, x, weight, bias)
+        return launch_low_rank_matmul(x, weight, bias, hidden, lora_b, factor, dropout, seed, out, accumulate)
+    if out is not None and accumulate:
+        y = out.addmm_(x, weight.T)
+    else:
+        y = F.linear(x, weight, bias) if out is None else _product_into(out, x, weight, bias)
     if r == 0:
         return y
     if lora_b.dtype == y.dtype and not dropout:

@@ -95,17 +95,36 @@ def launch_nf4_lora_linear(
         return launch_lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
     flat = x.reshape(-1, shape[1])
     hidden = launch_shrink(flat, lora_a, dropout, seed)
-    if len(flat) <= MOST_TOKENS:
-        log.debug("nf4 linear %s m=%d n=%d k=%d: decoded in the product", x.dtype, len(flat), *shape)
-        y = launch_nf4_matmul(flat, *w, bias, hidden, lora_b, scaling)
-    else:
-        log.debug("nf4 linear %s m=%d n=%d k=%d: in panels", x.dtype, len(flat), *shape)
-        y = x.new_empty(len(flat), shape[0])
-        for first, end, panel in panels(w, x.dtype, panel_bytes):
-            part = None if bias is None else bias[first:end]
-            dense = panel.dense(x.dtype)
-            low_rank_linear(flat, dense, part, hidden, lora_b[first:end], scaling, path=path, out=y[:, first:end])
+    y = packed_low_rank_linear(flat, w, bias, hidden, lora_b, scaling, path, panel_bytes)
     return y.view(*x.shape[:-1], shape[0]), hidden
+
+
+def packed_low_rank_linear(
+    x: Tensor,
+    w: Packed,
+    bias: Tensor | None,
+    hidden: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    path: str | None = None,
+    panel_bytes: int = PANEL_BYTES,
+) -> Tensor:
+    """Return x W^T + scaling S B^T + b for a packed W [N, K], codes contiguous; x [M, K], S [M, R], B [N, R].
+
+    Args:
+        x, bias, hidden, lora_b, scaling: as in launch_low_rank_matmul.
+        path, panel_bytes: as in launch_nf4_lora_linear.
+    """
+    if len(x) <= MOST_TOKENS:
+        log.debug("nf4 linear %s m=%d n=%d k=%d: decoded in the product", x.dtype, len(x), *w.shape)
+        return launch_nf4_matmul(x, *w, bias, hidden, lora_b, scaling)
+    log.debug("nf4 linear %s m=%d n=%d k=%d: in panels", x.dtype, len(x), *w.shape)
+    y = x.new_empty(len(x), w.shape[0])
+    for first, end, panel in panels(w, x.dtype, panel_bytes):
+        part = None if bias is None else bias[first:end]
+        dense = panel.dense(x.dtype)
+        low_rank_linear(x, dense, part, hidden, lora_b[first:end], scaling, path=path, out=y[:, first:end])
+    return y
 
 
 def launch_nf4_lora_linear_backward(
@@ -147,14 +166,37 @@ def launch_nf4_lora_linear_backward(
     d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs)
     d_x = None
     if need_x and d_s is not None:
-        up = (d_s, lora_a.T, 1 / (1 - dropout), dropout, seed)
-        if len(grad) <= MOST_TOKENS:
-            d_x = launch_nf4_matmul(grad, *w, None, *up, transposed=True)
-        else:
-            d_x = low_rank_linear(grad, w.dense(d_y.dtype).T, None, *up, path)
+        d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path)
         d_x = d_x.view(*d_y.shape[:-1], rows)
     d_x, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in (d_x, d_bias, d_lora_a, d_lora_b))
     return d_x, d_bias, d_lora_a, d_lora_b
+
+
+def packed_input_gradient(
+    d_y: Tensor,
+    w: Packed,
+    d_s: Tensor,
+    lora_a: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    path: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return G W + keep (dS A) / (1 - p), added to out if given: G [M, N], W [N, K] packed, dS [M, R], A [R, K].
+
+    Args:
+        d_y: G, dtype float32, float16 or bfloat16.
+        w: W.
+        d_s: dS, dtype of lora_a, contiguous.
+        lora_a, dropout, seed: as the forward had them.
+        path: as in low_rank_linear.
+        out: shape [M, K], dtype of d_y, changed in place.
+    """
+    up = (d_s, lora_a.T, 1 / (1 - dropout), dropout, seed)
+    if len(d_y) <= MOST_TOKENS:
+        d_x = launch_nf4_matmul(d_y, *w, None, *up, transposed=True)
+        return d_x if out is None else out.add_(d_x)
+    return low_rank_linear(d_y, w.dense(d_y.dtype).T, None, *up, path, out, out is not None)
 
 
 op.register_kernel("cuda")(launch_nf4_lora_linear)

@@ -19,9 +19,11 @@ from lora_core.ops.absmax_quantize import absmax_quantize
 from lora_core.ops.dora_norm import dora_norm
 from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.lora_linear import lora_linear
+from lora_core.ops.lora_linears import Layer, lora_linears
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_quantize import nf4_quantize
+from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight, double, quantize_nf4
 from lora_core.reference import dora, grouped, lora, nf4
 
@@ -85,6 +87,8 @@ def self_check(device: str) -> list[SelfCheck]:
         "lora_linear_backward": _check_backward,
         "nf4_lora_linear": _check_nf4_linear,
         "nf4_lora_linear_backward": _check_nf4_backward,
+        "lora_linears": _check_linears,
+        "lora_linears_backward": _check_linears_backward,
         "dora_norm": _check_dora_norm,
         "grouped_lora": _check_grouped,
     }
@@ -173,19 +177,52 @@ def _check_nf4_backward(device: str) -> str:
     return _check_gradients(lambda x, a, b: nf4_lora_linear(x, q, bias, a, b, 0.5), x, q.dequantize(), a, b)
 
 
-def _check_gradients(run: Callable[..., Tensor], x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> str:
-    """Compare d_x, d_lora_a and d_lora_b of the sum of y with the reference in float64."""
+def _check_linears(device: str) -> str:
+    args = _operands(device, torch.float32)
+    q = quantize_nf4(args[1])
+    for y, weight in zip(_linears(args, q, *args[3:]), (args[1], q.dequantize()), strict=True):
+        _require_close(y, args, weight)
+    return "a dense and an NF4 layer, within rounding"
+
+
+def _check_linears_backward(device: str) -> str:
+    args = _operands(device, torch.float32)
+    x, weight, _, a, b = args
+    q = quantize_nf4(weight)
+    # two layers with one pair: the gradients of both weights' sum, the pair's twice
+    both = weight + q.dequantize()
+    return _check_gradients(
+        lambda x, a, b: torch.stack(_linears((x, *args[1:]), q, a, b)).sum(0), x, both, a, b, layers=2
+    )
+
+
+def _linears(args: tuple[Tensor, ...], q: QuantizedWeight, a: Tensor, b: Tensor) -> list[Tensor]:
+    x, weight, bias, _, _ = args
+    return lora_linears(x, [Layer(w, bias, a, b, 0.5) for w in (weight, Packed.of(q))])
+
+
+def _check_gradients(
+    run: Callable[..., Tensor], x: Tensor, weight: Tensor, a: Tensor, b: Tensor, layers: int = 1
+) -> str:
+    """Compare d_x, d_lora_a and d_lora_b of the sum of y with the reference in float64.
+
+    Args:
+        run: returns y of x, A and B; of several layers their sum.
+        weight: W, or the sum of several layers'.
+        layers: how many layers have A and B.
+    """
     leaves = [t.requires_grad_() for t in (x, a, b)]
     got = torch.autograd.grad(run(*leaves).sum(), leaves)
-    truth, magnitude = (_gradients(*(wide(t) for t in (x, weight, a, b))) for wide in (_double, _magnitude))
+    scaling = 0.5 * layers
+    truth, magnitude = (_gradients(scaling, *(wide(t) for t in (x, weight, a, b))) for wide in (_double, _magnitude))
     for name, g, t, m in zip(("x", "lora_a", "lora_b"), got, truth, magnitude, strict=True):
         _require(_within(g, t, m, M + N + K + R), f"d_{name} is outside the rounding bound")
     return "gradients within rounding"
 
 
-def _gradients(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+def _gradients(scaling: float, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     d_y = x.new_ones(len(x), len(weight))
-    grads = lora.backward(d_y, None, x, weight, a, b, x @ a.T, 0.5, 0.0, None, (True, False, False, True, True))
+    grads = lora.backward(d_y, None, x, weight, a, b, x @ a.T, scaling, 0.0, None, (True, False, False, True, True))
     return tuple(g for g in grads if g is not None)
 
 

@@ -52,11 +52,45 @@ def check_forward(y, x, weight, bias, lora_a, lora_b, scaling, dropout=0.0, seed
         assert_within_bound(hidden.cpu(), s.reshape(flat), s_bound.reshape(flat))
 
 
+GRADIENTS = ("d_x", "d_weight", "d_bias", "d_lora_a", "d_lora_b")
+
+
 def check_backward(grads, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> None:
     """Fail unless grads (d_x, d_weight, d_bias, d_lora_a, d_lora_b), some None or empty, are right up to rounding.
 
     All of shape [rows, columns]; hidden as the forward made it.
     """
+    found = backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed)
+    for name, got in zip(GRADIENTS, grads, strict=True):
+        truth, bound = found[name]
+        if got is not None and (got.numel() or not truth.numel()):
+            assert_within_bound(got.cpu(), truth, bound)
+
+
+def check_backward_of_several(d_x, pairs, d_ys, layers, x) -> None:
+    """Fail unless d_x, the sum of several layers', and their pairs' gradients are right up to rounding.
+
+    Args:
+        d_x: shape [rows, K], or None.
+        pairs: (d_lora_a, d_lora_b) of every layer, or none.
+        d_ys: gradient of every output.
+        layers: (weight, lora_a, lora_b, hidden, scaling, dropout, seed) of every layer.
+        x: shape [rows, K].
+    """
+    found = [backward_bounds(g, None, x, *layer) for g, layer in zip(d_ys, layers, strict=True)]
+    for (d_a, d_b), own in zip(pairs, found, strict=bool(pairs)):
+        assert_within_bound(d_a.cpu(), *own["d_lora_a"])
+        assert_within_bound(d_b.cpu(), *own["d_lora_b"])
+    if d_x is not None:
+        u = torch.finfo(d_x.dtype).eps / 2
+        # as each layer is added, the sum so far is rounded; it is no larger than all parts together
+        parts = sum(own["parts of d_x"] for own in found)
+        truth, bound = (sum(own["d_x"][i] for own in found) for i in (0, 1))
+        assert_within_bound(d_x.cpu(), truth, bound + len(layers) * u * parts)
+
+
+def backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> dict:
+    """Return (truth, bound) of each gradient by name, and the magnitudes of what d_x is the sum of."""
     u, low, eta = units(d_y, lora_a)
     g, dh, x, weight, a, b, s = wide(d_y, d_hidden, x, weight, lora_a, lora_b, hidden)
     rows, columns, rank = g.shape[0], g.shape[1], a.shape[0]
@@ -90,10 +124,11 @@ def check_backward(grads, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scal
         "d_lora_a": d_s_bound.T @ d_magnitude + low * (dropout > 0) * magnitudes["d_lora_a"],
     }
     lengths = {"d_x": columns + rank, "d_weight": rows, "d_bias": rows, "d_lora_a": rows, "d_lora_b": rows}
-    for (name, truth), got in zip(truths.items(), grads, strict=True):
-        if got is None or (got.numel() == 0 and truth.numel()):
-            continue
-        own = torch.finfo(got.dtype).eps / 2
+    own = {"d_x": d_y, "d_weight": d_y, "d_bias": d_y, "d_lora_a": lora_a, "d_lora_b": lora_b}
+    found = {"parts of d_x": base.abs() + low_rank.abs()}
+    for name, truth in truths.items():
+        unit = torch.finfo(own[name].dtype).eps / 2
         # scaling is multiplied in after the sum is rounded, in the reference
-        bound = 2 * own * truth.abs() + unit_sums * (lengths[name] + 1) ** 0.5 * magnitudes[name] + extra.get(name, 0)
-        assert_within_bound(got.cpu(), truth, bound)
+        bound = 2 * unit * truth.abs() + unit_sums * (lengths[name] + 1) ** 0.5 * magnitudes[name]
+        found[name] = (truth, bound + extra.get(name, 0))
+    return found

@@ -43,6 +43,7 @@ LINEAR, PANELS, NF4, DECODE = (
     f"kernels/{name}.py" for name in ("lora_linear", "nf4_lora_linear", "nf4_matmul", "nf4_tile")
 )
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
+LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -65,6 +66,9 @@ IN_NF4_DORA = "test_kernels_dora_norm.py::test_nf4_dora_norm_kernel_matches"
 IN_GROUPED = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_match"
 IN_GROUPED_BACKWARD = "test_kernels_grouped_lora.py::test_grouped_lora_backward_kernels_match"
 IN_SORTING = "test_kernels_grouped_lora.py::test_grouped_lora_sorts"
+IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
+IN_LINEARS_BACKWARD = "test_kernels_lora_linears.py::test_lora_linears_backward_kernels_match"
+IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
 IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
 
 MUTATIONS = (
@@ -114,7 +118,7 @@ MUTATIONS = (
     Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),
     Mutation(DORA, "tl.program_id(1) == 0, squares", "tl.program_id(1) >= 0, squares", IN_DORA),
     Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),
-    Mutation(GROUPS, "(adapter >= count)", "(adapter > count)", IN_SORTING),
+    Mutation(GROUPS, "(adapter < 0) | (adapter >= count)", "(adapter < 0)", IN_SORTING),
     Mutation(GROUPS, "(tile - before) * BLOCK_M", "(tile - before) * (BLOCK_M - 1)", IN_GROUPED),
     Mutation(
         EXPAND, "s_ptr + row[:, None] * R + rank[None, :]", "s_ptr + row[:, None] * R + rank[None, :] * 0", IN_GROUPED
@@ -161,6 +165,10 @@ MUTATIONS = (
         "n % 8 == 0",
         "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_takes_words_and_bytes",
     ),
+    Mutation(LINEARS, "launch_shrink(flat, a, p, seed)", "launch_shrink(flat, a, 0.0, seed)", IN_LINEARS),
+    Mutation(LINEARS, "seed, path, d_x, d_x is not None)", "seed, path, d_x, False)", IN_LINEARS_BACKWARD),
+    Mutation(SIBLINGS, "self._held[0]() is not x", "self._held[0]() is None", IN_SIBLINGS),
+    Mutation(SIBLINGS, "self._held[1] != _version(x)", "self._held[1] > _version(x)", IN_SIBLINGS),
     Mutation(FUSED, ".weight, layer.scaling[name]", ".weight, layer.scaling[name] * 1.01", IN_FUSE),
     Mutation(
         FUSED,

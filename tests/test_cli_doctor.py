@@ -13,7 +13,7 @@ from lora_core import cli, doctor
 def test_doctor_finds_every_operation_sound(capsys):
     cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] and len(report["checks"]) == 10
+    assert report["healthy"] and len(report["checks"]) == 12
     assert report["versions"]["torch"] == torch.__version__
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
     assert runs["nf4_dequantize"] == "lora_core.cpu.nf4_dequantize" and runs["lora_linear"] == "reference"
@@ -23,7 +23,7 @@ def test_doctor_finds_every_operation_sound(capsys):
     "broken",
     [
         *("nf4_quantize", "nf4_dequantize", "absmax_quantize", "absmax_dequantize"),
-        *("lora_linear", "nf4_lora_linear", "dora_norm", "grouped_lora"),
+        *("lora_linear", "nf4_lora_linear", "lora_linears", "dora_norm", "grouped_lora"),
     ],
 )
 def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
@@ -32,6 +32,8 @@ def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
 
     def wrong(*args):
         result = right(*args)
+        if isinstance(result, list):
+            return [1.01 * y for y in result]
         return (result[0] + 1, result[1]) if isinstance(result, tuple) else result * 1.01
 
     monkeypatch.setattr(doctor, broken, wrong)

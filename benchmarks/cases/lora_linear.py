@@ -75,13 +75,14 @@ def check(result: Any, operands: tuple[Any, ...], d_y: Any) -> Check:
         truth, magnitude = (_plain(*(t.abs() if absolute else t for t in wide)) for absolute in (False, True))
         return within_rounding(result, truth, magnitude, sum(operands[3].shape) + 2, roundings=4)
     truths, magnitudes = (
-        _gradients(*(t.abs() if absolute else t for t in (*wide, d_y.double()))) for absolute in (False, True)
+        gradients(*(t.abs() if absolute else t for t in (*wide, d_y.double()))) for absolute in (False, True)
     )
     products = len(d_y) + d_y.shape[1] + wide[0].shape[1]
     checks = [within_rounding(*found, products, roundings=4) for found in zip(result, truths, magnitudes, strict=True)]
     return max(checks, key=lambda check: (not check.passed, check.max_error))
 
 
-def _gradients(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, d_y: Any) -> tuple[Any, Any, Any]:
+def gradients(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, d_y: Any) -> tuple[Any, Any, Any]:
+    """Return the gradients of x, A and B for G = d_y, in whatever dtype the operands have."""
     d_s = SCALING * d_y @ lora_b
     return d_y @ weight + d_s @ lora_a, d_s.T @ x, SCALING * d_y.T @ (x @ lora_a.T)

@@ -1,18 +1,21 @@
 """fuse: run a model's adapted and 4-bit layers by the fused operations, whichever library made them."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lora_core.adapt.kinds import is_transposed_linear
+from lora_core.adapt.siblings import called_together
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.bitsandbytes_weight import why_unreadable
 from lora_core.layers.fused import (
     Fused,
     FusedBitsandbytes,
+    FusedLora,
     FusedPeft,
     fused_class,
     is_as_written,
@@ -22,6 +25,7 @@ from lora_core.layers.fused import (
 )
 from lora_core.layers.linear import LoraLinear
 from lora_core.layers.nf4_linear import NF4Linear
+from lora_core.layers.siblings import Siblings
 
 NOTHING = "neither adapted nor in 4 bits: there is nothing to fuse"
 
@@ -33,13 +37,19 @@ class FuseReport:
     Args:
         swapped: names of the layers that run a fused operation from now on.
         skipped: why each other linear, adapted or quantised layer does not, by name.
+        shared: groups of the swapped layers that their parent calls with one x, which they read once together.
     """
 
     swapped: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    shared: list[tuple[str, ...]] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} layers fused, {len(self.skipped)} left as they are"]
+        if self.shared:
+            lines.append(
+                f"  {sum(map(len, self.shared))} of them in {len(self.shared)} groups that read their input once"
+            )
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.skipped.items())])
 
 
@@ -50,6 +60,9 @@ def fuse(model: nn.Module) -> FuseReport:
     Linear4bit, and a Linear4bit without adapter. Parameters and packed bytes are shared, the layers are the same
     objects under the same names: an optimiser, a state dict and PEFT's own verbs go on working. Outputs and gradients
     are the same up to rounding; in training, dropout's masks are drawn by this library's generator.
+
+    Adapted layers that their parent's forward calls with one variable, as query, key and value or gate and up, read it
+    once together: the first called computes for all of them, and each returns its own output when it is called.
 
     Args:
         model: any module; layers already fused are left so.
@@ -72,7 +85,22 @@ def fuse(model: nn.Module) -> FuseReport:
         else:
             module.__class__ = fused_class(found, type(module))
             report.swapped.append(name)
+    for name, parent in model.named_modules():
+        if not isinstance(parent, Fused):
+            report.shared.extend(_share(name, parent))
     return report
+
+
+def _share(name: str, parent: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Make siblings of the adapted layers that parent calls with one x; yield their names."""
+    for children in called_together(parent):
+        found = {f"{name}.{child}" if name else child: getattr(parent, child, None) for child in children}
+        members: dict[str, Any] = {n: m for n, m in found.items() if isinstance(m, (FusedLora, FusedPeft))}
+        if len(members) > 1 and not any(member.siblings for member in members.values()):
+            siblings = Siblings(list(members.values()))
+            for member in members.values():
+                member.siblings = siblings
+            yield tuple(members)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -90,6 +118,7 @@ def unfuse(model: nn.Module) -> nn.Module:
             )
     for module in fused.values():
         module.__class__ = type(module).fused_from
+        module.__dict__.pop("siblings", None)
     return model
 
 
@@ -131,7 +160,7 @@ def _own(layer: AdapterLayer) -> type[Fused] | str:
         return f"{type(layer).__name__} has no fused operation: its base layer is no linear one"
     if not layer.can_fuse():
         return "its base layer has hooks or a forward of its own, which one operation would pass by"
-    return Fused
+    return FusedLora
 
 
 def _peft(layer: Any) -> type[Fused] | str:

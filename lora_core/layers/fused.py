@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from lora_core.layers.bitsandbytes_weight import packed_weight
 from lora_core.layers.dropout import fresh_seed
 from lora_core.layers.linear import runs_as_written
+from lora_core.layers.nf4_linear import NF4Linear
+from lora_core.layers.siblings import Siblings, Term
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.lora_linear import lora_linear
+from lora_core.ops.lora_linears import Layer
 from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.reference.lora import lora_delta
 
@@ -31,6 +34,20 @@ class Fused:
 
     fused_from: ClassVar[type[nn.Module]]
     fused_by: ClassVar[type["Fused"]]
+    siblings: Siblings | None = None
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = None
+        if not args and not kwargs:
+            y = None if self.siblings is None else self.siblings.output(self, x)
+            y = self.alone(x) if y is None else y
+        return y if y is not None else super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def alone(self: Any, x: Tensor) -> Tensor | None:
+        """Return the output by a fused operation of this layer's own; None where its own forward has to run."""
+
+    def term(self: Any, x: Tensor) -> Term | None:
+        """Return what the layer adds to an operation with its siblings; None where it takes no part, as it is now."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class has no name to be found by: copies and pickles make it anew
@@ -56,38 +73,90 @@ def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> Any:
 class FusedBitsandbytes(Fused):
     """A bitsandbytes Linear4bit without adapter: decodes its weight in the product, or once for many tokens."""
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def alone(self: Any, x: Tensor) -> Tensor | None:
         w = packed_weight(self)
-        if w is None or args or kwargs:
-            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return y
-        return four_bit(self, w, x, None, None, 0.0)
+        return None if w is None else four_bit(self, w, x, None, None, 0.0)
+
+
+class FusedLora(Fused):
+    """LoRA on a linear layer as this library runs it; fused with its siblings, too."""
+
+    def term(self: Any, x: Tensor) -> Term | None:
+        names = self.running()
+        base = self.base_layer
+        if len(names) != 1 or self.owed() or not self.can_fuse() or not _is_frozen(base):
+            return None
+        compute, bias = x.dtype, self.bias
+        if isinstance(base, NF4Linear):
+            compute = base.compute_dtype or compute
+            bias = None if bias is None else bias.to(compute)
+        layer = Layer(self.operand(), bias, *self.operands(x, names[0]))
+        return _term(layer, x, compute, torch.get_autocast_dtype(x.device.type) if autocast_on(x) else x.dtype)
 
 
 class FusedPeft(Fused):
     """A PEFT LoRA layer on nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit: base and adapter in one."""
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
-        plain = not args and not kwargs and all(is_plain(self, name, x) for name in names)
-        y = self._fused_forward(x, names) if names and plain and is_as_written(self.base_layer) else None
-        return y if y is not None else super().forward(x, *args, **kwargs)  # type: ignore[misc]
-
-    def _fused_forward(self: Any, x: Tensor, names: list[str]) -> Tensor | None:
+    def alone(self: Any, x: Tensor) -> Tensor | None:
+        names = self._fusible(x)
+        if not names:
+            return None
         base = self.base_layer
         first, *others = ((*_matrices(self, name), *_dropout(self, name, x)) for name in names)
         if is_four_bit(base):
             w = packed_weight(base)
             y = None if w is None else four_bit(base, w, x, *first)
         else:
-            weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
-            y = lora_linear(x, weight, base.bias, *first)
+            y = lora_linear(x, _dense_weight(base), base.bias, *first)
         if y is None:
             return None
         for lora_a, lora_b, scaling, p, seed in others:
             low = x if autocast_on(x) else x.to(lora_a.dtype)
             y = y + lora_delta(low, lora_a, lora_b, scaling, p, seed).to(y.dtype)
         return y
+
+    def term(self: Any, x: Tensor) -> Term | None:
+        names, base = self._fusible(x), self.base_layer
+        if len(names) != 1 or not _is_frozen(base):
+            return None
+        lora_a, lora_b, scaling = _matrices(self, names[0])
+        bias, compute, result = base.bias, x.dtype, x.dtype
+        weight: Any
+        if is_four_bit(base):
+            weight = packed_weight(base)
+            compute, bias, lora_a, lora_b = four_bit_operands(base, x, lora_a, lora_b)
+        else:
+            weight = _dense_weight(base)
+            result = torch.get_autocast_dtype(x.device.type) if autocast_on(x) else result
+        if weight is None:
+            return None
+        layer = Layer(weight, bias, lora_a, lora_b, scaling, *_dropout(self, names[0], x))
+        return _term(layer, x, compute, result)
+
+    def _fusible(self: Any, x: Tensor) -> list[str]:
+        """Return the adapters that run, if a fused operation can run them as they are now."""
+        names = [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
+        fusible = all(is_plain(self, name, x) for name in names) and is_as_written(self.base_layer)
+        return names if fusible else []
+
+
+def _term(layer: Layer, x: Tensor, compute: torch.dtype, result: torch.dtype) -> Term | None:
+    """Return a layer's term if the common operation takes its dtypes; else the layer says itself what is wrong."""
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_on(x) else compute
+    fits = autocast_on(x) or layer.lora_a.dtype in (dtype, torch.float32)
+    fits = fits and (autocast_on(x) or not isinstance(layer.weight, Tensor) or layer.weight.dtype == compute)
+    return Term(layer, compute, result) if fits and x.shape[-1:] == tuple(layer.weight.shape[1:]) else None
+
+
+def _is_frozen(base: Any) -> bool:
+    weight, bias = base.weight, base.bias
+    return not getattr(weight, "requires_grad", False) and not (bias is not None and bias.requires_grad)
+
+
+def _dense_weight(base: Any) -> Tensor:
+    """Return W [N, K] of nn.Linear or Conv1D, which stores its transpose."""
+    weight: Tensor = base.weight if isinstance(base, nn.Linear) else base.weight.T
+    return weight
 
 
 def _matrices(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
@@ -143,12 +212,19 @@ def four_bit(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Return a Linear4bit's output with an adapter, in the dtypes that bitsandbytes would compute and return."""
+    compute, bias, lora_a, lora_b = four_bit_operands(layer, x, lora_a, lora_b)
+    return packed_lora_linear(x.to(compute), w, bias, lora_a, lora_b, scaling, dropout, seed).to(x.dtype)
+
+
+def four_bit_operands(
+    layer: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None
+) -> tuple[torch.dtype, Tensor | None, Any, Any]:
+    """Return the dtype in which bitsandbytes would compute, and bias, A and B as the operation takes them then."""
     if not layer.compute_type_is_set:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
-    compute = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+    compute: torch.dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
     if lora_a is not None and lora_b is not None and not autocast_on(x):
         # the operation wants A and B in the dtype of x or in float32
-        lora_a, lora_b = (t if t.dtype == compute.dtype else t.float() for t in (lora_a, lora_b))
-    bias = None if layer.bias is None else layer.bias.to(compute.dtype)
-    return packed_lora_linear(compute, w, bias, lora_a, lora_b, scaling, dropout, seed).to(x.dtype)
+        lora_a, lora_b = (t if t.dtype == compute else t.float() for t in (lora_a, lora_b))
+    return compute, None if layer.bias is None else layer.bias.to(compute), lora_a, lora_b

@@ -76,7 +76,11 @@ class LoraLinear(AdapterLayer):
 
     def fused(self, x: Tensor, name: str) -> Tensor:
         """Return base and one adapter in one operation: its backward never keeps or forms a dense update."""
-        return lora_linear(x, self.weight, self.bias, *self.operands(x, name))
+        return lora_linear(x, self.operand(), self.bias, *self.operands(x, name))
+
+    def operand(self) -> Any:
+        """Return W [N, K] as the operation takes it."""
+        return self.weight
 
     def operands(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
         """Return A, B, scaling, dropout probability and mask seed for one forward."""
@@ -110,5 +114,5 @@ class LoraTransposedLinear(LoraLinear):
     def can_fuse(self) -> bool:
         return runs_as_written(self.base_layer, type(self.base_layer).forward)
 
-    def fused(self, x: Tensor, name: str) -> Tensor:
-        return lora_linear(x, self.weight.T, self.bias, *self.operands(x, name))
+    def operand(self) -> Any:
+        return self.weight.T

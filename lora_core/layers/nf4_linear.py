@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_core.layers.linear import LoraLinear, runs_as_written
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
+from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight, quantize_nf4
 
 
@@ -108,6 +109,9 @@ class LoraNF4Linear(LoraLinear):
 
     def fused(self, x: Tensor, name: str) -> Tensor:
         return self.base_layer.with_adapter(x, *self.operands(x, name))
+
+    def operand(self) -> Packed:
+        return Packed.of(self.base_layer.weight)
 
     def read_weight(self) -> Tensor:
         return self.base_layer.weight.dequantize(torch.float32)

@@ -192,8 +192,7 @@ def nf4_lora_linear(
         raise ConfigError(
             f"nf4_lora_linear: want q = quantize_nf4(weight), got {got}; use lora_linear with a dense weight"
         )
-    w = Packed(q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size)
-    return packed_lora_linear(x, w, bias, lora_a, lora_b, scaling, dropout, seed)
+    return packed_lora_linear(x, Packed.of(q), bias, lora_a, lora_b, scaling, dropout, seed)
 
 
 def packed_lora_linear(

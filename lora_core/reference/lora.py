@@ -84,13 +84,20 @@ def forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y [M, N], S [M, R]) for x [M, K]: lora_linear without a temporary of y's size.
+    """Return (y [M, N], S [M, R]) for x [M, K]: lora_linear without a temporary of y's size."""
+    hidden = shrink(x, lora_a, dropout, seed)
+    return expand(x, weight, bias, hidden, lora_b, scaling), hidden
 
-    The update is added to the base product in place, by a matrix product that accumulates.
-    """
-    hidden = drop(x.to(lora_a.dtype), dropout, seed) @ lora_a.T
+
+def shrink(x: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """Return S = drop(x) A^T, shape [M, R], in the dtype of A."""
+    return drop(x.to(lora_a.dtype), dropout, seed) @ lora_a.T
+
+
+def expand(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """Return y = x W^T + b + s S B^T; the update is added in place, by a matrix product that accumulates."""
     y = F.linear(x, weight, bias)
-    return y.to(lora_a.dtype).addmm_(hidden, lora_b.T, alpha=scaling).to(x.dtype), hidden
+    return y.to(lora_b.dtype).addmm_(hidden, lora_b.T, alpha=scaling).to(x.dtype)
 
 
 def backward(

@@ -1,0 +1,152 @@
+"""Triton kernels for lora_core::lora_linears and its backward: several LoRA linear layers of one x.
+
+    S = x A^T, A = all A_i on top of each other        shrink.py, one read of x
+    y_i from x, W_i, S_i, B_i                          as lora_linear.py and nf4_lora_linear.py make them
+    dS_i = s_i G_i B_i, dB_i                           row_sum.py
+    dA = dS^T x, all A_i at once                       row_sum.py, one read of x
+    dx = sum G_i W_i + dS A                            each product added to the last; dS A goes with the first
+
+With dropout, whose masks differ, x is read once for each layer. float64 takes the reference.
+
+Reference: lora_core/reference/lora_linears.py
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.kernels.crossover import log
+from lora_core.kernels.lora_linear import low_rank_gradients, low_rank_linear
+from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
+from lora_core.kernels.row_sum import launch_row_sum
+from lora_core.kernels.shrink import launch_shrink
+from lora_core.ops.lora_linears import absent, backward, backward_op, forward, op
+from lora_core.ops.packed import Packed, unflatten
+
+
+def launch_lora_linears(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    formats: Sequence[int],
+    biases: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Sequence[Tensor],
+    path: str | None = None,
+) -> list[Tensor]:
+    """Run the forward; operands as checked by the op. Copies x only where its leading dimensions cannot be flattened.
+
+    Args:
+        path: "fused" or "library"; by default what was measured to be faster.
+    Returns:
+        Every y_i [..., N_i], then S [M, sum of R_i].
+    """
+    if x.dtype == torch.float64:
+        return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
+    flat = x.reshape(-1, x.shape[-1])
+    if any(dropouts):
+        each = zip(lora_as, dropouts, seeds, strict=True)
+        parts = [launch_shrink(flat, a, p, seed) for a, p, seed in each]
+        hidden = torch.cat(parts, 1)
+    else:
+        hidden = launch_shrink(flat, torch.cat(tuple(lora_as)))
+        parts = _columns(hidden, lora_as)
+    log.debug("linears: %d layers, ranks %s", len(lora_as), [len(a) for a in lora_as])
+    ys = []
+    for w, bias, s, b, scaling in zip(
+        unflatten(tensors, formats), absent(biases), parts, lora_bs, scalings, strict=True
+    ):
+        if isinstance(w, Packed):
+            w = w._replace(codes=w.codes.contiguous())
+            y = packed_low_rank_linear(flat, w, bias, s, b, scaling, path)
+        else:
+            y = low_rank_linear(flat, w, bias, s, b, scaling, path=path)
+        ys.append(y.view(*x.shape[:-1], y.shape[1]))
+    return [*ys, hidden]
+
+
+def _columns(stacked: Tensor, lora_as: Sequence[Tensor]) -> list[Tensor]:
+    """Return each layer's columns of S or dS, contiguous as the kernels want them: copies of what is small."""
+    return [part.contiguous() for part in stacked.split([len(a) for a in lora_as], 1)]
+
+
+def launch_lora_linears_backward(
+    d_ys: Sequence[Tensor],
+    x: Tensor | None,
+    tensors: Sequence[Tensor],
+    formats: Sequence[int],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    hidden: Tensor,
+    scalings: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Sequence[Tensor],
+    need_x: bool,
+    need_pairs: bool,
+    path: str | None = None,
+) -> list[Tensor]:
+    """Run the backward; operands and results as the op has them, empty where none is wanted.
+
+    Args:
+        path: "fused" or "library" for d_x; by default what was measured to be faster.
+    """
+    lead = d_ys[0].shape[:-1]
+    adapter = (lora_as, lora_bs, hidden, scalings, dropouts, seeds)
+    if d_ys[0].dtype == torch.float64:
+        return backward(d_ys, x, tensors, formats, *adapter, need_x, need_pairs)
+    grads = [g.reshape(-1, g.shape[-1]) for g in d_ys]
+    flat = None if x is None else x.reshape(-1, x.shape[-1])
+    masked = any(dropouts)
+    # dA of all layers at once, below, unless their masks differ
+    own_x = flat if masked else None
+    needs = (need_x, False, need_pairs, need_pairs)
+    found = [
+        low_rank_gradients(g, None, own_x, a, b, s, scaling, p, seed, needs)
+        for g, s, (a, b, scaling, p, seed) in zip(
+            grads,
+            _columns(hidden, lora_as),
+            zip(lora_as, lora_bs, scalings, dropouts, seeds, strict=True),
+            strict=True,
+        )
+    ]
+    d_ss = [d_s for d_s, *_ in found if d_s is not None]
+    empty = d_ys[0].new_empty(0)
+    d_x, d_lora_a, d_lora_bs = empty, empty, []
+    if need_pairs and flat is not None:
+        d_lora_bs = [d_b for *_, d_b in found if d_b is not None]
+        if masked:
+            d_lora_a = torch.cat([d_a for _, _, d_a, _ in found if d_a is not None])
+        else:
+            d_lora_a = launch_row_sum(flat, torch.cat(d_ss, 1), transposed=True).product
+    if need_x:
+        ups: list[tuple[Tensor, Tensor, float, Tensor | None]] = list(zip(d_ss, lora_as, dropouts, seeds, strict=True))
+        if not masked:
+            together = (torch.cat(d_ss, 1), torch.cat(tuple(lora_as)), 0.0, None)
+            ups = [together, *((d_s[:, :0], a[:0], 0.0, None) for d_s, a, *_ in ups[1:])]
+        total = _input_gradient(grads, unflatten(tensors, formats), ups, path)
+        d_x = empty if total is None else total.view(*lead, lora_as[0].shape[1])
+    return [d_x, d_lora_a, *d_lora_bs]
+
+
+def _input_gradient(
+    d_ys: Iterable[Tensor],
+    weights: Iterable[Tensor | Packed],
+    ups: Iterable[tuple[Tensor, Tensor, float, Tensor | None]],
+    path: str | None,
+) -> Tensor | None:
+    """Return the sum over the layers of G W + keep (dS A) / (1 - p), of ups = (dS, A, p, seed)."""
+    d_x = None
+    for g, w, (d_s, a, p, seed) in zip(d_ys, weights, ups, strict=True):
+        if isinstance(w, Packed):
+            w = w._replace(codes=w.codes.contiguous())
+            d_x = packed_input_gradient(g, w, d_s, a, p, seed, path, d_x)
+        else:
+            d_x = low_rank_linear(g, w.T, None, d_s, a.T, 1 / (1 - p), p, seed, path, d_x, d_x is not None)
+    return d_x
+
+
+op.register_kernel("cuda")(launch_lora_linears)
+backward_op.register_kernel("cuda")(launch_lora_linears_backward)

@@ -1,0 +1,90 @@
+"""Fused layers that a parent calls one after another with one x: the first called computes for all of them.
+
+Query, key and value of an attention, gate and up of an MLP: together they read x once (ops/lora_linears.py). Each
+layer is still called and still returns its own output, so that hooks, names and the parent's code stay as they are.
+An output is handed out only for the very tensor it was computed from; for any other the layer computes alone.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_core.ops.checks import autocast_on
+from lora_core.ops.lora_linears import Layer, lora_linears
+
+
+class Term(NamedTuple):
+    """What a layer adds to the common operation.
+
+    Args:
+        layer: its operands.
+        compute: dtype that x is cast to.
+        result: dtype of the layer's output.
+    """
+
+    layer: Layer
+    compute: torch.dtype
+    result: torch.dtype
+
+
+class Siblings:
+    """The layers of one parent that read the same x.
+
+    Args:
+        members: fused layers in the order in which the parent calls them; held weakly.
+    """
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        self._members = tuple(weakref.ref(m) for m in members)
+        # x, its version, and the outputs computed from it that no layer has asked for yet
+        self._held: tuple[Any, int, list[Tensor | None]] | None = None
+
+    @property
+    def members(self) -> list[Any]:
+        """The layers; one that is gone is missing."""
+        return [m for m in (ref() for ref in self._members) if m is not None]
+
+    def output(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Return what layer makes of x if it can be had for all at once, else None."""
+        if torch.compiler.is_compiling():
+            # what is held between two calls is no part of a graph
+            return None
+        members = self.members
+        if layer is members[0]:
+            outputs = self._compute(members, x)
+            self._held = None if outputs is None else (weakref.ref(x), _version(x), outputs)
+        elif self._held is None or self._held[0]() is not x or self._held[1] != _version(x):
+            return None
+        if self._held is None:
+            return None
+        outputs, place = self._held[2], members.index(layer)
+        y, outputs[place] = outputs[place], None
+        if not any(out is not None for out in outputs):
+            self._held = None
+        return y
+
+    def _compute(self, members: list[Any], x: Tensor) -> list[Tensor | None] | None:
+        terms = [m.term(x) for m in members]
+        found: list[Term] = [t for t in terms if t is not None]
+        kinds = {(t.compute, t.result, t.layer.lora_a.dtype, m.training) for t, m in zip(found, members, strict=False)}
+        if len(members) < len(self._members) or len(found) < len(members) or len(kinds) > 1:
+            return None
+        compute = x if autocast_on(x) else x.to(found[0].compute)
+        ys = lora_linears(compute, [t.layer for t in found])
+        return [y.to(found[0].result) for y in ys]
+
+    # copies and pickles of a model hold copies of its layers, and no outputs; as a state, since layers refer back here
+
+    def __getstate__(self) -> list[Any]:
+        return self.members
+
+    def __setstate__(self, members: list[Any]) -> None:
+        Siblings.__init__(self, members)
+
+
+def _version(x: Tensor) -> int:
+    # a tensor made under inference_mode keeps no count of changes in place
+    return 0 if x.is_inference() else x._version

@@ -1,0 +1,104 @@
+"""Several LoRA linear layers of one x, as query, key and value are, or gate and up: forward and backward.
+
+Forward, for x [M, K] and layers i with W_i [N_i, K], A_i [R_i, K], B_i [N_i, R_i]:
+
+    S = x A^T                       A = all A_i on top of each other: one read of x, S = [S_1 | S_2 | ...]
+    y_i = x W_i^T + b_i + s_i S_i B_i^T
+
+Backward. Each layer is that of lora_core/reference/lora.py, and x enters all of them, so with G_i = dL/dy_i
+
+    dL/dS_i = s_i G_i B_i           dL/dB_i = s_i G_i^T S_i
+    dL/dA = (dL/dS)^T x             again one read of x
+    dL/dx = sum_i G_i W_i + (dL/dS) A
+
+The sum over i is formed in place: nothing of x's size is there beside x and its gradient. With dropout each layer has a
+mask of its own, x_i = drop_i(x): then S_i and dL/dA_i read x once for each layer.
+
+Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3, for each layer.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_core.reference import lora
+from lora_core.reference.dropout import dropout as drop
+
+
+def forward(
+    x: Tensor,
+    weights: Iterable[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Return (every y_i [M, N_i], S [M, sum of R_i]) for x [M, K].
+
+    Args:
+        x: shape [M, K].
+        weights: every W_i, shape [N_i, K]; taken one after the other.
+        biases, lora_as, lora_bs, scalings, dropouts, seeds: of every layer, as in reference.lora.lora_linear.
+    """
+    if any(dropouts):
+        each = zip(lora_as, dropouts, seeds, strict=True)
+        hidden = torch.cat([lora.shrink(x, a, p, seed) for a, p, seed in each], 1)
+    else:
+        hidden = lora.shrink(x, torch.cat(tuple(lora_as)))
+    parts = hidden.split([len(a) for a in lora_as], 1)
+    layers = zip(weights, biases, parts, lora_bs, scalings, strict=True)
+    return [lora.expand(x, w, bias, s, b, scaling) for w, bias, s, b, scaling in layers], hidden
+
+
+def backward(
+    d_ys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Iterable[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    hidden: Tensor,
+    scalings: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Sequence[Tensor | None],
+    need_x: bool,
+    need_pairs: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """Return (d_x, d_A [sum of R_i, K], every d_B_i), None and nothing where not needed.
+
+    Args:
+        d_ys: every G_i, shape [M, N_i].
+        x: shape [M, K]; None will do if no pair needs a gradient.
+        weights: as in forward; enter d_x only.
+        lora_as, lora_bs, hidden, scalings, dropouts, seeds: as the forward had or made them.
+        need_x: whether d_x is wanted.
+        need_pairs: whether d_A and the d_B_i are.
+    """
+    lows = [g.to(b.dtype) for g, b in zip(d_ys, lora_bs, strict=True)]
+    ranks = [len(a) for a in lora_as]
+    scaled = list(zip(lows, lora_bs, hidden.split(ranks, 1), scalings, strict=True))
+    d_s = torch.cat([(low @ b).mul_(scaling) for low, b, _, scaling in scaled], 1)
+    parts = list(zip(d_s.split(ranks, 1), lora_as, dropouts, seeds, strict=True))
+    d_x = d_lora_a = None
+    d_lora_bs = []
+    if need_pairs and x is not None:
+        d_lora_bs = [(low.T @ s).mul_(scaling) for low, _, s, scaling in scaled]
+        low_x = x.to(d_s.dtype)
+        if any(dropouts):
+            d_lora_a = torch.cat([part.T @ drop(low_x, p, seed) for part, _, p, seed in parts])
+        else:
+            d_lora_a = d_s.T @ low_x
+    if need_x:
+        for g, w in zip(d_ys, weights, strict=True):
+            d_x = g @ w if d_x is None else d_x.addmm_(g, w)
+    if d_x is not None:
+        wide = d_x.to(d_s.dtype)
+        if any(dropouts):
+            for part, a, p, seed in parts:
+                wide += drop(part @ a, p, seed)
+        else:
+            wide = wide.addmm_(d_s, torch.cat(tuple(lora_as)))
+        d_x = wide.to(d_x.dtype)
+    return d_x, d_lora_a, d_lora_bs

@@ -1,0 +1,442 @@
+"""Layers that share their input: how they are found, and that each computes what it does alone."""
+
+import copy
+import gc
+import weakref
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from lora_bounds import check_forward
+from models import TINY, randomise, transformers_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lora_core as lc
+from lora_core.adapt.siblings import called_together
+from lora_core.layers.fused import Fused
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft.*")]
+
+WIDTH = 64
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class Attention(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.v_proj = (nn.Linear(WIDTH, 40, bias=b, dtype=dtype) for b in (True, False))
+        self.k_proj, self.o_proj = nn.Linear(WIDTH, 40, dtype=dtype), nn.Linear(40, WIDTH, dtype=dtype)
+
+    def forward(self, x):
+        mixed = torch.tanh(self.q_proj(x)) * self.k_proj(x)
+        return self.o_proj(mixed + self.v_proj(x))
+
+
+def in_four_bits(model):
+    for name in TARGETS:
+        dense = getattr(model, name)
+        layer = bnb.nn.Linear4bit(
+            *dense.weight.shape[::-1], dense.bias is not None, dense.weight.dtype, quant_type="nf4"
+        )
+        layer.load_state_dict(dense.state_dict())
+        layer.requires_grad_(False).to("cpu")
+        if layer.weight.quant_state is None:
+            layer.weight = layer.weight._quantize(torch.device("cpu"))
+        setattr(model, name, layer)
+    return model
+
+
+def own(quantised=False, dtype=torch.float32, **config):
+    model = Attention(dtype)
+    if quantised:
+        lc.quantize_model(model)
+    lc.add_adapter(model, lc.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, **config))
+    randomise(model)
+    return model
+
+
+def with_peft(model=None, **config):
+    config = {"target_modules": TARGETS, "r": 4, "lora_alpha": 6, **config}
+    model = peft.get_peft_model(model or Attention(), peft.LoraConfig(**config))
+    randomise(model)
+    return model
+
+
+HALF = torch.bfloat16
+MAKERS = {
+    "own": own,
+    "own nf4": lambda: own(quantised=True),
+    "own bf16": lambda: own(dtype=HALF),
+    "peft": with_peft,
+    "peft bf16": lambda: with_peft(Attention(HALF)),
+    "peft 4-bit": lambda: with_peft(in_four_bits(Attention())),
+    "peft 4-bit bf16": lambda: with_peft(in_four_bits(Attention(HALF))),
+}
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of this library's linear operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.together = self.alone = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        self.together += name == "lora_core.lora_linears.default"
+        self.alone += name in ("lora_core.lora_linear.default", "lora_core.nf4_lora_linear.default")
+        return func(*args, **(kwargs or {}))
+
+
+def inputs(dtype=torch.float32, seed=1):
+    return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def attention(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def gradients(model, x):
+    x = x.clone().requires_grad_()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    y = model(x)
+    grads = torch.autograd.grad(y.float().square().sum(), [x, *trained.values()], allow_unused=True)
+    return y.detach(), {n: g for n, g in zip(["x", *trained], grads, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_siblings_read_x_once_and_give_the_results_of_layers_alone(name, train):
+    model = MAKERS[name]().train(train)
+    report = lc.fuse(model)
+    (group,) = report.shared
+    assert [name.rpartition(".")[2] for name in group] == ["q_proj", "k_proj", "v_proj"]
+    dtype = HALF if "bf16" in name else torch.float32
+    x = inputs(dtype)
+    with Calls() as calls:
+        y, grads = gradients(model, x)
+    assert (calls.together, calls.alone) == (1, 1)
+    separate = copy.deepcopy(model)
+    for module in separate.modules():
+        module.__dict__.pop("siblings", None)
+    with Calls() as calls:
+        y_alone, grads_alone = gradients(separate, x)
+    assert (calls.together, calls.alone) == (0, 4)
+    # a product cut another way may sum in another order
+    unit = torch.finfo(dtype).eps
+    assert (y - y_alone).abs().max() <= 8 * unit * y_alone.abs().max()
+    for name, want in grads_alone.items():
+        assert grads[name].dtype == want.dtype
+        assert (grads[name] - want).abs().max() <= 16 * unit * want.abs().max(), name
+
+
+@pytest.mark.parametrize("name", ["own", "peft"])
+def test_an_output_belongs_to_the_tensor_it_was_computed_from(name):
+    """Another tensor, a changed one, another order, and calls that skip a layer: every layer answers for its own x."""
+    model = MAKERS[name]().eval()
+    lc.fuse(model)
+    parent = attention(model)
+    q, k, v = parent.q_proj, parent.k_proj, parent.v_proj
+
+    def check(layer, x):
+        if name == "own":
+            pair = layer.lora_a["default"], layer.lora_b["default"], layer.adapters["default"].scaling
+        else:
+            pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        base = layer.base_layer
+        check_forward(layer(x).detach(), x, base.weight, base.bias, *pair)
+
+    x, other = inputs(), inputs(seed=2)
+    for layer, given in ((q, x), (k, other), (v, x), (v, x), (q, other), (q, x), (k, x), (k, x), (v, x)):
+        check(layer, given)
+    q(x)
+    x.mul_(2)
+    check(k, x)
+    check(v, x)
+    with torch.inference_mode():
+        same = torch.ones(2, WIDTH)
+        for layer in (q, k, v):
+            check(layer, same)
+
+
+def test_siblings_keep_nothing_once_every_output_is_handed_out():
+    model = own().eval()
+    lc.fuse(model)
+    x = inputs()
+    model(x)
+    siblings = model.q_proj.siblings
+    assert siblings._held is None
+    # what was not asked for is let go at the next call, and x itself is kept by nothing but the graph
+    with torch.no_grad():
+        model.q_proj(x)
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+    model(inputs())
+    assert siblings._held is None
+
+
+def test_siblings_do_not_keep_a_model_alive_or_in_its_state():
+    model = own()
+    keys, names = list(model.state_dict()), [n for n, _ in model.named_modules()]
+    lc.fuse(model)
+    assert list(model.state_dict()) == keys and [n for n, _ in model.named_modules()] == names
+    siblings, layer = model.q_proj.siblings, model.q_proj
+    assert siblings.members[0] is layer
+    del model.k_proj
+    # a member is gone: the others go on alone
+    assert len(siblings.members) == 2
+    check_forward(
+        layer(inputs()).detach(),
+        inputs(),
+        layer.base_layer.weight,
+        layer.base_layer.bias,
+        layer.lora_a["default"],
+        layer.lora_b["default"],
+        1.5,
+    )
+
+
+@pytest.mark.parametrize("name", ["own", "peft"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_siblings_train_under_checkpointing_as_without(name, reentrant):
+    config = {"lora_dropout": 0.3}
+    model = (own(**config) if name == "own" else with_peft(**config)).train()
+    lc.fuse(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        model.zero_grad()
+        run(inputs().requires_grad_()).square().sum().backward()
+        grads.append([p.grad.clone() for p in trained])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_siblings_follow_autocast(name):
+    model = MAKERS[name]()
+    lc.fuse(model)
+    with torch.autocast("cpu", dtype=HALF):
+        with Calls() as calls:
+            fused = model(inputs())
+        lc.unfuse(model)
+        plain = model(inputs())
+    assert calls.together == 1 and fused.dtype == plain.dtype
+    assert (fused - plain).abs().max() <= 8 * torch.finfo(HALF).eps * plain.abs().max()
+
+
+def test_siblings_compute_alone_when_one_of_them_cannot_take_part():
+    def disabled(model):
+        model.base_model.disable_adapter_layers()
+
+    def trained_bias(model):
+        model.get_base_model().k_proj.base_layer.bias.requires_grad_(True)
+
+    def merged(model):
+        model.get_base_model().v_proj.merge()
+
+    def in_eval(model):
+        model.get_base_model().v_proj.eval()
+
+    def two_adapters(model):
+        model.add_adapter("other", peft.LoraConfig(target_modules=["k_proj"], r=3))
+        randomise(model)
+        model.base_model.set_adapter(["default", "other"])
+
+    def wide_pair(model):
+        model.get_base_model().k_proj.lora_A["default"].double()
+        model.get_base_model().k_proj.lora_B["default"].double()
+
+    for change in (disabled, trained_bias, merged, in_eval, two_adapters, wide_pair):
+        model = with_peft().train()
+        change(model)
+        want, grads = gradients(copy.deepcopy(model), inputs())
+        lc.fuse(model)
+        with Calls() as calls:
+            y, fused = gradients(model, inputs())
+        assert calls.together == 0, change.__name__
+        assert (y - want).abs().max() <= 1e-5 * want.abs().max(), change.__name__
+        for name, g in grads.items():
+            assert (fused[name] - g).abs().max() <= 1e-5 * g.abs().max(), (change.__name__, name)
+
+
+def test_hooks_on_a_sibling_still_run():
+    model = own().eval()
+    lc.fuse(model)
+    want = model(inputs())
+    seen = []
+    model.k_proj.register_forward_hook(lambda module, given, out: seen.append(out.shape) or 2 * out)
+    doubled = model(inputs())
+    assert seen == [(6, 40)] and not torch.equal(doubled, want)
+    # a hook that hands the layer another tensor is obeyed
+    model.v_proj.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    assert not torch.equal(model(inputs()), doubled)
+
+
+@pytest.mark.parametrize("name", ["own", "peft", "peft 4-bit"])
+def test_siblings_compile_to_one_graph(name):
+    model = MAKERS[name]().eval()
+    lc.fuse(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    want = model(inputs())
+    assert (compiled(inputs()) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_copies_share_among_themselves_and_unfuse_ends_it():
+    model = own().eval()
+    lc.fuse(model)
+    duplicate = copy.deepcopy(model)
+    assert duplicate.q_proj.siblings is duplicate.v_proj.siblings is not model.q_proj.siblings
+    assert duplicate.q_proj.siblings.members == [duplicate.q_proj, duplicate.k_proj, duplicate.v_proj]
+    with Calls() as calls:
+        y = duplicate(inputs())
+    assert calls.together == 1 and torch.equal(y, model(inputs()))
+    lc.unfuse(duplicate)
+    with Calls() as calls:
+        duplicate(inputs())
+    assert calls.together == 0 and "siblings" not in duplicate.q_proj.__dict__
+    assert [name for name, m in duplicate.named_modules() if isinstance(m, Fused)] == []
+    lc.fuse(duplicate)
+    assert lc.fuse(duplicate).shared == []
+
+
+def test_transformers_attention_and_mlp_share_their_input():
+    model = transformers_model()
+    lc.add_adapter(model, lc.LoraConfig(r=4, target_modules="all-linear"))
+    randomise(model, 0.1)
+    tokens = torch.randint(TINY.vocabulary, (2, 9))
+    want = model(input_ids=tokens).logits
+    report = lc.fuse(model)
+    assert len(report.shared) == 2 * TINY.layers
+    assert {tuple(n.rpartition(".")[2] for n in group) for group in report.shared} == {
+        ("q_proj", "k_proj", "v_proj"),
+        ("gate_proj", "up_proj"),
+    }
+    assert f"{5 * TINY.layers} of them in {2 * TINY.layers} groups that read their input once" in str(report)
+    with Calls() as calls:
+        got = model(input_ids=tokens).logits
+    assert (calls.together, calls.alone) == (2 * TINY.layers, 2 * TINY.layers)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_only_adapted_layers_are_grouped():
+    model = with_peft(target_modules=["q_proj", "v_proj"])
+    (group,) = lc.fuse(model).shared
+    assert [name.rpartition(".")[2] for name in group] == ["q_proj", "v_proj"]
+    alone = with_peft(target_modules=["k_proj"])
+    assert lc.fuse(alone).shared == []
+
+
+def reading(forward):
+    return type("Reading", (nn.Module,), {"forward": forward})()
+
+
+def separate_names(self, x, y):
+    return self.a(x) + self.b(y)
+
+
+def reassigned(self, x):
+    q = self.a(x)
+    x = self.b(x)
+    return q + self.c(x) + self.d(x)
+
+
+def branches(self, x):
+    if self.training:
+        y = self.a(x)
+        y = y + 1
+    else:
+        y = self.b(x)
+    return y
+
+
+def one_branch(self, x, flag):
+    if flag:
+        y = self.a(x) + self.b(x)
+        y = y + 1
+    else:
+        y = self.c(x)
+    return y + self.d(x)
+
+
+def in_a_loop(self, x, n):
+    for _ in range(n):
+        x = self.a(x) + self.b(x)
+    return self.c(x)
+
+
+def twice(self, x):
+    return self.a(x) + self.b(x) + self.a(x) + self.b(x)
+
+
+def conditional(self, x):
+    return self.a(x) if self.training else self.b(x)
+
+
+def with_arguments(self, x):
+    return self.a(x, 1) + self.b(x) + self.c(x=x)
+
+
+def nested(self, x):
+    return self.outer(self.a(x)) + self.inner.b(x) + self.c(x)
+
+
+def later(self, x):
+    run = lambda: self.a(x)  # noqa: E731
+    return self.b(x), run
+
+
+def swallowed(self, x):
+    y = self.a(x)
+    try:
+        x = y
+    finally:
+        pass
+    return self.b(x)
+
+
+def unpacked(self, x):
+    y = self.a(x)
+    x, z = y, y
+    return self.b(x) + z
+
+
+@pytest.mark.parametrize(
+    ("forward", "groups"),
+    [
+        (Attention.forward, (("q_proj", "k_proj", "v_proj"),)),
+        (separate_names, ()),
+        (reassigned, (("a", "b"), ("c", "d"))),
+        (branches, ()),
+        (one_branch, (("a", "b"),)),
+        (in_a_loop, (("a", "b"),)),
+        (twice, (("a", "b"), ("a", "b"))),
+        (conditional, ()),
+        (with_arguments, ()),
+        (nested, (("a", "c"),)),
+        (later, ()),
+        (swallowed, ()),
+        (unpacked, ()),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_what_is_called_together_is_read_from_the_source(forward, groups):
+    assert called_together(reading(forward)) == groups
+
+
+def test_a_forward_without_a_source_or_with_a_patch_has_no_groups():
+    namespace = {}
+    exec("def forward(self, x):\n    return self.a(x) + self.b(x)", namespace)
+    assert called_together(reading(namespace["forward"])) == ()
+    assert called_together(reading(torch.tanh)) == ()
+    patched = Attention()
+    assert called_together(patched) != ()
+    patched.forward = patched.forward
+    assert called_together(patched) == ()

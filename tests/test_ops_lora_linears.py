@@ -1,0 +1,196 @@
+"""lora_core::lora_linears: what several layers give alone, their gradients, compilation, refusals."""
+
+import pytest
+import torch
+from lora_bounds import check_backward_of_several, check_forward
+from strategies import linear_operands
+
+import lora_core as lc
+from lora_core.ops.lora_linear import lora_linear
+from lora_core.ops.lora_linears import Layer, lora_linears, op
+from lora_core.ops.nf4_lora_linear import nf4_lora_linear
+from lora_core.ops.packed import Packed, flatten, unflatten
+
+COLUMNS = 32
+SHAPES = ((7, 3), (9, 2), (6, 16))
+
+
+def layers(dtype=torch.float32, low=None, dropout=0.0, packed=(2,), bias=True, grad=False):
+    """Layers of one x; those in packed have an NF4 weight."""
+    made = []
+    for i, (n, r) in enumerate(SHAPES):
+        _, weight, b, lora_a, lora_b = linear_operands(1, n, COLUMNS, r, dtype, low or dtype, 4 * i)
+        w = Packed.of(lc.quantize_nf4(weight.float(), double_quant=i == 2)) if i in packed else weight
+        pair = (t.requires_grad_(grad) for t in (lora_a, lora_b))
+        seed = torch.tensor([i + 5]) if dropout else None
+        made.append(Layer(w, b if bias else None, *pair, 0.5 - i, dropout, seed))
+    return made
+
+
+def dense(layer, dtype):
+    return layer.weight if isinstance(layer.weight, torch.Tensor) else layer.weight.dense(dtype)
+
+
+def alone(x, made):
+    return [lora_linear(x, dense(layer, x.dtype), *layer[1:]) for layer in made]
+
+
+def inputs(dtype=torch.float32, lead=(5,), grad=True):
+    return torch.randn(*lead, COLUMNS, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("low", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_lora_linears_match_the_formula_forward_and_backward(dtype, low, dropout):
+    x, made = inputs(dtype), layers(dtype, low, dropout, grad=True)
+    ys = lora_linears(x, made)
+    d_ys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype) for y in ys]
+    leaves = [x, *(t for layer in made for t in (layer.lora_a, layer.lora_b))]
+    d_x, *pairs = torch.autograd.grad(ys, leaves, d_ys)
+    checked = []
+    hidden = op(*_arguments(x.detach(), made))[-1].split([len(layer.lora_a) for layer in made], 1)
+    for y, layer, s in zip(ys, made, hidden, strict=True):
+        rest = (dense(layer, dtype), layer.bias, layer.lora_a, layer.lora_b, layer.scaling, dropout, layer.seed)
+        assert y.dtype == dtype
+        check_forward(y.detach(), x, *rest, s)
+        checked.append((rest[0], *rest[2:4], s, *rest[4:]))
+    check_backward_of_several(d_x, list(zip(pairs[::2], pairs[1::2], strict=True)), d_ys, checked, x)
+
+
+def _arguments(x, made):
+    weights, biases, lora_as, lora_bs, scalings, dropouts, seeds = map(list, zip(*made, strict=True))
+    biases = [x.new_empty(0) if b is None else b for b in biases]
+    seeds = [torch.empty(0, dtype=torch.int64) if s is None else s for s in seeds]
+    return x, *flatten(weights), biases, lora_as, lora_bs, scalings, dropouts, seeds
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_lora_linears_gradient_matches_finite_differences(dropout):
+    x, made = inputs(torch.float64, (2, 3)), layers(torch.float64, None, dropout, grad=True)
+    leaves = [x, *(t for layer in made for t in (layer.lora_a, layer.lora_b))]
+    assert torch.autograd.gradcheck(lambda *_: lora_linears(x, made), leaves)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_linears_pass_pytorchs_operator_check(bias, dropout):
+    results = torch.library.opcheck(op, _arguments(inputs(), layers(dropout=dropout, bias=bias, grad=True)))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_one_layer_without_dropout_gives_the_bits_of_lora_linear():
+    x = inputs(grad=False)
+    for layer in layers(packed=()):
+        assert torch.equal(lora_linears(x, [layer])[0], lora_linear(x, *layer))
+    layer = layers()[2]
+    got = lora_linears(x, [layer])[0]
+    weight = linear_operands(1, 6, COLUMNS, 16, torch.float32, torch.float32, 8)[1]
+    assert torch.equal(got, nf4_lora_linear(x, lc.quantize_nf4(weight), *layer[1:]))
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0), (2, 3, 4)], ids=str)
+def test_lora_linears_take_any_leading_dimensions(lead):
+    x, made = inputs(lead=lead), layers(grad=True)
+    ys = lora_linears(x, made)
+    assert [y.shape for y in ys] == [(*lead, n) for n, _ in SHAPES]
+    sum(y.sum() for y in ys).backward()
+    assert x.grad.shape == x.shape
+
+
+def test_an_output_that_is_not_used_has_a_gradient_of_zero():
+    x, made = inputs(torch.float64), layers(torch.float64, grad=True)
+    y = lora_linears(x, made)[1]
+    leaves = [x, made[1].lora_a, made[1].lora_b]
+    got = torch.autograd.grad(y.square().sum(), [*leaves, made[0].lora_b])
+    want = torch.autograd.grad(alone(x, made)[1].square().sum(), leaves)
+    assert not got[3].any()
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(got, want, strict=False))
+
+
+@pytest.mark.parametrize("need_x", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_lora_linears_make_just_the_gradients_that_are_needed(need_x, grad):
+    x, made = inputs(torch.float64, grad=need_x), layers(torch.float64, grad=grad)
+    leaves = [x] * need_x + [t for layer in made for t in (layer.lora_a, layer.lora_b)] * grad
+    ys = lora_linears(x, made)
+    if not leaves:
+        assert not any(y.requires_grad for y in ys)
+        return
+    got = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
+    want = torch.autograd.grad(sum(y.square().sum() for y in alone(x, made)), leaves)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(got, want, strict=True))
+
+
+def test_lora_linears_are_refused_a_second_backward():
+    x, made = inputs(), layers(grad=True)
+    (first,) = torch.autograd.grad(lora_linears(x, made)[0].square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linears_backward"):
+        first.sum().backward()
+
+
+def test_lora_linears_compile_to_one_graph():
+    x, made = inputs(), layers(dropout=0.3, grad=True)
+    run = torch.compile(lambda x: lora_linears(x, made), fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(x), lora_linears(x, made), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_lora_linears_follow_autocast():
+    x, made = inputs(), layers()
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = lora_linears(x, made)
+    halves = [
+        layer._replace(
+            weight=layer.weight.bfloat16() if isinstance(layer.weight, torch.Tensor) else layer.weight,
+            bias=layer.bias.bfloat16(),
+            lora_a=layer.lora_a.bfloat16(),
+            lora_b=layer.lora_b.bfloat16(),
+        )
+        for layer in made
+    ]
+    want = lora_linears(x.bfloat16(), halves)
+    assert all(y.dtype == torch.bfloat16 and torch.equal(y, w) for y, w in zip(ys, want, strict=True))
+
+
+def test_lora_linears_change_no_input():
+    x, made = inputs(grad=False), layers(dropout=0.3)
+    tensors = [x, *(t for layer in made for t in layer if isinstance(t, torch.Tensor)), *flatten([made[2].weight])[0]]
+    before = [t.clone() for t in tensors]
+    lora_linears(x, made)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_lists_of_weights_come_back_from_their_flat_form():
+    made = [layer.weight for layer in layers(packed=(1, 2))]
+    back = list(unflatten(*flatten(made)))
+    assert torch.equal(back[0], made[0])
+    for got, want in zip(back[1:], made[1:], strict=True):
+        assert isinstance(got, Packed) and tuple(got.shape) == tuple(want.shape) and got[5:] == want[5:]
+        assert all(a is b for a, b in zip(got[:4], want[:4], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"lora_a": torch.zeros(2, 31)}, lc.ShapeError, r"layer 1.*lora_a \(2, 31\)"),
+        ({"bias": torch.zeros(9).half()}, lc.DtypeError, "layer 1.*bias torch.float16"),
+        ({"dropout": 1.5}, lc.ConfigError, "layer 1.*dropout is 1.5"),
+        ({"dropout": 0.5}, lc.ConfigError, "layer 1.*needs a seed"),
+        ({"weight": torch.zeros(9, 32, requires_grad=True)}, lc.ConfigError, "weight requires a gradient.*lora_linear"),
+        ({"lora_b": torch.zeros(9, 2, device="meta")}, lc.DeviceError, "layer 1.*lora_b on meta"),
+    ],
+)
+def test_lora_linears_refuse_what_does_not_fit(change, error, says):
+    made = layers(packed=())
+    made[1] = made[1]._replace(**change)
+    with pytest.raises(error, match=says):
+        lora_linears(inputs(), made)
+
+
+def test_lora_linears_refuse_no_layers_and_pairs_of_two_dtypes():
+    with pytest.raises(lc.ConfigError, match="empty"):
+        lora_linears(inputs(), [])
+    mixed = [*layers(torch.bfloat16)[:1], *layers(torch.bfloat16, torch.float32)[1:2]]
+    with pytest.raises(lc.DtypeError, match="one dtype.*bfloat16.*float32"):
+        lora_linears(inputs(torch.bfloat16), mixed)

@@ -67,6 +67,8 @@ def with_peft(model=None, **config):
 
 
 HALF = torch.bfloat16
+# layers of this size, cut in another way or by another library, round apart by a few units of the largest result
+APART = 64 * torch.finfo(torch.float32).eps
 MAKERS = {
     "own": own,
     "own nf4": lambda: own(quantised=True),
@@ -261,9 +263,9 @@ def test_siblings_compute_alone_when_one_of_them_cannot_take_part():
         with Calls() as calls:
             y, fused = gradients(model, inputs())
         assert calls.together == 0, change.__name__
-        assert (y - want).abs().max() <= 1e-5 * want.abs().max(), change.__name__
+        assert (y - want).abs().max() <= APART * want.abs().max(), change.__name__
         for name, g in grads.items():
-            assert (fused[name] - g).abs().max() <= 1e-5 * g.abs().max(), (change.__name__, name)
+            assert (fused[name] - g).abs().max() <= APART * g.abs().max(), (change.__name__, name)
 
 
 def test_hooks_on_a_sibling_still_run():
@@ -286,7 +288,7 @@ def test_siblings_compile_to_one_graph(name):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     want = model(inputs())
-    assert (compiled(inputs()) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (compiled(inputs()) - want).abs().max() <= APART * want.abs().max()
 
 
 def test_copies_share_among_themselves_and_unfuse_ends_it():
@@ -323,7 +325,7 @@ def test_transformers_attention_and_mlp_share_their_input():
     with Calls() as calls:
         got = model(input_ids=tokens).logits
     assert (calls.together, calls.alone) == (2 * TINY.layers, 2 * TINY.layers)
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (got - want).abs().max() <= APART * want.abs().max()
 
 
 def test_only_adapted_layers_are_grouped():

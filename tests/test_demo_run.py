@@ -190,6 +190,15 @@ def test_demo_write_atomically_keeps_the_old_file_when_interrupted(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt even where the test run was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_demo_interrupted_while_training_writes_nothing_and_exits_130(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(demo_run, "load_text", lambda base: text)
     monkeypatch.setattr(Adaptation, "step", lambda run: signal.raise_signal(signal.SIGINT))
@@ -200,6 +209,7 @@ def test_demo_interrupted_while_training_writes_nothing_and_exits_130(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("moment", range(5))
 def test_demo_interrupted_while_writing_leaves_whole_files(finished, tmp_path, monkeypatch, moment):
     """Each file is the old one or the new one, and no temporary file stays."""

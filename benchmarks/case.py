@@ -1,6 +1,6 @@
 """What a benchmark case consists of.
 
-A file in benchmarks/cases holds `SHAPES`, the shapes to run by default, and
+A file in benchmarks/cases holds `SHAPES`, what a processor runs by default, `GPU_SHAPES` likewise, and
 
     def cases(shape: dict[str, int], device: str) -> Iterator[Case]
 
@@ -8,8 +8,8 @@ A `Case` is one comparison: several providers doing the same work in the same mo
 and says how far its result is from the truth; a provider that is out of tolerance is neither timed nor recorded.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -44,12 +44,14 @@ class Provider:
         run: one sample; without arguments, or taking what `prepare` returns.
         prepare: run before every sample, not timed.
         measure_memory: what to run for the peak memory, where that is not `run`.
+        bound: whether it does only a part of the work that no implementation can leave out: a lower bound, no rival.
     """
 
     name: str
     run: Callable[..., Any]
     prepare: Callable[[], Any] | None = None
     measure_memory: Callable[[], Any] | None = None
+    bound: bool = False
 
     def fresh(self) -> Callable[[], Any]:
         """Return the work of one sample as a function without arguments."""
@@ -91,6 +93,7 @@ class Case:
         flops: floating-point operations needed; None where it says nothing.
         claims: what the case has to show.
         note: what the fields leave open, for the table's title.
+        missing: why each other provider of this work cannot run here, by its name.
         seed: of the random inputs.
     """
 
@@ -105,4 +108,5 @@ class Case:
     flops: int | None = None
     claims: tuple[Claim, ...] = ()
     note: str = ""
+    missing: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0

@@ -1,7 +1,8 @@
-"""Run benchmarks: `python -m benchmarks.run --op nf4_quantize --shape 4096x4096`.
+"""Run benchmarks: `python -m benchmarks.run`, or `--op nf4_quantize --shape 4096x4096` for a part.
 
 Checks every provider, measures its peak memory and its time beside its rivals', appends a row each to
-benchmarks/results/<op>.jsonl, and prints the rows as a table.
+benchmarks/results/<op>.jsonl, and prints the rows as a table. The suite is what this machine can do: "gpu" where there
+is one, else "cpu"; "static" needs neither and predicts from the compiled kernels (benchmarks/static.py).
 """
 
 import argparse
@@ -13,6 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from benchmarks import machine, record, shapes
 from benchmarks.case import Case, Check
 from benchmarks.memory import peak_bytes
@@ -23,6 +27,16 @@ CASES = Path(__file__).parent / "cases"
 SAMPLES = 15
 TABLE_COLUMNS = 120
 FAILED = 1
+SUITES = ("cpu", "gpu", "static")
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("elapsed"),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,18 +45,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # the profiler that counts memory prints trace points otherwise; the hub is not asked for anything
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from rich.console import Console
-
     # a pipe or file has no width of its own; the table needs this much
     console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
-    wanted = options.op or case_names()
+    suite = options.suite or ("gpu" if _has_gpu() else "cpu")
+    if suite == "static":
+        from benchmarks import static
+
+        return static.main([part for name in options.op or [] for part in ("--kernel", name)])
+    options.device = "cuda" if suite == "gpu" else "cpu"
+    if suite == "gpu" and not _has_gpu():
+        sys.stderr.write("benchmarks.run: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
+        return FAILED
+    jobs = [(op, shape) for op in options.op or case_names() for shape in shapes_of(op, options.shape, suite)]
     sound = True
-    for op in wanted:
-        for case in cases_of(op, options.shape, options.device):
-            if options.mode and case.mode != options.mode:
-                continue
-            sound &= _run(case, options, console)
+    with Progress(*COLUMNS, console=console, transient=True) as progress:
+        whole = progress.add_task(f"{suite} suite", total=len(jobs))
+        for op, shape in jobs:
+            for case in cases_of(op, shape, options.device):
+                if options.mode is None or case.mode == options.mode:
+                    sound &= _run(case, options, progress)
+            progress.advance(whole)
     return 0 if sound else FAILED
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def case_names() -> list[str]:
@@ -50,11 +79,16 @@ def case_names() -> list[str]:
     return sorted(p.stem for p in CASES.glob("*.py") if p.stem != "__init__")
 
 
-def cases_of(op: str, shape: dict[str, int] | None, device: str) -> Iterator[Case]:
-    """Yield the comparisons of one benchmark, on the given shape or its own."""
+def shapes_of(op: str, shape: Sequence[dict[str, int]] | None, suite: str) -> Sequence[dict[str, int]]:
+    """Return the shapes to run a benchmark on: those given, or the suite's."""
     module = importlib.import_module(f"benchmarks.cases.{op}")
-    for chosen in [shape] if shape else module.SHAPES:
-        yield from module.cases(chosen, device)
+    own = getattr(module, "GPU_SHAPES", module.SHAPES) if suite == "gpu" else module.SHAPES
+    return shape or own
+
+
+def cases_of(op: str, shape: dict[str, int], device: str) -> Iterator[Case]:
+    """Yield the comparisons of one benchmark on one shape."""
+    yield from importlib.import_module(f"benchmarks.cases.{op}").cases(shape, device)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,56 +96,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--op", action="append", choices=case_names(), help="which benchmark; repeat for more; all by default"
     )
-    parser.add_argument("--shape", type=shapes.parse, help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K)")
+    parser.add_argument("--suite", choices=SUITES, help="which shapes and device; by default what this machine can do")
+    parser.add_argument(
+        "--shape", action="append", type=shapes.parse, help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K); repeatable"
+    )
     parser.add_argument("--mode", choices=record.MODES, help="forward, backward or both; all by default")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="rounds of interleaved samples")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder the rows are appended in")
     return parser
 
 
-def _run(case: Case, options: argparse.Namespace, console: Any) -> bool:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+def _run(case: Case, options: argparse.Namespace, progress: Any) -> bool:
+    console = progress.console
     checks: dict[str, Check] = {}
     peaks: dict[str, int] = {}
-    with Progress(*columns, console=console, transient=True) as progress:
-        steps = 2 * len(case.providers) + options.samples
-        task = progress.add_task(f"{case.op} {case.mode}", total=steps)
-        for provider in case.providers:
-            checks[provider.name] = case.check(provider.name)
-            progress.advance(task)
-        sound = [p for p in case.providers if checks[p.name].passed]
-        for provider in sound:
-            peaks[provider.name] = peak_bytes(provider.measure_memory or provider.fresh(), options.device)
-            progress.advance(task)
-        ours = case.providers[0].name
-        repeat = ours if checks[ours].passed else None
-        timings: dict[str, Any] = {}
-        for timings in interleave(sound, options.samples, options.device, options.seed, repeat=repeat):  # noqa: B007
-            progress.advance(task)
+    sizes = " ".join(f"{k}={v}" for k, v in case.shape.items())
+    task = progress.add_task(f"{case.op} {case.mode} {sizes}", total=2 * len(case.providers) + options.samples)
+    for provider in case.providers:
+        checks[provider.name] = case.check(provider.name)
+        progress.advance(task)
+    sound = [p for p in case.providers if checks[p.name].passed]
+    for provider in sound:
+        peaks[provider.name] = peak_bytes(provider.measure_memory or provider.fresh(), options.device)
+        progress.advance(task)
+    ours = case.providers[0].name
+    repeat = ours if checks[ours].passed else None
+    timings: dict[str, Any] = {}
+    for timings in interleave(sound, options.samples, options.device, options.seed, repeat=repeat):  # noqa: B007
+        progress.advance(task)
+    progress.remove_task(task)
     records = _records(case, options, timings, checks, peaks)
     path = options.results / f"{case.op}.jsonl"
     for row in records:
         record.append(path, row, checks[row.provider.removesuffix(AGAIN)])
-    console.print(table(records, ours, case.note))
+    bounds = {p.name for p in case.providers if p.bound}
+    console.print(table(records, ours, case.note, bounds))
+    for name, reason in case.missing.items():
+        console.print(f"not measured: {name}: {reason}")
     for name, check in checks.items():
         if not check.passed:
             console.print(f"[red]{name} failed its check and was not timed:[/red] {check.reason}")

@@ -6,12 +6,28 @@ TOKENS = 1024
 # one square weight: the quantiser's benchmark shape
 SQUARE_4096 = {"N": 4096, "K": 4096}
 
-# query and output projections of Llama-3-8B; source: its config.json, hidden_size 4096
-LLAMA_8B_ATTENTION = {"M": TOKENS, "N": 4096, "K": 4096, "R": 16}
-# gate and up projections of Llama-3-8B; source: its config.json, intermediate_size 14336
-LLAMA_8B_GATE = {"M": TOKENS, "N": 14336, "K": 4096, "R": 16}
+# N x K of the quantiser's benchmarks on a GPU: attention of Llama-3-8B, its feed-forward, that of Llama-3-70B
+GPU_WEIGHTS = (SQUARE_4096, {"N": 4096, "K": 14336}, {"N": 8192, "K": 28672})
+
 # small enough for a processor with two cores
 SMALL_LINEAR = {"M": TOKENS, "N": 512, "K": 512, "R": 16}
+SMALL_LINEARS = (
+    *({**SMALL_LINEAR, "M": m} for m in (1, 16, 512, TOKENS)),
+    {**SMALL_LINEAR, "R": 64},
+    {**SMALL_LINEAR, "N": 1408},
+)
+
+# N x K of the linear layers: query and output, key and value, gate and up, down
+# source: config.json of Llama-3-8B (hidden 4096, 8 heads of 128 for keys, feed-forward 14336) and of Llama-3-70B
+# (8192, 8 of 128, 28672)
+LLAMA_3_8B = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+LLAMA_3_70B = ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672))
+LLAMA_3_LINEARS = tuple(
+    {"M": m, "N": n, "K": k, "R": r}
+    for n, k in (*LLAMA_3_8B, *LLAMA_3_70B)
+    for m in (1, 16, 64, 512, 4096, 8192)
+    for r in (8, 16, 64, 256)
+)
 
 # Llama-2-7B; source: its config.json
 LLAMA_2_7B = {

@@ -1,6 +1,6 @@
 """Rows as a table, and whether they bear out what a case claims."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from benchmarks.case import Claim
@@ -8,13 +8,14 @@ from benchmarks.record import Record
 from benchmarks.timing import AGAIN, spread, verdict
 
 
-def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
-    """Return a rich table: provider, median, ratio to the best rival, memory, error.
+def table(records: Sequence[Record], ours: str, note: str = "", bounds: Collection[str] = ()) -> Any:
+    """Return a rich table: provider, median, ratio to the best rival, memory, share of the floor, error.
 
     Args:
         records: the rows of one comparison.
         ours: the provider the others are rivals of.
         note: what the rows' fields leave open.
+        bounds: providers that are lower bounds, no rivals.
     """
     from rich.table import Table
 
@@ -25,18 +26,18 @@ def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
         title = " ".join(t for t in (first.op, first.mode, sizes, first.dtype, note) if t)
     view = Table(title=title, title_justify="left")
     view.add_column("provider")
-    for name in ("median ms", "p20-p80 ms", "best rival / this", "peak MiB", "floor ms", "max error"):
+    for name in ("median ms", "p20-p80 ms", "best rival / this", "peak MiB", "floor / this", "max error"):
         view.add_column(name, justify="right")
     for row in records:
         if row.provider.endswith(AGAIN):
             continue
         view.add_row(
-            row.provider,
+            f"{row.provider} (bound)" if row.provider in bounds else row.provider,
             f"{row.median_ms:.3g}" if row.median_ms < 100 else f"{row.median_ms:.0f}",
             f"{row.p20_ms:.3g}-{row.p80_ms:.3g}",
-            _against_best(row, records, ours),
+            _against_best(row, [r for r in records if r.provider not in bounds], ours),
             "-" if row.peak_mib is None else f"{row.peak_mib:.1f}",
-            "-" if row.floor_ms is None else f"{row.floor_ms:.3g}",
+            "-" if row.floor_ms is None else f"{row.floor_ms / row.median_ms:.0%}",
             f"{row.max_error:.2g}",
         )
     return view

@@ -53,6 +53,7 @@ AT_THRESHOLDS = "test_kernels_quantize.py::test_nf4_quantize_kernel_decides_at_t
 IN_ABSMAX = "test_kernels_quantize.py::test_absmax_kernels_give"
 IN_LINEAR = "test_kernels_lora_linear.py::test_lora_linear_kernels_match_the_formula"
 IN_BACKWARD = "test_kernels_lora_linear.py::test_lora_linear_backward_kernels_match_the_formula"
+IN_TILES = "test_kernels_lora_linear.py::test_low_rank_matmul_kernel_walks_every_tile"
 IN_MASK = "test_kernels_lora_linear.py::test_dropout_in_the_kernels_is_the_references_mask"
 IN_SHRINK = "test_kernels_lora_linear.py::test_shrink_kernel_splits"
 IN_ROWS = "test_kernels_lora_linear.py::test_row_sum_kernel_splits"
@@ -101,7 +102,7 @@ MUTATIONS = (
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
     Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
     Mutation(PRODUCT, "    if HAS_BIAS:", "    if HAS_BIAS and BLOCK_M < 64:", IN_LINEAR),
-    Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_LINEAR),
+    Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_TILES),
     Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
     Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_BACKWARD),

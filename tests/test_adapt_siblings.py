@@ -21,6 +21,8 @@ from lora_core.layers.fused import Fused
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft.*")]
 
 WIDTH = 64
+# just enough to share
+ROWS = 65
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -95,7 +97,7 @@ class Calls(TorchDispatchMode):
 
 
 def inputs(dtype=torch.float32, seed=1):
-    return torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def attention(model):
@@ -160,9 +162,18 @@ def test_an_output_belongs_to_the_tensor_it_was_computed_from(name):
     check(k, x)
     check(v, x)
     with torch.inference_mode():
-        same = torch.ones(2, WIDTH)
+        same = torch.ones(ROWS, WIDTH)
         for layer in (q, k, v):
             check(layer, same)
+
+
+def test_few_rows_are_computed_alone():
+    model = own().eval()
+    lc.fuse(model)
+    for x in (inputs()[:-1], inputs()[0], inputs()[:0]):
+        with Calls() as calls:
+            model(x)
+        assert (calls.together, calls.alone) == (0, 4)
 
 
 def test_siblings_keep_nothing_once_every_output_is_handed_out():
@@ -275,7 +286,7 @@ def test_hooks_on_a_sibling_still_run():
     seen = []
     model.k_proj.register_forward_hook(lambda module, given, out: seen.append(out.shape) or 2 * out)
     doubled = model(inputs())
-    assert seen == [(6, 40)] and not torch.equal(doubled, want)
+    assert seen == [(ROWS, 40)] and not torch.equal(doubled, want)
     # a hook that hands the layer another tensor is obeyed
     model.v_proj.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
     assert not torch.equal(model(inputs()), doubled)
@@ -313,7 +324,7 @@ def test_transformers_attention_and_mlp_share_their_input():
     model = transformers_model()
     lc.add_adapter(model, lc.LoraConfig(r=4, target_modules="all-linear"))
     randomise(model, 0.1)
-    tokens = torch.randint(TINY.vocabulary, (2, 9))
+    tokens = torch.randint(TINY.vocabulary, (5, 13))
     want = model(input_ids=tokens).logits
     report = lc.fuse(model)
     assert len(report.shared) == 2 * TINY.layers

@@ -160,6 +160,7 @@ def test_benchmark_run_records_every_sound_provider(tmp_path, monkeypatch, capsy
     from benchmarks import run
 
     monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
     monkeypatch.setattr(run, "cases_of", lambda *_: iter([planted_case(0.0)]))
     assert run.main(["--samples", "3", "--results", str(tmp_path)]) == 0
     rows = list(read(tmp_path / "planted.jsonl"))
@@ -172,6 +173,7 @@ def test_benchmark_run_neither_times_nor_records_a_wrong_result(tmp_path, monkey
     from benchmarks import run
 
     monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
     monkeypatch.setattr(run, "cases_of", lambda *_: iter([planted_case(0.5)]))
     assert run.main(["--samples", "2", "--results", str(tmp_path)]) == run.FAILED
     assert {r.provider for r in read(tmp_path / "planted.jsonl")} == {"rival"}

@@ -139,6 +139,15 @@ def test_lora_linear_kernels_take_any_strides(m, wider, dtype):
         check_backward(grads, d_y, None, *rest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(131, 200), (200, 131), (1100, 130)])
+def test_low_rank_matmul_kernel_walks_every_tile(m, n, dtype):
+    """Several tiles each way, in groups that are full and in one that is not: an element left out would be NaN."""
+    x, weight, bias, lora_a, lora_b = linear_operands(m, n, 5, 3, dtype, dtype, 0, DEVICE)
+    y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None, path="fused")
+    check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden)
+
+
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0), (2, 3, 4)], ids=str)
 def test_lora_linear_kernels_take_any_leading_dimensions(lead):
     x, weight, bias, lora_a, lora_b = linear_operands(24, 6, 32, 3, torch.float32, torch.float32, 0, DEVICE)

@@ -8,8 +8,10 @@ from typing import Any
 
 from benchmarks.case import Case, Check, Claim, Provider
 from benchmarks.rounding import within_rounding
+from benchmarks.shapes import GPU_WEIGHTS
 
 SHAPES = ({"N": 2048, "K": 2048, "R": 16},)
+GPU_SHAPES = tuple({**shape, "R": 16} for shape in GPU_WEIGHTS)
 
 SCALING = 2.0
 

@@ -10,6 +10,7 @@ from benchmarks.case import Case, Claim, Provider
 from benchmarks.rounding import within_rounding
 
 SHAPES = ({"M": 64, "N": 512, "K": 512, "R": 16},)
+GPU_SHAPES = tuple({"M": m, "N": 4096, "K": 4096, "R": 16} for m in (64, 512, 4096))
 
 ADAPTERS = 15
 

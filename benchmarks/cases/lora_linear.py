@@ -1,44 +1,55 @@
-"""A LoRA linear layer, forward alone and with its backward, beside the same as PyTorch's own operations compute it.
+"""A LoRA linear layer: forward, backward with gradients of x, A and B, and both. bfloat16 on a GPU, float32 on a CPU.
 
-bfloat16 on a GPU, float32 on a CPU. The backward has gradients of x, A and B.
+Beside it PEFT's layer, the formula in plain PyTorch as written ("reference") and under torch.compile ("compiled"), and
+as a lower bound the frozen product alone ("matmul").
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
-from benchmarks.case import Case, Check, Claim, Provider
-from benchmarks.rounding import within_rounding
-from benchmarks.shapes import SMALL_LINEAR
+from benchmarks import modes
+from benchmarks.case import Case, Claim
+from benchmarks.modes import Work
+from benchmarks.peers import why_missing
+from benchmarks.shapes import LLAMA_3_LINEARS, SMALL_LINEARS
 
-SHAPES = (SMALL_LINEAR,)
+SHAPES = SMALL_LINEARS
+GPU_SHAPES = LLAMA_3_LINEARS
 
 SCALING = 2.0
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
-    """Yield the forward and forward with backward for M tokens, W [N, K] and rank R."""
+    """Yield one comparison a mode, for M tokens, W [N, K] and rank R."""
     import torch
+    from torch import nn
 
     import lora_core as lc
+    from lora_core.reference import lora as reference
 
     m, n, k, r = (shape[name] for name in "MNKR")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
-    x, weight, bias, lora_a, lora_b = (
-        torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (n,), (r, k), (n, r))
+    x, weight, bias, lora_a, lora_b, d_y = (
+        torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (n,), (r, k), (n, r), (m, n))
     )
-    leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
+    leaves = (x.requires_grad_(), nn.Parameter(lora_a), nn.Parameter(lora_b))
+    operands = (x, weight, bias, *leaves[1:], SCALING)
+    compiled = torch.compile(reference.lora_linear, dynamic=False)
     layers: dict[str, Callable[..., Any]] = {
         "lora_core": lambda x, a, b: lc.lora_linear(x, weight, bias, a, b, SCALING),
-        "torch": lambda x, a, b: _plain(x, weight, bias, a, b),
+        "reference": lambda x, a, b: reference.lora_linear(x, weight, bias, a, b, SCALING),
+        "compiled": lambda x, a, b: compiled(x, weight, bias, a, b, SCALING),
     }
-    d_y = torch.randn(m, n, device=device).to(dtype)
-    runs = {
-        "fwd": lambda layer: forward(layer, leaves),
-        "fwdbwd": lambda layer: torch.autograd.grad(layer(*leaves), leaves, d_y),
-    }
-    for mode, run in runs.items():
+    missing = why_missing("peft", device)
+    if missing is None:
+        layer = peft_layer(linear_of(weight, bias), leaves[1:], SCALING)
+        layers["peft"] = lambda x, a, b: layer(x)
+    works = {name: Work(run, leaves, modes.lora_truth, operands, m + n + k + r) for name, run in layers.items()}
+    works["matmul"] = Work(
+        lambda x: nn.functional.linear(x, weight, bias), (x,), modes.linear_truth, (x, weight, bias), n + k, bound=True
+    )
+    for mode in modes.MODES:
         moved = x.numel() + weight.numel() + m * n
         yield Case(
             op="lora_linear",
@@ -46,43 +57,41 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
             shape=shape,
             dtype=str(dtype).removeprefix("torch."),
             block_size=None,
-            providers=[Provider(name, partial(run, layer)) for name, layer in layers.items()],
-            check=lambda name, run=run: check(run(layers[name]), (x, weight, bias, lora_a, lora_b), d_y),
-            bytes_moved=dtype.itemsize * moved if mode == "fwd" else None,
-            flops=2 * m * (n * k + r * (n + k)) * (1 if mode == "fwd" else 2),
-            claims=(Claim(against="torch", no_slower=True, no_larger=True),),
+            providers=modes.providers(works, mode, d_y),
+            check=modes.check(works, mode, d_y),
+            bytes_moved=dtype.itemsize * moved * (2 if mode == "fwdbwd" else 1),
+            flops=flops(shape, mode),
+            claims=tuple(Claim(against=name, no_slower=True) for name in works if name in ("reference", "peft")),
             note="bias",
+            missing={} if missing is None else {"peft": missing},
         )
 
 
-def _plain(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any) -> Any:
-    from torch.nn.functional import linear
-
-    return linear(x, weight, bias) + linear(linear(x, lora_a), lora_b) * SCALING
-
-
-def forward(layer: Callable[..., Any], leaves: list[Any]) -> Any:
-    import torch
-
-    with torch.no_grad():
-        return layer(*leaves)
+def flops(shape: dict[str, int], mode: str) -> int:
+    """Operations of a LoRA layer: forward; backward without dW, but with dA and dB."""
+    m, n, k, r = (shape[name] for name in "MNKR")
+    forward, backward = 2 * m * (n * k + r * (n + k)), 2 * m * (n * k + 2 * r * (n + k))
+    return {"fwd": forward, "bwd": backward, "fwdbwd": forward + backward}[mode]
 
 
-def check(result: Any, operands: tuple[Any, ...], d_y: Any) -> Check:
-    """Compare y, or the gradients of x, A and B, with float64; the worst of them counts."""
-    wide = [t.detach().double() for t in operands]
-    if not isinstance(result, tuple):
-        truth, magnitude = (_plain(*(t.abs() if absolute else t for t in wide)) for absolute in (False, True))
-        return within_rounding(result, truth, magnitude, sum(operands[3].shape) + 2, roundings=4)
-    truths, magnitudes = (
-        gradients(*(t.abs() if absolute else t for t in (*wide, d_y.double()))) for absolute in (False, True)
-    )
-    products = len(d_y) + d_y.shape[1] + wide[0].shape[1]
-    checks = [within_rounding(*found, products, roundings=4) for found in zip(result, truths, magnitudes, strict=True)]
-    return max(checks, key=lambda check: (not check.passed, check.max_error))
+def linear_of(weight: Any, bias: Any) -> Any:
+    """Return nn.Linear with these tensors, frozen."""
+    from torch import nn
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
 
 
-def gradients(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, d_y: Any) -> tuple[Any, Any, Any]:
-    """Return the gradients of x, A and B for G = d_y, in whatever dtype the operands have."""
-    d_s = SCALING * d_y @ lora_b
-    return d_y @ weight + d_s @ lora_a, d_s.T @ x, SCALING * d_y.T @ (x @ lora_a.T)
+def peft_layer(base: Any, pair: tuple[Any, Any], scaling: float) -> Any:
+    """Return PEFT's LoRA on a layer, with these two parameters as A and B."""
+    import peft
+    from torch import nn
+
+    rank = len(pair[0])
+    config = peft.LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=["0"])
+    layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    layer.lora_A["default"].weight, layer.lora_B["default"].weight = pair
+    return layer

@@ -1,20 +1,21 @@
 """Query, key and value of one x, as LoRA linear layers that read it once, beside the same layers one by one.
 
-W is [N, K] in each of the three. bfloat16 on a GPU, float32 on a CPU. The backward has gradients of x and of every A
-and B.
+W is [N, K] in each of the three; their outputs are put side by side. bfloat16 on a GPU, float32 on a CPU. The backward
+has gradients of x and of every A and B.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.case import Case, Check, Claim, Provider
-from benchmarks.cases import lora_linear
-from benchmarks.cases.lora_linear import SCALING, forward
-from benchmarks.rounding import within_rounding
+from benchmarks import modes
+from benchmarks.case import Case, Claim
+from benchmarks.cases.lora_linear import SCALING, flops
+from benchmarks.modes import Work
 from benchmarks.shapes import SMALL_LINEAR
 
 SHAPES = (SMALL_LINEAR,)
+GPU_SHAPES = tuple({"M": m, "N": 4096, "K": 4096, "R": 16} for m in (1, 16, 512, 4096, 8192))
 
 LAYERS = 3
 
@@ -25,6 +26,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
 
     import lora_core as lc
     from lora_core.ops.lora_linears import Layer, lora_linears
+    from lora_core.reference import lora as reference
 
     m, n, k, r = (shape[name] for name in "MNKR")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -33,26 +35,25 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     weights, lora_as, lora_bs = (
         [torch.randn(*size, device=device).to(dtype) for _ in range(LAYERS)] for size in ((n, k), (r, k), (n, r))
     )
-    leaves = [t.requires_grad_() for t in (x, *lora_as, *lora_bs)]
+    leaves = tuple(t.requires_grad_() for t in (x, *lora_as, *lora_bs))
 
     def together(x: Any, *pairs: Any) -> Any:
         pieces = zip(weights, pairs[:LAYERS], pairs[LAYERS:], strict=True)
-        return lora_linears(x, [Layer(w, None, a, b, SCALING) for w, a, b in pieces])
+        return torch.cat(lora_linears(x, [Layer(w, None, a, b, SCALING) for w, a, b in pieces]), 1)
 
     def alone(layer: Callable[..., Any], x: Any, *pairs: Any) -> Any:
-        return [layer(x, w, a, b) for w, a, b in zip(weights, pairs[:LAYERS], pairs[LAYERS:], strict=True)]
+        pieces = zip(weights, pairs[:LAYERS], pairs[LAYERS:], strict=True)
+        return torch.cat([layer(x, w, a, b) for w, a, b in pieces], 1)
 
     models: dict[str, Callable[..., Any]] = {
         "lora_core": together,
         "lora_linear": partial(alone, lambda x, w, a, b: lc.lora_linear(x, w, None, a, b, SCALING)),
-        "torch": partial(alone, _plain),
+        "torch": partial(alone, lambda x, w, a, b: reference.lora_linear(x, w, None, a, b, SCALING)),
     }
-    d_ys = [torch.randn(m, n, device=device).to(dtype) for _ in range(LAYERS)]
-    runs = {
-        "fwd": lambda model: forward(model, leaves),
-        "fwdbwd": lambda model: torch.autograd.grad(model(*leaves), leaves, d_ys),
-    }
-    for mode, run in runs.items():
+    operands = (x, *weights, *leaves[1:])
+    works = {name: Work(model, leaves, _truth, operands, LAYERS * (m + n) + k + r) for name, model in models.items()}
+    d_ys = torch.randn(m, LAYERS * n, device=device).to(dtype)
+    for mode in modes.MODES:
         moved = x.numel() + LAYERS * (weights[0].numel() + m * n)
         yield Case(
             op="lora_linears",
@@ -60,41 +61,26 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
             shape=shape,
             dtype=str(dtype).removeprefix("torch."),
             block_size=None,
-            providers=[Provider(name, partial(run, model)) for name, model in models.items()],
-            check=lambda name, run=run: _check(run(models[name]), x, weights, lora_as, lora_bs, d_ys),
-            bytes_moved=dtype.itemsize * moved if mode == "fwd" else None,
-            flops=2 * LAYERS * m * (n * k + r * (n + k)) * (1 if mode == "fwd" else 2),
+            providers=modes.providers(works, mode, d_ys),
+            check=modes.check(works, mode, d_ys),
+            bytes_moved=dtype.itemsize * moved * (2 if mode == "fwdbwd" else 1),
+            flops=LAYERS * flops(shape, mode),
             claims=(Claim(against="lora_linear", no_slower=True), Claim(against="torch", no_slower=True)),
             note=f"{LAYERS} layers",
         )
 
 
-def _plain(x: Any, weight: Any, lora_a: Any, lora_b: Any) -> Any:
-    from torch.nn.functional import linear
-
-    return linear(x, weight) + linear(linear(x, lora_a), lora_b) * SCALING
-
-
-def _check(result: Any, x: Any, weights: Any, lora_as: Any, lora_bs: Any, d_ys: Any) -> Check:
-    """Compare every y, or the gradients of x and of every pair, with float64; the worst of them counts."""
+def _truth(x: Any, *rest: Any) -> Any:
+    """Return every y side by side, or with d_y the gradients of x and of every A and B."""
     import torch
 
-    operands = [(x, w, torch.zeros_like(w[:, 0]), a, b) for w, a, b in zip(weights, lora_as, lora_bs, strict=True)]
-    if not isinstance(result, tuple):
-        checks = [lora_linear.check(y, own, None) for y, own in zip(result, operands, strict=True)]
-        return max(checks, key=lambda check: (not check.passed, check.max_error))
-    found = [
-        [
-            lora_linear.gradients(*(t.abs() if absolute else t for t in (t.detach().double() for t in (*own, d_y))))
-            for own, d_y in zip(operands, d_ys, strict=True)
-        ]
-        for absolute in (False, True)
+    *tensors, d_ys = rest
+    weights, lora_as, lora_bs = (tensors[i : i + LAYERS] for i in range(0, 3 * LAYERS, LAYERS))
+    d_each = [None] * LAYERS if d_ys is None else d_ys.chunk(LAYERS, 1)
+    each = [
+        modes.lora_truth(x, w, None, a, b, SCALING, d_y)
+        for w, a, b, d_y in zip(weights, lora_as, lora_bs, d_each, strict=True)
     ]
-    truths, magnitudes = (
-        [sum(d_x for d_x, _, _ in each), *(a for _, a, _ in each), *(b for _, _, b in each)] for each in found
-    )
-    products = LAYERS * (len(x) + d_ys[0].shape[1]) + x.shape[1]
-    checks = [
-        within_rounding(*each, products, roundings=4 + LAYERS) for each in zip(result, truths, magnitudes, strict=True)
-    ]
-    return max(checks, key=lambda check: (not check.passed, check.max_error))
+    if d_ys is None:
+        return torch.cat(each, 1)
+    return sum(d_x for d_x, _, _ in each), *(a for _, a, _ in each), *(b for _, _, b in each)

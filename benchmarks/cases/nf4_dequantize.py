@@ -1,20 +1,29 @@
-"""Dequantising an NF4 weight with double-quantised scales to bf16, beside bitsandbytes. The shape is N x K."""
+"""Dequantising an NF4 weight with double-quantised scales to bf16. The shape is N x K.
+
+Beside it bitsandbytes, torchao (a format of its own), plain PyTorch ("reference"), and as a lower bound a copy of the
+dense weight's size ("copy").
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.case import Case, Check, Claim, Provider
-from benchmarks.shapes import SQUARE_4096
+from benchmarks import peers
+from benchmarks.case import Case, Check, Claim
+from benchmarks.cases.nf4_lora_linear import torchao_weight
+from benchmarks.llama import bitsandbytes_weight
+from benchmarks.shapes import GPU_WEIGHTS, SQUARE_4096
 
 SHAPES = (SQUARE_4096,)
+GPU_SHAPES = GPU_WEIGHTS
 
 BLOCK_SIZE = 64
+# how far the quantisation errors of two NF4 formats may differ: they round scales, not codes, in ways of their own
+OWN_FORMAT = 0.05
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
-    """Yield the one comparison: both read the same packed bytes."""
-    import bitsandbytes.functional as bnb
+    """Yield the one comparison: all but torchao read the same packed bytes."""
     import torch
 
     import lora_core as lc
@@ -23,27 +32,50 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     torch.manual_seed(0)
     weight = torch.randn(shape["N"], shape["K"], device=device, dtype=torch.bfloat16)
     ours = lc.quantize_nf4(weight, block_size=BLOCK_SIZE)
-    packed = ours.to_bitsandbytes()
-    state = bnb.QuantState.from_dict(
-        {k.removeprefix("weight."): v for k, v in packed.items() if k != "weight"}, device=torch.device(device)
-    )
-    truth = reference.nf4.nf4_dequantize(
-        ours.codes, ours.absmax, ours.nested_absmax, ours.nested_offset, ours.shape, weight.dtype, BLOCK_SIZE
-    )
+    fields = (ours.codes, ours.absmax, ours.nested_absmax, ours.nested_offset, ours.shape, weight.dtype, BLOCK_SIZE)
+    truth = reference.nf4.nf4_dequantize(*fields)
     n = weight.numel()
-    runs = {"lora_core": ours.dequantize, "bitsandbytes": lambda: bnb.dequantize_4bit(packed["weight"], state)}
+    plain = {"lora_core": ours.dequantize, "reference": lambda: reference.nf4.nf4_dequantize(*fields)}
+    rivals = {
+        "bitsandbytes": lambda: _bitsandbytes(ours),
+        "torchao": lambda: torchao_weight(weight).get_original_weight,
+    }
+    runs, missing = peers.providers(plain, rivals, device)
+    runs["copy"] = truth.clone
     yield Case(
         op="nf4_dequantize",
         mode="fwd",
         shape=shape,
         dtype="bfloat16",
         block_size=BLOCK_SIZE,
-        providers=[Provider(name, run) for name, run in runs.items()],
-        check=lambda name: _check(runs[name](), truth),
+        providers=peers.listed(runs, bounds=("copy",)),
+        check=lambda name: (
+            own_format(runs[name](), weight, truth) if name == "torchao" else _check(runs[name](), truth)
+        ),
         # codes, scales' codes and second scales read; weights written
         bytes_moved=n // 2 + n // BLOCK_SIZE + 4 * math.ceil(n / BLOCK_SIZE / 256) + 2 * n,
-        claims=(Claim(against="bitsandbytes", speed=0.5),),
+        claims=(
+            Claim(against="bitsandbytes", no_slower=True) if device == "cpu" else Claim("bitsandbytes", speed=1.5),
+        ),
         note="double quantised",
+        missing=missing,
+    )
+
+
+def _bitsandbytes(q: Any) -> Callable[[], Any]:
+    from bitsandbytes.functional import dequantize_4bit
+
+    codes, state = bitsandbytes_weight(q)
+    return lambda: dequantize_4bit(codes, state)
+
+
+def own_format(dense: Any, weight: Any, truth: Any) -> Check:
+    """Demand of a format of its own that its error against the weight be this format's, but for 5% of its rms."""
+    error, ours = ((t.double() - weight.double()).square().mean().sqrt() for t in (dense, truth))
+    ratio = float(error / ours)
+    largest = float((dense.double() - truth.double()).abs().max())
+    return Check(
+        abs(ratio - 1) < OWN_FORMAT, largest, float(error), f"quantisation error {ratio:.3f} times this format's"
     )
 
 

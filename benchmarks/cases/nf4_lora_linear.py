@@ -1,29 +1,36 @@
-"""LoRA on a frozen NF4 weight with double-quantised scales, beside bitsandbytes' 4-bit product and a plain adapter.
+"""LoRA on a frozen NF4 weight with double-quantised scales: forward, backward (x, A and B), and both.
 
-bfloat16 on a GPU, float32 on a CPU. The backward has gradients of x, A and B.
+bfloat16 on a GPU, float32 on a CPU. Beside it bitsandbytes' 4-bit product with two products for the adapter, PEFT's
+layer on bitsandbytes' Linear4bit, torchao's NF4 tensor likewise, the formula in plain PyTorch as written ("reference")
+and under torch.compile ("compiled"), and as a lower bound the product with a dense weight ("matmul").
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
-from benchmarks.case import Case, Claim, Provider
-from benchmarks.cases.lora_linear import SCALING, check, forward
-from benchmarks.shapes import SMALL_LINEAR
+from benchmarks import modes
+from benchmarks.case import Case, Claim
+from benchmarks.cases.lora_linear import SCALING, flops, peft_layer
+from benchmarks.llama import bitsandbytes_weight, linear4bit
+from benchmarks.modes import Work
+from benchmarks.peers import providers
+from benchmarks.shapes import LLAMA_3_LINEARS, SMALL_LINEARS
 
-SHAPES = ({**SMALL_LINEAR, "M": 1}, SMALL_LINEAR)
+SHAPES = SMALL_LINEARS
+GPU_SHAPES = LLAMA_3_LINEARS
 
 BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
-    """Yield the forward and forward with backward for M tokens, W [N, K] and rank R."""
-    import bitsandbytes as bnb
-    import bitsandbytes.functional
+    """Yield one comparison a mode, for M tokens, W [N, K] and rank R."""
     import torch
-    from torch.nn.functional import linear
+    from torch import nn
 
     import lora_core as lc
+    from lora_core import reference
+    from lora_core.reference import lora
 
     m, n, k, r = (shape[name] for name in "MNKR")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -31,38 +38,98 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     x, weight, bias, lora_a, lora_b, d_y = (
         torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (n,), (r, k), (n, r), (m, n))
     )
-    leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
+    leaves = (x.requires_grad_(), nn.Parameter(lora_a), nn.Parameter(lora_b))
     q = lc.quantize_nf4(weight, block_size=BLOCK_SIZE)
-    packed = q.to_bitsandbytes()
-    state = bnb.functional.QuantState.from_dict(
-        {name.removeprefix("weight."): t for name, t in packed.items() if name != "weight"}, torch.device(device)
-    )
-
-    def peer(x: Any, a: Any, b: Any) -> Any:
-        base = bnb.matmul_4bit(x, packed["weight"].t(), bias=bias, quant_state=state)
-        return base + linear(linear(x, a), b) * SCALING
-
-    layers: dict[str, Callable[..., Any]] = {
-        "lora_core": lambda x, a, b: lc.nf4_lora_linear(x, q, bias, a, b, SCALING),
-        "bitsandbytes": peer,
-    }
-    runs = {
-        "fwd": lambda layer: forward(layer, leaves),
-        "fwdbwd": lambda layer: torch.autograd.grad(layer(*leaves), leaves, d_y),
-    }
     dense = q.dequantize(dtype)
-    for mode, run in runs.items():
+
+    def written(x: Any, a: Any, b: Any) -> Any:
+        w = reference.nf4.nf4_dequantize(
+            q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, dtype, BLOCK_SIZE
+        )
+        return lora.lora_linear(x, w, bias, a, b, SCALING)
+
+    ours = {
+        "lora_core": lambda x, a, b: lc.nf4_lora_linear(x, q, bias, a, b, SCALING),
+        "reference": written,
+        "compiled": torch.compile(written, dynamic=False),
+    }
+    peers = {
+        "bitsandbytes": lambda: _bitsandbytes(q, bias),
+        "peft on bitsandbytes": lambda: _peft(linear4bit(q, dtype, bias), leaves[1:]),
+        "torchao": lambda: _torchao(weight, bias),
+    }
+    layers, missing = providers(ours, peers, device)
+    works = {
+        name: Work(
+            layer,
+            leaves,
+            modes.lora_truth,
+            # torchao rounds its scales in a way of its own
+            (x, _torchao_dense(weight) if name == "torchao" else dense, bias, *leaves[1:], SCALING),
+            m + n + k + r,
+        )
+        for name, layer in layers.items()
+    }
+    works["matmul"] = Work(
+        lambda x: nn.functional.linear(x, dense, bias), (x,), modes.linear_truth, (x, dense, bias), n + k, bound=True
+    )
+    for mode in modes.MODES:
+        # codes, scales and second scales read, for either direction
+        moved = n * k // 2 + n * k // BLOCK_SIZE + dtype.itemsize * m * (n + k)
         yield Case(
             op="nf4_lora_linear",
             mode=mode,
             shape=shape,
             dtype=str(dtype).removeprefix("torch."),
             block_size=BLOCK_SIZE,
-            providers=[Provider(name, partial(run, layer)) for name, layer in layers.items()],
-            check=lambda name, run=run: check(run(layers[name]), (x, dense, bias, lora_a, lora_b), d_y),
-            # codes, scales and second scales read
-            bytes_moved=n * k // 2 + n * k // BLOCK_SIZE + dtype.itemsize * m * (n + k) if mode == "fwd" else None,
-            flops=2 * m * (n * k + r * (n + k)) * (1 if mode == "fwd" else 2),
-            claims=(Claim(against="bitsandbytes", no_slower=True),),
+            providers=modes.providers(works, mode, d_y),
+            check=modes.check(works, mode, d_y),
+            bytes_moved=moved * (2 if mode == "fwdbwd" else 1),
+            flops=flops(shape, mode),
+            claims=tuple(
+                Claim(against=name, no_slower=True)
+                for name in ("bitsandbytes", "peft on bitsandbytes")
+                if name in works
+            ),
             note="double quantised, bias",
+            missing=missing,
         )
+
+
+def _bitsandbytes(q: Any, bias: Any) -> Callable[..., Any]:
+    import bitsandbytes as bnb
+    from torch.nn.functional import linear
+
+    codes, state = bitsandbytes_weight(q)
+
+    def run(x: Any, a: Any, b: Any) -> Any:
+        return bnb.matmul_4bit(x, codes.t(), bias=bias, quant_state=state) + linear(linear(x, a), b) * SCALING
+
+    return run
+
+
+def _peft(base: Any, pair: tuple[Any, Any]) -> Callable[..., Any]:
+    layer = peft_layer(base, pair, SCALING)
+    return lambda x, a, b: layer(x)
+
+
+def _torchao(weight: Any, bias: Any) -> Callable[..., Any]:
+    from torch.nn.functional import linear
+
+    w = torchao_weight(weight)
+
+    def run(x: Any, a: Any, b: Any) -> Any:
+        return linear(x, w) + bias + linear(linear(x, a), b) * SCALING
+
+    return run
+
+
+def torchao_weight(weight: Any) -> Any:
+    """Return torchao's NF4 tensor of a weight; its scales are 8-bit integers of its own kind."""
+    from torchao.quantization import to_nf4
+
+    return to_nf4(weight.detach(), BLOCK_SIZE, NESTED_BLOCK_SIZE)
+
+
+def _torchao_dense(weight: Any) -> Any:
+    return torchao_weight(weight).get_original_weight()

@@ -11,9 +11,9 @@ from lora_core.errors import LoraCoreError
 
 def bench(
     op: Annotated[list[str] | None, typer.Option(help="Which benchmark; repeat for more; all by default.")] = None,
+    suite: Annotated[str | None, typer.Option(help="cpu, gpu or static; by default what this machine can do.")] = None,
     shape: Annotated[str | None, typer.Option(help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K).")] = None,
     mode: Annotated[str | None, typer.Option(help="fwd, bwd or fwdbwd; all by default.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     samples: Annotated[int | None, typer.Option(help="Rounds of interleaved samples.")] = None,
     results: Annotated[str | None, typer.Option(help="Folder the rows are appended in.")] = None,
 ) -> None:
@@ -23,7 +23,7 @@ def bench(
 
     root = checkout_root()
     arguments = [part for name in op or [] for part in ("--op", name)]
-    options = {"shape": shape, "mode": mode, "device": device, "samples": samples, "results": results}
+    options = {"suite": suite, "shape": shape, "mode": mode, "samples": samples, "results": results}
     for name, value in options.items():
         if value is not None:
             arguments += [f"--{name}", str(value)]

@@ -2,7 +2,8 @@
 
 Query, key and value of an attention, gate and up of an MLP: together they read x once (ops/lora_linears.py). Each
 layer is still called and still returns its own output, so that hooks, names and the parent's code stay as they are.
-An output is handed out only for the very tensor it was computed from; for any other the layer computes alone.
+An output is handed out only for the very tensor it was computed from; for any other, and for few rows, a layer computes
+alone.
 """
 
 import weakref
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.lora_linears import Layer, lora_linears
+
+# putting all A on top of each other costs what reading x costs for as many rows as there are ranks: with few rows, as
+# when one token is generated, every layer is on its own
+FEW_ROWS = 64
 
 
 class Term(NamedTuple):
@@ -49,8 +54,10 @@ class Siblings:
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return what layer makes of x if it can be had for all at once, else None."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not x.dim():
             # what is held between two calls is no part of a graph
+            return None
+        if x.numel() <= FEW_ROWS * x.shape[-1]:
             return None
         members = self.members
         if layer is members[0]:

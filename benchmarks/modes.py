@@ -1,0 +1,101 @@
+"""A layer's forward, its backward, or both, as the work of a provider; and whether its result is right."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.case import Check, Provider
+from benchmarks.rounding import within_rounding
+
+MODES = ("fwd", "bwd", "fwdbwd")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A layer that one provider runs.
+
+    Args:
+        layer: takes the leaves, returns y.
+        leaves: what gradients are taken of.
+        truth: in float64 and of absolute values likewise: takes the operands and d_y (None for the forward) and
+            returns y, or the gradients of the leaves.
+        operands: what truth takes, in the dtype that the layer has them in.
+        products: summed in float32 for one element of any result.
+        bound: whether it is a lower bound, as in Provider.
+    """
+
+    layer: Callable[..., Any]
+    leaves: tuple[Any, ...]
+    truth: Callable[..., Any]
+    operands: tuple[Any, ...]
+    products: int
+    bound: bool = False
+
+
+# results inside a layer's formula that are rounded to its dtype: base product, hidden state, update, scaling, sum
+ROUNDINGS = 5
+
+
+def providers(works: Mapping[str, Work], mode: str, d_y: Any) -> list[Provider]:
+    """Return the works in one mode."""
+    return [_provider(name, work, mode, d_y) for name, work in works.items()]
+
+
+def _provider(name: str, work: Work, mode: str, d_y: Any) -> Provider:
+    import torch
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return work.layer(*work.leaves)
+
+    def backward(y: Any) -> Any:
+        return torch.autograd.grad(y, work.leaves, d_y)
+
+    if mode == "fwd":
+        return Provider(name, forward, bound=work.bound)
+    if mode == "bwd":
+        return Provider(name, backward, prepare=lambda: work.layer(*work.leaves), bound=work.bound)
+    return Provider(name, lambda: backward(work.layer(*work.leaves)), bound=work.bound)
+
+
+def check(works: Mapping[str, Work], mode: str, d_y: Any) -> Callable[[str], Check]:
+    """Return what compares a provider's result in this mode with the truth; of several tensors the worst counts."""
+
+    def compare(name: str) -> Check:
+        work = works[name]
+        given = None if mode == "fwd" else d_y
+        got = _provider(name, work, mode, d_y).fresh()()
+        truth, magnitude = (
+            work.truth(*(_wide(t, absolute) for t in work.operands), _wide(given, absolute))
+            for absolute in (False, True)
+        )
+        if given is None:
+            got, truth, magnitude = (got,), (truth,), (magnitude,)
+        found = [within_rounding(*each, work.products, ROUNDINGS) for each in zip(got, truth, magnitude, strict=True)]
+        return max(found, key=lambda c: (not c.passed, c.max_error))
+
+    return compare
+
+
+def _wide(t: Any, absolute: bool) -> Any:
+    if t is None or isinstance(t, float):
+        return t
+    wide = t.detach().double()
+    return wide.abs() if absolute else wide
+
+
+def lora_truth(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: float, d_y: Any) -> Any:
+    """Return y of a LoRA linear layer, or with d_y the gradients of x, A and B."""
+    hidden = x @ lora_a.T
+    if d_y is None:
+        y = x @ weight.T + scaling * hidden @ lora_b.T
+        return y if bias is None else y + bias
+    d_s = scaling * d_y @ lora_b
+    return d_y @ weight + d_s @ lora_a, d_s.T @ x, scaling * d_y.T @ hidden
+
+
+def linear_truth(x: Any, weight: Any, bias: Any, d_y: Any) -> Any:
+    """Return y of a linear layer, or with d_y the gradient of x."""
+    if d_y is not None:
+        return (d_y @ weight,)
+    return x @ weight.T if bias is None else x @ weight.T + bias

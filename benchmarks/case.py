@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+# providers that do only what no implementation can leave out: lower bounds, no rivals
+BOUNDS = ("matmul", "copy")
+
 
 class CheckError(AssertionError):
     """A provider's result is out of tolerance, or was never checked."""
@@ -44,14 +47,12 @@ class Provider:
         run: one sample; without arguments, or taking what `prepare` returns.
         prepare: run before every sample, not timed.
         measure_memory: what to run for the peak memory, where that is not `run`.
-        bound: whether it does only a part of the work that no implementation can leave out: a lower bound, no rival.
     """
 
     name: str
     run: Callable[..., Any]
     prepare: Callable[[], Any] | None = None
     measure_memory: Callable[[], Any] | None = None
-    bound: bool = False
 
     def fresh(self) -> Callable[[], Any]:
         """Return the work of one sample as a function without arguments."""

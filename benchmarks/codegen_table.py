@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.codegen import ARCHITECTURES, KERNELS, Compiled, compile_variant, variants_of
+from benchmarks.markers import rewrite, row
 
 README = KERNELS / "README.md"
-BEGIN = "<!-- begin: written by python -m benchmarks.codegen_table -->"
-END = "<!-- end -->"
+COMMAND = "python -m benchmarks.codegen_table"
 
 # configurations of each kernel that stand for the rest, the most used one first
 SAMPLE = {
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile the sample and rewrite the table."""
     import triton
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen_table", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--readme", type=Path, default=README, help="the file whose table is written")
     readme = parser.parse_args(arguments).readme
     rows = []
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = {variant.name: variant for variant in variants_of(kernel)}
         for name in names:
             rows += [compile_variant(kernel, known[name], arch) for arch in ARCHITECTURES]
-    readme.write_text(replaced(readme.read_text(encoding="utf-8"), table(rows, triton.__version__)), encoding="utf-8")
+    rewrite(readme, COMMAND, table(rows, triton.__version__))
     return 0
 
 
@@ -64,8 +64,8 @@ def table(rows: Iterable[Compiled], triton_version: str) -> str:
     """Return the rows as a Markdown table that says which compiler made them."""
     head = ("kernel", "configuration", "sm", "registers", "spilled bytes", "shared KiB", "instructions")
     head += ("per element", "matrix", "16-byte loads", "16-byte stores")
-    lines = [f"Compiled by Triton {triton_version}.", "", _line(head), _line(["---"] * len(head))]
-    return "\n".join([*lines, *(_line(_cells(row)) for row in rows)])
+    lines = [f"Compiled by Triton {triton_version}.", "", row([*head]), row(["---"] * len(head))]
+    return "\n".join([*lines, *(row(_cells(found)) for found in rows)])
 
 
 def _cells(row: Compiled) -> list[str]:
@@ -84,22 +84,6 @@ def _cells(row: Compiled) -> list[str]:
         str(loads),
         str(row.accesses.get("STG.128", 0)),
     ]
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def replaced(text: str, new: str) -> str:
-    """Return a file's text with what stands between the markers replaced.
-
-    Raises:
-        ValueError: if the markers are not there, once each and in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{README.name}: want one line {BEGIN} and below it one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

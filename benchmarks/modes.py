@@ -21,7 +21,6 @@ class Work:
             returns y, or the gradients of the leaves.
         operands: what truth takes, in the dtype that the layer has them in.
         products: summed in float32 for one element of any result.
-        bound: whether it is a lower bound, as in Provider.
     """
 
     layer: Callable[..., Any]
@@ -29,7 +28,6 @@ class Work:
     truth: Callable[..., Any]
     operands: tuple[Any, ...]
     products: int
-    bound: bool = False
 
 
 # results inside a layer's formula that are rounded to its dtype: base product, hidden state, update, scaling, sum
@@ -52,10 +50,10 @@ def _provider(name: str, work: Work, mode: str, d_y: Any) -> Provider:
         return torch.autograd.grad(y, work.leaves, d_y)
 
     if mode == "fwd":
-        return Provider(name, forward, bound=work.bound)
+        return Provider(name, forward)
     if mode == "bwd":
-        return Provider(name, backward, prepare=lambda: work.layer(*work.leaves), bound=work.bound)
-    return Provider(name, lambda: backward(work.layer(*work.leaves)), bound=work.bound)
+        return Provider(name, backward, prepare=lambda: work.layer(*work.leaves))
+    return Provider(name, lambda: backward(work.layer(*work.leaves)))
 
 
 def check(works: Mapping[str, Work], mode: str, d_y: Any) -> Callable[[str], Check]:

@@ -5,8 +5,6 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.case import Provider
-
 # how to get each, and whether it needs a GPU; source: their installation pages
 INSTALL = {
     "bitsandbytes": "pip install bitsandbytes",
@@ -54,8 +52,3 @@ def providers(
         else:
             missing[name] = reason
     return works, missing
-
-
-def listed(works: Mapping[str, Callable[..., Any]], bounds: tuple[str, ...] = ()) -> list[Provider]:
-    """Return works as providers; those named in bounds are lower bounds."""
-    return [Provider(name, run, bound=name in bounds) for name, run in works.items()]

@@ -11,7 +11,7 @@ from benchmarks.case import Check, CheckError
 
 SCHEMA = 1
 MODES = ("fwd", "bwd", "fwdbwd")
-DIMENSIONS = ("M", "N", "K", "R")
+DIMENSIONS = ("M", "N", "K", "R", "G")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,7 +50,7 @@ class Record:
         op: the operation's name.
         provider: who did the work; " (again)" marks the same code in a second slot of the same run.
         mode: "fwd", "bwd" or "fwdbwd".
-        shape: M tokens, N out, K in, R rank; those that apply.
+        shape: M tokens, N out, K in, R rank, G adapters of one batch; those that apply.
         dtype: of the inputs.
         block_size: elements sharing a scale.
         median_ms: median time of a sample.

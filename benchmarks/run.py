@@ -6,6 +6,7 @@ is one, else "cpu"; "static" needs neither and predicts from the compiled kernel
 """
 
 import argparse
+import dataclasses
 import importlib
 import os
 import sys
@@ -56,16 +57,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if suite == "gpu" and not _has_gpu():
         sys.stderr.write("benchmarks.run: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
         return FAILED
-    jobs = [(op, shape) for op in options.op or case_names() for shape in shapes_of(op, options.shape, suite)]
+    if options.sweep:
+        jobs = [(op, shape) for op, shape in shapes.sweep(options.sweep, suite) if op in (options.op or [op])]
+    else:
+        jobs = [(op, shape) for op in options.op or case_names() for shape in shapes_of(op, options.shape, suite)]
     sound = True
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         whole = progress.add_task(f"{suite} suite", total=len(jobs))
         for op, shape in jobs:
             for case in cases_of(op, shape, options.device):
                 if options.mode is None or case.mode == options.mode:
-                    sound &= _run(case, options, progress)
+                    sound &= _run(_chosen(case, options.provider), options, progress)
             progress.advance(whole)
     return 0 if sound else FAILED
+
+
+def _chosen(case: Case, providers: Sequence[str] | None) -> Case:
+    """Return the case with these providers only, its first, and the claims about them."""
+    if providers is None:
+        return case
+    kept = [p for i, p in enumerate(case.providers) if i == 0 or p.name in providers]
+    claims = tuple(c for c in case.claims if not c.against or c.against in {p.name for p in kept})
+    return dataclasses.replace(case, providers=kept, claims=claims)
 
 
 def _has_gpu() -> bool:
@@ -100,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape", action="append", type=shapes.parse, help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K); repeatable"
     )
+    parser.add_argument(
+        "--sweep", choices=shapes.SWEEPS, help="instead: how the cost grows with tokens M, rank R, adapters G, model K"
+    )
+    parser.add_argument("--provider", action="append", help="measure these only, and this library; repeat for more")
     parser.add_argument("--mode", choices=record.MODES, help="forward, backward or both; all by default")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="rounds of interleaved samples")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
@@ -130,8 +147,7 @@ def _run(case: Case, options: argparse.Namespace, progress: Any) -> bool:
     path = options.results / f"{case.op}.jsonl"
     for row in records:
         record.append(path, row, checks[row.provider.removesuffix(AGAIN)])
-    bounds = {p.name for p in case.providers if p.bound}
-    console.print(table(records, ours, case.note, bounds))
+    console.print(table(records, ours, case.note))
     for name, reason in case.missing.items():
         console.print(f"not measured: {name}: {reason}")
     for name, check in checks.items():

@@ -29,6 +29,25 @@ LLAMA_3_LINEARS = tuple(
     for r in (8, 16, 64, 256)
 )
 
+# what a sweep varies: the benchmark, its sizes on a processor and on a GPU, and all else that stays
+SWEEPS = {
+    "M": ("lora_linear", [4**i for i in range(8)], [4**i for i in range(8)], {"N": 512, "K": 512, "R": 16}),
+    "R": ("lora_linear", [2**i for i in range(9)], [2**i for i in range(9)], {"M": 512, "N": 512, "K": 512}),
+    "G": ("grouped_lora", [4**i for i in range(5)], [4**i for i in range(5)], {"M": 256, "N": 512, "K": 512, "R": 8}),
+    "K": ("training_step", [64, 128, 256, 512, 1024], [256, 512, 1024, 2048, 4096, 8192], {"M": 256, "R": 16}),
+}
+# on a GPU a layer is that of Llama-3-8B
+GPU_LAYER = {"N": 4096, "K": 4096}
+
+
+def sweep(name: str, suite: str) -> list[tuple[str, dict[str, int]]]:
+    """Return the benchmark and shape of every point of a sweep."""
+    op, on_cpu, on_gpu, rest = SWEEPS[name]
+    if suite == "gpu":
+        rest = {**rest, **{k: v for k, v in GPU_LAYER.items() if k in rest}}
+    return [(op, {**rest, name: size}) for size in (on_gpu if suite == "gpu" else on_cpu)]
+
+
 # Llama-2-7B; source: its config.json
 LLAMA_2_7B = {
     "vocab_size": 32000,
@@ -70,6 +89,8 @@ def parse(text: str) -> dict[str, int]:
             shape = {"N": int(n), "K": int(k)}
     except ValueError as error:
         raise ValueError(f"shape {text!r} is not understood; write M=1024,N=512,K=512,R=16 or 4096x4096") from error
-    if not set(shape) <= {"M", "N", "K", "R"} or min(shape.values()) < 1:
-        raise ValueError(f"shape {text!r}: want positive numbers under M (tokens), N (out), K (in), R (rank)")
+    if not set(shape) <= {"M", "N", "K", "R", "G"} or min(shape.values()) < 1:
+        raise ValueError(
+            f"shape {text!r}: want positive numbers under M (tokens), N (out), K (in), R (rank), G (adapters)"
+        )
     return shape

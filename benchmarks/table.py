@@ -1,21 +1,20 @@
 """Rows as a table, and whether they bear out what a case claims."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.case import Claim
+from benchmarks.case import BOUNDS, Claim
 from benchmarks.record import Record
 from benchmarks.timing import AGAIN, spread, verdict
 
 
-def table(records: Sequence[Record], ours: str, note: str = "", bounds: Collection[str] = ()) -> Any:
+def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
     """Return a rich table: provider, median, ratio to the best rival, memory, share of the floor, error.
 
     Args:
         records: the rows of one comparison.
         ours: the provider the others are rivals of.
         note: what the rows' fields leave open.
-        bounds: providers that are lower bounds, no rivals.
     """
     from rich.table import Table
 
@@ -32,10 +31,10 @@ def table(records: Sequence[Record], ours: str, note: str = "", bounds: Collecti
         if row.provider.endswith(AGAIN):
             continue
         view.add_row(
-            f"{row.provider} (bound)" if row.provider in bounds else row.provider,
+            f"{row.provider} (bound)" if row.provider in BOUNDS else row.provider,
             f"{row.median_ms:.3g}" if row.median_ms < 100 else f"{row.median_ms:.0f}",
             f"{row.p20_ms:.3g}-{row.p80_ms:.3g}",
-            _against_best(row, [r for r in records if r.provider not in bounds], ours),
+            _against_best(row, records, ours),
             "-" if row.peak_mib is None else f"{row.peak_mib:.1f}",
             "-" if row.floor_ms is None else f"{row.floor_ms / row.median_ms:.0%}",
             f"{row.max_error:.2g}",
@@ -44,8 +43,8 @@ def table(records: Sequence[Record], ours: str, note: str = "", bounds: Collecti
 
 
 def best_rival(records: Iterable[Record], ours: str) -> Record | None:
-    """Return the fastest row that is not ours."""
-    rivals = [r for r in records if r.provider.removesuffix(AGAIN) != ours]
+    """Return the fastest row that is neither ours nor a lower bound."""
+    rivals = [r for r in records if r.provider.removesuffix(AGAIN) != ours and r.provider not in BOUNDS]
     return min(rivals, key=lambda r: r.median_ms, default=None)
 
 

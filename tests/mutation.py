@@ -120,7 +120,7 @@ MUTATIONS = (
     Mutation(DORA, "tl.program_id(1) == 0, squares", "tl.program_id(1) >= 0, squares", IN_DORA),
     Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),
     Mutation(GROUPS, "(adapter < 0) | (adapter >= count)", "(adapter < 0)", IN_SORTING),
-    Mutation(GROUPS, "(tile - before) * BLOCK_M", "(tile - before) * (BLOCK_M - 1)", IN_GROUPED),
+    Mutation(GROUPS, "(tile - before) * BLOCK_M", "(tile - before) * (BLOCK_M + 1)", IN_GROUPED),
     Mutation(
         EXPAND, "s_ptr + row[:, None] * R + rank[None, :]", "s_ptr + row[:, None] * R + rank[None, :] * 0", IN_GROUPED
     ),

@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from benchmarks import codegen
-from benchmarks.codegen_table import BEGIN, END, README, SAMPLE, replaced
+from benchmarks.codegen_table import README, SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,8 @@ WIDE = {
 }
 # results that must not depend on what the compiler fuses
 UNFUSED = ("nf4_dequantize", "absmax_dequantize", "nf4_matmul")
+# what other versions may keep in memory: Triton 3.6.0 keeps 2 registers of some configurations, 4 of four
+OTHER_COMPILERS_STACK = 16
 # a quotient decides the code
 EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
 
@@ -40,10 +43,18 @@ def compiled(kernel: str, arch: int, variants: tuple[str, ...] = ()) -> list[dic
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@functools.cache
+def most_stack() -> int:
+    """Bytes of a thread's registers that may lie in memory: none by the compiler that the tables were made with."""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = next(line for line in pins.splitlines() if line.startswith("triton==")).removeprefix("triton==")
+    return 0 if version("triton") == pinned.split()[0] else OTHER_COMPILERS_STACK
+
+
 def check(rows: list[dict]) -> None:
     for row in rows:
         said = f"{row['kernel']} {row['variant']} on sm_{row['arch']}: {row}"
-        assert row["spill_bytes"] == row["stack_bytes"] == 0, said
+        assert row["spill_bytes"] == 0 and row["stack_bytes"] <= most_stack(), said
         assert row["shared_bytes"] <= {80: 163, 90: 227, 100: 227}[row["arch"]] * 1024, said
         # a product with an operand in float32, x or A and B beside a half-precision x, is made of multiply-adds
         if row["kernel"] in UNFUSED and not (row["kernel"] == "nf4_matmul" and "fp32" in row["variant"].split()):
@@ -106,12 +117,6 @@ def test_codegen_table_in_the_readme_is_what_the_compiler_makes(tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert copy.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
-
-
-def test_codegen_table_replaces_what_stands_between_its_markers():
-    assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
-    with pytest.raises(ValueError, match="want one line"):
-        replaced("no markers", "new")
 
 
 def test_kernels_readme_names_every_kernel_file_operation_and_test():

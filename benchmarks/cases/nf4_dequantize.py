@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.case import Case, Check, Claim
+from benchmarks.case import Case, Check, Claim, Provider
 from benchmarks.cases.nf4_lora_linear import torchao_weight
 from benchmarks.llama import bitsandbytes_weight
 from benchmarks.shapes import GPU_WEIGHTS, SQUARE_4096
@@ -48,7 +48,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         shape=shape,
         dtype="bfloat16",
         block_size=BLOCK_SIZE,
-        providers=peers.listed(runs, bounds=("copy",)),
+        providers=[Provider(name, run) for name, run in runs.items()],
         check=lambda name: (
             own_format(runs[name](), weight, truth) if name == "torchao" else _check(runs[name](), truth)
         ),

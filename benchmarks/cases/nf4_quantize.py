@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.case import Case, Check, Claim
+from benchmarks.case import Case, Check, Claim, Provider
 from benchmarks.cases.nf4_dequantize import own_format
 from benchmarks.cases.nf4_lora_linear import torchao_weight
 from benchmarks.shapes import GPU_WEIGHTS, SQUARE_4096
@@ -51,7 +51,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         shape=shape,
         dtype="bfloat16",
         block_size=BLOCK_SIZE,
-        providers=peers.listed(runs),
+        providers=[Provider(name, run) for name, run in runs.items()],
         check=check,
         # weights read; codes, scales' codes and second scales written
         bytes_moved=2 * n + n // 2 + n // BLOCK_SIZE + 4 * math.ceil(n / BLOCK_SIZE / 256),

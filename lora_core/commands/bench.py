@@ -13,6 +13,7 @@ def bench(
     op: Annotated[list[str] | None, typer.Option(help="Which benchmark; repeat for more; all by default.")] = None,
     suite: Annotated[str | None, typer.Option(help="cpu, gpu or static; by default what this machine can do.")] = None,
     shape: Annotated[str | None, typer.Option(help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K).")] = None,
+    sweep: Annotated[str | None, typer.Option(help="How the cost grows: M, R, G (adapters) or K (model).")] = None,
     mode: Annotated[str | None, typer.Option(help="fwd, bwd or fwdbwd; all by default.")] = None,
     samples: Annotated[int | None, typer.Option(help="Rounds of interleaved samples.")] = None,
     results: Annotated[str | None, typer.Option(help="Folder the rows are appended in.")] = None,
@@ -23,7 +24,7 @@ def bench(
 
     root = checkout_root()
     arguments = [part for name in op or [] for part in ("--op", name)]
-    options = {"suite": suite, "shape": shape, "mode": mode, "samples": samples, "results": results}
+    options = {"suite": suite, "shape": shape, "sweep": sweep, "mode": mode, "samples": samples, "results": results}
     for name, value in options.items():
         if value is not None:
             arguments += [f"--{name}", str(value)]

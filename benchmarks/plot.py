@@ -1,0 +1,184 @@
+"""Draw what is on record: `python -m benchmarks.plot` writes pictures beside the records, a set for each device.
+
+bars      our speed over the best rival's, comparison by comparison, with the spread inside which it says nothing
+roofline  operations a second over operations a byte, under the copy and matmul rates measured on that device
+scaling   time over tokens, rank, adapters and model size, with the exponent of its upper half
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fit import exponent
+from benchmarks.record import RESULTS, Record
+from benchmarks.series import newest, ours_of, rivals_of
+from benchmarks.table import compare
+
+PICTURES = Path(__file__).parent / "pictures"
+# Okabe and Ito's colours, told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+PIXELS_PER_INCH = 120
+# what a sweep varies: the operation, the dimension, and how its axis is called
+SWEEPS = (
+    ("lora_linear", "M", "tokens M"),
+    ("lora_linear", "R", "rank R"),
+    ("grouped_lora", "G", "adapters in one batch"),
+    ("training_step", "K", "hidden size of the model"),
+)
+FEWEST_POINTS = 4
+
+Run = list[Record]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw every picture the records allow, and say where."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder to draw into")
+    options = parser.parse_args(arguments)
+    found = list(newest(options.results).values())
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    for device in sorted({run[0].device for run in found}):
+        own = [run for run in found if run[0].device == device]
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        for kind, draw in {"bars": bars, "roofline": roofline, "scaling": scaling}.items():
+            figure = _figure()
+            if draw(figure, own):
+                figure.suptitle(f"{device}, PyTorch {own[0][0].torch}", fontsize=9, x=0.01, ha="left")
+                path = options.pictures / f"{kind}-{name}.png"
+                # no date or version in the file: equal records give equal bytes
+                figure.savefig(path, dpi=PIXELS_PER_INCH, metadata={"Software": None})
+                print(path)
+    return 0
+
+
+def _figure() -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def bars(figure: Any, found: list[Run]) -> bool:
+    """Draw our speed over the best rival's; return whether there was anything to draw."""
+    lines = []
+    for run in sorted(found, key=lambda run: (run[0].op, run[0].mode, run[0].block_size or 0, *run[0].shape.values())):
+        rivals = rivals_of(run)
+        if rivals:
+            mine, best = ours_of(run), min(rivals, key=lambda r: r.median_ms)
+            ratio, within, word = compare(run, mine.provider, best.provider)
+            shape = " ".join(f"{k}={v}" for k, v in mine.shape.items())
+            four_bit = " NF4" if mine.block_size and not mine.op.startswith("nf4") else ""
+            lines.append((f"{mine.op}{four_bit} {mine.mode} {shape}, against {best.provider}", ratio, within, word))
+    if not lines:
+        return False
+    figure.set_size_inches(10, 1.2 + 0.24 * len(lines))
+    axes = figure.add_subplot()
+    colours = {"faster": COLOURS[0], "slower": COLOURS[1], "tie": "#9aa3ad"}
+    places = range(len(lines))[::-1]
+    for place, (_, ratio, within, word) in zip(places, lines, strict=True):
+        axes.barh(place, ratio - 1, left=1, color=colours[word], height=0.7)
+        axes.plot([ratio / (1 + within), ratio * (1 + within)], [place, place], color="#1b1f24", linewidth=1)
+    axes.axvline(1, color="#1b1f24", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(places, [label for label, *_ in lines], fontsize=7)
+    axes.set_ylim(-0.7, len(lines) - 0.3)
+    axes.set_xlabel("speed over the best rival's; the line is the spread, grey a tie")
+    axes.grid(axis="x", color="#d5dae0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return True
+
+
+def roofline(figure: Any, found: list[Run]) -> bool:
+    """Draw operations a second over operations a byte; return whether the device's rates are on record."""
+    roofs = [run[0] for run in found if run[0].op == "roof"]
+    copy = next((r.bytes_moved / r.median_ms / 1e6 for r in roofs if r.bytes_moved), None)
+    peaks = {r.dtype: r.flops / r.median_ms / 1e6 for r in roofs if r.flops}
+    points = [r for run in found for r in run if r.flops and r.bytes_moved and r.op != "roof"]
+    dtypes = sorted({r.dtype for r in points} & set(peaks))
+    if copy is None or not dtypes:
+        return False
+    axes = figure.add_subplot()
+    intensities = [r.flops / r.bytes_moved for r in points if r.flops and r.bytes_moved]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    for dtype in dtypes:
+        edge = peaks[dtype] / copy
+        axes.plot([low, edge, max(high, edge)], [low * copy, peaks[dtype], peaks[dtype]], color="#1b1f24", linewidth=1)
+        axes.annotate(f"{dtype}: {peaks[dtype]:.3g} GFLOP/s", (max(high, edge), peaks[dtype]), ha="right", va="bottom")
+    axes.annotate(f"{copy:.3g} GB/s", (low, low * copy), va="bottom", rotation=30)
+    names = sorted({(r.op, r.provider) for r in points if not r.provider.endswith("(again)")})
+    ops = sorted({op for op, _ in names})
+    providers = ["lora_core", *sorted({p for _, p in names} - {"lora_core"})]
+    for op, provider in names:
+        own = [r for r in points if (r.op, r.provider) == (op, provider)]
+        axes.scatter(
+            [r.flops / r.bytes_moved for r in own],
+            [r.flops / r.median_ms / 1e6 for r in own],
+            color=COLOURS[providers.index(provider) % len(COLOURS)],
+            marker=MARKERS[ops.index(op) % len(MARKERS)],
+            s=26 if provider == "lora_core" else 14,
+            alpha=0.8,
+            label=f"{op}: {provider}",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations for each byte that has to move")
+    axes.set_ylabel("GFLOP/s")
+    axes.grid(color="#d5dae0", linewidth=0.6)
+    axes.legend(fontsize=6, ncols=2)
+    return True
+
+
+def scaling(figure: Any, found: list[Run]) -> bool:
+    """Draw time over each dimension that was swept; return whether one was."""
+    panels = [(axis, chosen) for op, name, axis in SWEEPS if (chosen := _sweep(found, op, name))]
+    if not panels:
+        return False
+    rows = -(-len(panels) // 2)
+    figure.set_size_inches(9, 3.4 * rows)
+    for place, (axis, chosen) in enumerate(panels):
+        axes = figure.add_subplot(rows, min(len(panels), 2), place + 1)
+        for number, (label, points) in enumerate(sorted(chosen.items())):
+            points = sorted(points)
+            upper = points[len(points) // 2 :] if len(points) >= FEWEST_POINTS else points
+            power = exponent(*zip(*upper, strict=True))
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"{label}: ~ {power:.2f}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(axis)
+        axes.set_ylabel("ms")
+        axes.grid(color="#d5dae0", linewidth=0.6)
+        axes.legend(fontsize=7, title="exponent of the upper half", title_fontsize=7)
+    return True
+
+
+def _sweep(found: list[Run], op: str, name: str) -> dict[str, list[tuple[float, float]]]:
+    """Return the largest set of runs that differ in one dimension alone: (size, median) by provider and mode."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in found:
+        first = run[0]
+        if first.op == op and name in first.shape:
+            others = tuple((k, v) for k, v in first.shape.items() if k != name)
+            groups.setdefault((others, first.dtype, first.block_size), []).append(run)
+    best = max(groups.values(), key=lambda runs: len({run[0].shape[name] for run in runs}), default=[])
+    if len({run[0].shape[name] for run in best}) < FEWEST_POINTS - 1:
+        return {}
+    chosen: dict[str, list[tuple[float, float]]] = {}
+    for run in best:
+        for row in run:
+            if row.mode != "bwd" and not row.provider.endswith("(again)"):
+                label = f"{row.provider} {row.mode}"
+                chosen.setdefault(label, []).append((float(row.shape[name]), row.median_ms))
+    return {label: points for label, points in chosen.items() if len(points) > 1}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

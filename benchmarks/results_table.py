@@ -1,0 +1,89 @@
+"""Write what was measured into docs/performance.md and README.md: `python -m benchmarks.results_table`.
+
+The newest run of every comparison in benchmarks/results (in README.md of some), between two markers: our median, the
+best rival's, their ratio with the spread inside which it says nothing, and the peak memory of both. A device's rows
+stand together, as numbers of two machines are not compared.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.markers import rewrite, row
+from benchmarks.record import RESULTS, Record
+from benchmarks.series import newest, ours_of, rivals_of
+from benchmarks.table import compare
+
+ROOT = Path(__file__).resolve().parent.parent
+# which operations each file lists; None for all
+FILES = {
+    ROOT / "README.md": ("inject", "nf4_quantize", "nf4_dequantize", "training_step", "generation_step"),
+    ROOT / "docs" / "performance.md": None,
+}
+COMMAND = "python -m benchmarks.results_table"
+HEAD = ["what", "shape", "ours, ms", "best rival, ms", "speed", "peak memory, MiB"]
+# figures of the machine, not of this library
+NOT_LISTED = ("roof",)
+GPU_PLACE = "Measured on a GPU: not measured yet. `python -m benchmarks.run --suite gpu` fills this in."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the tables."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
+    for path, ops in FILES.items():
+        rewrite(path, COMMAND, table(ops=ops))
+    return 0
+
+
+def table(folder: Path = RESULTS, ops: Sequence[str] | None = None) -> str:
+    """Return the records of some operations, or of all, as Markdown: a table for each device."""
+    listed = [run for run in newest(folder).values() if run[0].op not in NOT_LISTED]
+    found = [run for run in listed if ops is None or run[0].op in ops]
+    parts = []
+    for device in sorted({run[0].device for run in found}):
+        own = sorted((run for run in found if run[0].device == device), key=lambda run: _order(run[0]))
+        versions = sorted({(run[0].torch, run[0].python) for run in own})
+        said = ", ".join(f"PyTorch {torch} on Python {python}" for torch, python in versions)
+        parts += [f"{device}; {said}.", "", row(HEAD), row(["---"] * len(HEAD)), *map(_line, own), ""]
+    if not any(run[0].cuda for run in found):
+        parts.append(GPU_PLACE)
+    return "\n".join(parts).rstrip()
+
+
+def _order(first: Record) -> tuple[object, ...]:
+    return first.op, first.block_size or 0, first.mode, tuple(first.shape.values())
+
+
+def _line(run: list[Record]) -> str:
+    mine = ours_of(run)
+    what = f"{mine.op}, {mine.mode}, {mine.dtype}" + (", NF4" if mine.block_size else "")
+    shape = " ".join(f"{name}={size}" for name, size in mine.shape.items())
+    rivals = rivals_of(run)
+    if not rivals:
+        return row([what, shape, _ms(mine), "", "", _mib(mine)])
+    best = min(rivals, key=lambda r: r.median_ms)
+    ratio, within, word = compare(run, mine.provider, best.provider)
+    return row(
+        [
+            what,
+            shape,
+            _ms(mine),
+            f"{_ms(best)} ({best.provider})",
+            f"{ratio:.2f}x, {word} within {within:.0%}",
+            f"{_mib(mine)} against {_mib(best)}",
+        ]
+    )
+
+
+def _ms(r: Record) -> str:
+    return f"{r.median_ms:.3g}" if r.median_ms < 1000 else f"{r.median_ms:.0f}"
+
+
+def _mib(r: Record) -> str:
+    return "-" if r.peak_mib is None else f"{r.peak_mib:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

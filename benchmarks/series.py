@@ -1,0 +1,49 @@
+"""Recorded rows, put back together: the rows of one run of one comparison, and the newest run of each."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.case import BOUNDS
+from benchmarks.record import RESULTS, Record, read
+from benchmarks.timing import AGAIN
+
+Key = tuple[str, str, str, str, int | None, str]
+
+
+def key_of(row: Record) -> Key:
+    """Return what makes two rows comparable: device, operation, mode, dtype, block size, shape."""
+    shape = " ".join(f"{name}={size}" for name, size in row.shape.items())
+    return row.device, row.op, row.mode, row.dtype, row.block_size, shape
+
+
+def runs(rows: Iterable[Record]) -> list[list[Record]]:
+    """Return the rows of each run of one comparison together, in the order in which they were appended."""
+    found: list[list[Record]] = []
+    for row in rows:
+        last = found[-1] if found else []
+        same = bool(last) and key_of(last[0]) == key_of(row) and row.provider not in {r.provider for r in last}
+        if same:
+            last.append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def newest(folder: Path = RESULTS) -> dict[Key, list[Record]]:
+    """Return the newest run of every comparison on record."""
+    found: dict[Key, list[Record]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for run in runs(read(path)):
+            found[key_of(run[0])] = run
+    return found
+
+
+def ours_of(run: list[Record]) -> Record:
+    """Return the row of the run's first provider, this library where it takes part."""
+    return run[0]
+
+
+def rivals_of(run: list[Record]) -> list[Record]:
+    """Return the rows of other providers that do the same work."""
+    first = run[0].provider
+    return [r for r in run if r.provider.removesuffix(AGAIN) != first and r.provider not in BOUNDS]

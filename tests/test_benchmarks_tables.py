@@ -1,0 +1,75 @@
+"""Tables written from records: the newest run, its rival, and nothing edited by hand."""
+
+import dataclasses
+
+import pytest
+from test_benchmarks_record import PASSED, row
+
+from benchmarks import results_table
+from benchmarks.markers import END, begin, replaced
+from benchmarks.record import Record, append
+from benchmarks.series import newest, runs
+from benchmarks.timing import AGAIN
+
+
+def rows(*medians, **changes):
+    """A run: lora_core, bitsandbytes, matmul and lora_core again with these medians."""
+    providers = ("lora_core", "bitsandbytes", "matmul", "lora_core" + AGAIN)
+    return [
+        Record(**row(provider=p, median_ms=m, p20_ms=m * 0.99, p80_ms=m * 1.01, **changes))
+        for p, m in zip(providers, medians, strict=False)
+    ]
+
+
+def write(folder, *found):
+    for record in found:
+        append(folder / f"{record.op}.jsonl", record, PASSED)
+
+
+@pytest.mark.parametrize("path", results_table.FILES, ids=lambda path: path.name)
+def test_results_in_the_documentation_are_those_on_record(path):
+    """Written anew from the committed records, the table is the committed one."""
+    text = path.read_text(encoding="utf-8")
+    written = results_table.table(ops=results_table.FILES[path])
+    assert replaced(text, results_table.COMMAND, written, path.name) == text
+
+
+def test_markers_replace_what_stands_between_them():
+    text = f"a\n{begin('x')}\nold\n{END}\nb\n{begin('y')}\nkept\n{END}"
+    assert replaced(text, "x", "new", "f") == text.replace("old", "new")
+    for broken in ("no markers", f"{begin('x')}\nno end", text + text):
+        with pytest.raises(ValueError, match="f: want one line"):
+            replaced(broken, "x", "new", "f")
+
+
+def test_rows_of_one_run_stand_together_and_the_newest_counts(tmp_path):
+    old, new, other = rows(4.0, 2.0), rows(1.0, 2.0, 0.5, 1.0), rows(3.0, 3.0, shape={"N": 16, "K": 4})
+    assert runs([*old, *new, *other]) == [old, new, other]
+    write(tmp_path, *old, *other, *new)
+    assert sorted(newest(tmp_path).values(), key=len) == [other, new]
+
+
+def test_results_table_names_the_best_rival_and_no_lower_bound(tmp_path):
+    write(tmp_path, *rows(1.0, 2.0, 0.5, 1.0))
+    (line,) = [line for line in results_table.table(tmp_path).splitlines() if "nf4_quantize" in line]
+    assert "| 1 | 2 (bitsandbytes) | 2.00x, faster within" in line and "0.5" not in line
+    assert "N=8 K=4" in line and "NF4" in line
+
+
+def test_results_table_calls_a_ratio_inside_its_spread_a_tie(tmp_path):
+    write(tmp_path, *rows(1.0, 1.05, 0.5, 1.2))
+    assert "1.05x, tie within 20%" in results_table.table(tmp_path)
+
+
+def test_results_table_keeps_devices_apart_and_says_what_no_gpu_measured(tmp_path):
+    write(tmp_path, *rows(1.0, 2.0), *rows(5.0, 2.0, device="another, 4 threads"))
+    text = results_table.table(tmp_path)
+    assert text.count("| what |") == 2 and "not measured yet" in text and "--suite gpu" in text
+    assert text.index("a processor") < text.index("| 1 |") and text.index("another") < text.index("| 5 |")
+    write(tmp_path, *(dataclasses.replace(r, cuda="12.8", device="a GPU") for r in rows(0.1, 0.2)))
+    assert "not measured yet" not in results_table.table(tmp_path)
+
+
+def test_results_table_lists_work_without_a_rival(tmp_path):
+    write(tmp_path, *rows(1.0))
+    assert "| 1 |  |  | 1.0 |" in results_table.table(tmp_path)

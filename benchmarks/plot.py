@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.case import BOUNDS
 from benchmarks.fit import exponent
 from benchmarks.record import RESULTS, Record
 from benchmarks.series import newest, ours_of, rivals_of
 from benchmarks.table import compare
+from benchmarks.timing import AGAIN
 
 PICTURES = Path(__file__).parent / "pictures"
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -113,20 +115,20 @@ def roofline(figure: Any, found: list[Run]) -> bool:
         axes.plot([low, edge, max(high, edge)], [low * copy, peaks[dtype], peaks[dtype]], color="#1b1f24", linewidth=1)
         axes.annotate(f"{dtype}: {peaks[dtype]:.3g} GFLOP/s", (max(high, edge), peaks[dtype]), ha="right", va="bottom")
     axes.annotate(f"{copy:.3g} GB/s", (low, low * copy), va="bottom", rotation=30)
-    names = sorted({(r.op, r.provider) for r in points if not r.provider.endswith("(again)")})
-    ops = sorted({op for op, _ in names})
-    providers = ["lora_core", *sorted({p for _, p in names} - {"lora_core"})]
-    for op, provider in names:
-        own = [r for r in points if (r.op, r.provider) == (op, provider)]
-        axes.scatter(
-            [r.flops / r.bytes_moved for r in own],
-            [r.flops / r.median_ms / 1e6 for r in own],
-            color=COLOURS[providers.index(provider) % len(COLOURS)],
-            marker=MARKERS[ops.index(op) % len(MARKERS)],
-            s=26 if provider == "lora_core" else 14,
-            alpha=0.8,
-            label=f"{op}: {provider}",
-        )
+    ops = sorted({r.op for r in points})
+    kinds = {"lower bound": ("#1b1f24", 12), "rivals": (COLOURS[1], 12), "lora_core": (COLOURS[0], 26)}
+    for kind, (colour, size) in kinds.items():
+        for op in ops:
+            own = [r for r in points if r.op == op and _kind(r) == kind]
+            axes.scatter(
+                [r.flops / r.bytes_moved for r in own if r.flops and r.bytes_moved],
+                [r.flops / r.median_ms / 1e6 for r in own if r.flops],
+                color=colour,
+                marker=MARKERS[ops.index(op) % len(MARKERS)],
+                s=size,
+                alpha=0.8,
+                label=f"{op}: {kind}" if own else None,
+            )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations for each byte that has to move")
@@ -134,6 +136,12 @@ def roofline(figure: Any, found: list[Run]) -> bool:
     axes.grid(color="#d5dae0", linewidth=0.6)
     axes.legend(fontsize=6, ncols=2)
     return True
+
+
+def _kind(row: Record) -> str:
+    if row.provider in BOUNDS:
+        return "lower bound"
+    return "lora_core" if row.provider.removesuffix(AGAIN) == "lora_core" else "rivals"
 
 
 def scaling(figure: Any, found: list[Run]) -> bool:
@@ -174,7 +182,7 @@ def _sweep(found: list[Run], op: str, name: str) -> dict[str, list[tuple[float, 
     chosen: dict[str, list[tuple[float, float]]] = {}
     for run in best:
         for row in run:
-            if row.mode != "bwd" and not row.provider.endswith("(again)"):
+            if row.mode != "bwd" and not row.provider.endswith(AGAIN):
                 label = f"{row.provider} {row.mode}"
                 chosen.setdefault(label, []).append((float(row.shape[name]), row.median_ms))
     return {label: points for label, points in chosen.items() if len(points) > 1}

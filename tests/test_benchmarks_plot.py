@@ -1,0 +1,56 @@
+"""Pictures and fits from records."""
+
+import pytest
+from test_benchmarks_tables import rows, write
+
+from benchmarks import plot
+from benchmarks.fit import exponent
+
+
+@pytest.mark.parametrize("power", [-1.0, 0.0, 0.5, 2.0])
+def test_exponent_recovers_a_power_law(power):
+    sizes = [1.0, 3.0, 10.0, 200.0]
+    assert exponent(sizes, [7 * s**power for s in sizes]) == pytest.approx(power, abs=1e-12)
+
+
+def test_exponent_refuses_what_has_none():
+    for sizes, costs in (([2.0], [1.0]), ([2.0, 2.0], [1.0, 2.0]), ([1.0, 2.0], [1.0, 0.0]), ([1.0, 2.0], [1.0])):
+        with pytest.raises(ValueError, match="two or more different positive sizes"):
+            exponent(sizes, costs)
+
+
+def recorded(folder):
+    """Roofs, a comparison, and a sweep over M."""
+    write(folder, *rows(2.0, op="roof", flops=None, bytes_moved=10**8), *rows(2.0, 2.5, 1.0, 2.1))
+    write(folder, *rows(4.0, op="roof", flops=10**9, bytes_moved=None, dtype="float32"))
+    for m in (1, 4, 16, 64):
+        shape = {"M": m, "N": 8, "K": 8, "R": 2}
+        changes = {"op": "lora_linear", "dtype": "float32", "flops": 1000 * m, "shape": shape, "block_size": None}
+        write(folder, *rows(1.0 * m, 2.0 * m, 0.5 * m, **changes))
+
+
+def test_plot_draws_every_picture_the_records_allow_and_the_same_twice(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    recorded(tmp_path / "results")
+    for folder in ("a", "b"):
+        assert plot.main(["--results", str(tmp_path / "results"), "--pictures", str(tmp_path / folder)]) == 0
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {f"{kind}-a-processor-2-threads.png" for kind in ("bars", "roofline", "scaling")}
+    for name in names:
+        picture = (tmp_path / "a" / name).read_bytes()
+        assert picture == (tmp_path / "b" / name).read_bytes() and len(picture) > 5000
+    assert capsys.readouterr().out.count(".png") == 6
+
+
+def test_plot_takes_the_largest_sweep_and_leaves_out_the_second_slot(tmp_path):
+    recorded(tmp_path)
+    found = list(plot.newest(tmp_path).values())
+    chosen = plot._sweep(found, "lora_linear", "M")
+    assert set(chosen) == {"lora_core fwd", "bitsandbytes fwd", "matmul fwd"}
+    assert sorted(chosen["lora_core fwd"]) == [(1.0, 1.0), (4.0, 4.0), (16.0, 16.0), (64.0, 64.0)]
+    assert plot._sweep(found, "lora_linear", "R") == {}
+
+
+def test_plot_without_records_draws_nothing(tmp_path):
+    assert plot.main(["--results", str(tmp_path), "--pictures", str(tmp_path / "p")]) == 0
+    assert list((tmp_path / "p").iterdir()) == []

@@ -62,12 +62,12 @@ def test_lora_linears_backward_kernels_match_the_formula(m, k, shapes, dtypes, p
     ]
     pairs = list(zip(d_lora_a.split(ranks), d_lora_bs, strict=True))
     check_backward_of_several(d_x, pairs, d_ys, checked, x)
-    # each alone is the same as both
+    # one without the other: dS may be summed in another order then
     only_x, *nothing = launch_lora_linears_backward(*arguments, True, False, path)
-    assert torch.equal(only_x, d_x) and sum(t.numel() for t in nothing) == 0
-    nothing, *only_pairs = launch_lora_linears_backward(*arguments, False, True, path)
+    assert sum(t.numel() for t in nothing) == 0
+    nothing, d_lora_a, *d_lora_bs = launch_lora_linears_backward(*arguments, False, True, path)
     assert nothing.numel() == 0
-    assert all(torch.equal(a, b) for a, b in zip(only_pairs, (d_lora_a, *d_lora_bs), strict=True))
+    check_backward_of_several(only_x, list(zip(d_lora_a.split(ranks), d_lora_bs, strict=True)), d_ys, checked, x)
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 3)], ids=str)

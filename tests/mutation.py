@@ -44,6 +44,7 @@ LINEAR, PANELS, NF4, DECODE = (
 )
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
 LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
+CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -70,6 +71,9 @@ IN_SORTING = "test_kernels_grouped_lora.py::test_grouped_lora_sorts"
 IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
 IN_LINEARS_BACKWARD = "test_kernels_lora_linears.py::test_lora_linears_backward_kernels_match"
 IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
+IN_CPU = "test_cpu_product.py::test_lora_linear_on_the_cpu"
+IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
+IN_ADD_PRODUCT = "test_cpu_product.py::test_add_product_is"
 IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
 
 MUTATIONS = (
@@ -170,6 +174,9 @@ MUTATIONS = (
     Mutation(LINEARS, "seed, path, d_x, d_x is not None)", "seed, path, d_x, False)", IN_LINEARS_BACKWARD),
     Mutation(SIBLINGS, "self._held[0]() is not x", "self._held[0]() is None", IN_SIBLINGS),
     Mutation(SIBLINGS, "self._held[1] != _version(x)", "self._held[1] > _version(x)", IN_SIBLINGS),
+    Mutation(CPU, "mul_(scaling).T.contiguous()", "T.contiguous()", IN_CPU),
+    Mutation(CPU_PRODUCT, 'b, bias, "none"', 'b, None, "none"', IN_PRODUCT),
+    Mutation(CPU_PRODUCT, 'b, None, "add")', 'b, None, "mul")', IN_ADD_PRODUCT),
     Mutation(FUSED, ".weight, layer.scaling[name]", ".weight, layer.scaling[name] * 1.01", IN_FUSE),
     Mutation(
         FUSED,

@@ -16,7 +16,9 @@ def test_doctor_finds_every_operation_sound(capsys):
     assert report["healthy"] and len(report["checks"]) == 12
     assert report["versions"]["torch"] == torch.__version__
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
-    assert runs["nf4_dequantize"] == "lora_core.cpu.nf4_dequantize" and runs["lora_linear"] == "reference"
+    assert (
+        runs["nf4_dequantize"] == "lora_core.cpu.nf4_dequantize" and runs["lora_linear"] == "lora_core.cpu.lora_linear"
+    )
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,9 @@ torch.cuda.is_available = lambda: True
 import lora_core as lc
 from lora_core import backends
 for name in ("lora_linear", "lora_linear_backward", "nf4_dequantize", "dora_norm", "grouped_lora"):
-    assert backends.implementation(name, "cuda") == f"lora_core.kernels.{name.removesuffix('_backward')}"
-    assert backends.implementation(name, "cpu") in ("reference", f"lora_core.cpu.{name}")
+    file = name.removesuffix("_backward")
+    assert backends.implementation(name, "cuda") == f"lora_core.kernels.{file}"
+    assert backends.implementation(name, "cpu") in ("reference", f"lora_core.cpu.{file}")
 for op in ("op", "backward_op"):
     assert "cuda" in getattr(sys.modules["lora_core.ops.lora_linear"], op)._backend_fns
 assert not any(name.startswith(("lora_core.kernels", "triton")) for name in sys.modules)

@@ -1,1 +1,4 @@
-"""CPU fast paths: each registers itself for its operation when imported, and gives the reference's bits."""
+"""CPU fast paths: each registers itself for its operation when imported.
+
+Codes and dequantised weights are the reference's to the bit; sums of products are, up to rounding.
+"""

@@ -1,0 +1,65 @@
+"""lora_core::nf4_lora_linear on the CPU: the weight is dequantised for the call, then as a dense layer."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lora_core.cpu.lora_linear import gradients, lora_linear
+from lora_core.ops.nf4_lora_linear import backward_op, op
+from lora_core.ops.packed import Packed
+
+
+def nf4_lora_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    nested_block_size: int,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what the reference returns, up to rounding."""
+    w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    return lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
+
+
+def nf4_lora_linear_backward(
+    d_y: Tensor,
+    d_hidden: Tensor | None,
+    x: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    nested_block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the reference returns, up to rounding."""
+    need_x, need_bias, need_a, need_b = needs
+    columns, rows = shape
+    w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    weight = w.dense(d_y.dtype) if need_x else None
+    flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
+    wanted = (need_x, False, need_bias, need_a, need_b)
+    grads = gradients(grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted)
+    d_x, _, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in grads)
+    return d_x.view(*d_y.shape[:-1], rows) if need_x else d_x, d_bias, d_lora_a, d_lora_b
+
+
+op.register_kernel("cpu")(nf4_lora_linear)
+backward_op.register_kernel("cpu")(nf4_lora_linear_backward)

@@ -1,0 +1,109 @@
+"""The CPU's float32 products by either library, and the LoRA layers made of them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_bounds import check_backward, check_forward
+from strategies import dropouts, linear_operands, ranks, seeds, sizes, values
+from tolerance import assert_within_rounding
+
+from lora_core.cpu import product as products
+from lora_core.cpu.lora_linear import lora_linear, lora_linear_backward
+
+LIBRARIES = ("mkl", "onednn")
+SEED = torch.tensor([2**40 + 77])
+libraries = st.sampled_from(LIBRARIES)
+
+
+class Using:
+    """Makes products run by one library, whatever the processor and the size."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def __enter__(self):
+        self.before = products.onednn_is_faster, products.LEAST_OPERATIONS
+        products.onednn_is_faster = lambda: self.library == "onednn"
+        products.LEAST_OPERATIONS = 1
+
+    def __exit__(self, *exception):
+        products.onednn_is_faster, products.LEAST_OPERATIONS = self.before
+
+
+def matrix(m, n, seed, layout):
+    """[m, n], contiguous, as a transpose, or with gaps."""
+    t = values(m * n, torch.float32, 1.0, seed).view(m, n)
+    return {"rows": t, "columns": t.T.contiguous().T, "gaps": t.repeat_interleave(2, 1)[:, ::2]}[layout]
+
+
+layouts = st.sampled_from(["rows", "columns", "gaps"])
+
+
+@given(sizes, sizes, sizes, layouts, layouts, st.booleans(), libraries, seeds)
+def test_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, with_bias, library, seed):
+    a, b = matrix(m, k, seed, of_a), matrix(n, k, seed + 1, of_b)
+    bias = values(n, torch.float32, 1.0, seed + 2) if with_bias else torch.zeros(n)
+    with Using(library):
+        y = products.product(a, b, bias if with_bias else None)
+    assert y.dtype == torch.float32
+    assert_within_rounding(y, lambda a, b, bias: a @ b.T + bias, a, b, bias, depth=k + 1)
+
+
+@given(sizes, sizes, sizes, layouts, libraries, seeds)
+def test_add_product_is_the_formula_by_either_library(m, n, k, layout, library, seed):
+    a, b, y = matrix(m, k, seed, "rows"), matrix(n, k, seed + 1, layout), matrix(m, n, seed + 2, "rows")
+    before = y.clone()
+    with Using(library):
+        total = products.add_product(y, a, b)
+    assert_within_rounding(total, lambda y, a, b: y + a @ b.T, before, a, b, depth=k + 1)
+
+
+@given(sizes, sizes, sizes, ranks, st.booleans(), dropouts, libraries, seeds)
+def test_lora_linear_on_the_cpu_is_the_formula_by_either_library(m, n, k, r, with_bias, dropout, library, seed):
+    x, weight, bias, lora_a, lora_b = linear_operands(m, n, k, r, torch.float32, torch.float32, seed)
+    operands = (x, weight, bias if with_bias else None, lora_a, lora_b, 0.5, dropout, SEED)
+    d_y, d_hidden = (values(m * c, torch.float32, 1.0, seed + c).view(m, c) for c in (n, r))
+    with Using(library):
+        y, hidden = lora_linear(*operands)
+        rest = (x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
+        grads = lora_linear_backward(d_y, d_hidden, *rest, (True,) * 5)
+    check_forward(y, *operands, hidden)
+    check_backward(grads, d_y, d_hidden, *rest)
+    assert all(g.is_contiguous() for g in grads)
+
+
+def test_onednn_runs_what_is_large_and_dense_and_only_where_it_is_allowed(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    large, small = torch.ones(256, 256), torch.ones(16, 16)
+    assert products._by_onednn(large, large) and products._by_onednn(large, large.T)
+    assert not products._by_onednn(small, small)
+    assert not products._by_onednn(large.double(), large.double())
+    assert not products._by_onednn(large.repeat(1, 2)[:, ::2], large)
+    with monkeypatch.context() as without:
+        without.setattr(torch.backends.mkldnn, "enabled", False)
+        assert not products._by_onednn(large, large)
+    assert products._by_onednn(large, large)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    assert not products._by_onednn(large, large)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "faster"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX512_BF16", True),
+        ("GenuineIntel", "AVX512", False),
+        ("AuthenticAMD", "AVX2", False),
+        ("", "AVX512", False),
+    ],
+)
+def test_onednn_is_chosen_where_mkl_leaves_avx512_unused(monkeypatch, maker, capability, faster):
+    monkeypatch.setattr(products, "maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.onednn_is_faster.__wrapped__() is (faster and torch.backends.mkldnn.is_available())
+
+
+def test_the_processors_maker_is_read_from_the_system():
+    assert products.maker() == "" or products.maker()[0].isalpha()

@@ -27,7 +27,8 @@ from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight, double, quantize_nf4
 from lora_core.reference import dora, grouped, lora, nf4
 
-PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "transformers", "peft", "bitsandbytes", "accelerate")
+PACKAGES = ("lora-core", "torch", "triton", "numba", "numpy", "scipy", "safetensors")
+PEERS = ("transformers", "peft", "bitsandbytes", "accelerate")
 # odd on purpose: blocks straddle rows and the last is short
 M, N, K, R = 5, 33, 70, 3
 
@@ -66,7 +67,10 @@ class Examination:
 
 def examine() -> Examination:
     """Return versions, machine and the self-check of every operation on every device there is."""
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in ("lora-core", *PACKAGES)}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in (*PACKAGES, *PEERS)},
+    }
     machine = {
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

@@ -45,6 +45,7 @@ LINEAR, PANELS, NF4, DECODE = (
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
 LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
+COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -72,6 +73,10 @@ IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
 IN_LINEARS_BACKWARD = "test_kernels_lora_linears.py::test_lora_linears_backward_kernels_match"
 IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
 IN_CPU = "test_cpu_product.py::test_lora_linear_on_the_cpu"
+IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_reference"
+IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
+IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
+IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
 IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
 IN_ADD_PRODUCT = "test_cpu_product.py::test_add_product_is"
 IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
@@ -196,6 +201,12 @@ MUTATIONS = (
         "self.fused_ms > self.library_ms",
         "test_kernels_crossover.py::test_faster_path_is_that_of_the_nearest",
     ),
+    Mutation(COMPILED, "every(0x7FFF)", "every(0x8000)", IN_CPU_SCALES),
+    Mutation(COMPILED, "every(0x7FC0)", "rounded", IN_CPU_SCALES),
+    Mutation(COMPILED, "scale = absmax[start //", "scale = absmax[first //", IN_CPU_DECODE),
+    Mutation(COMPILED, "absmax2[i // block_size]", "absmax2[i // 255]", IN_CPU_CHUNKS),
+    Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
+    Mutation(PLAIN, "scales[at + whole // block_size]", "scales[at]", IN_CPU_DECODE),
 )
 
 

@@ -2,12 +2,9 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_core as lc
@@ -21,43 +18,10 @@ from lora_core.ops.nf4_quantize import op as quantize_op
 from lora_core.quant.codebook import NF4_LEVELS, codebook, derive_nf4
 from lora_core.quant.double import absmax_offset
 from lora_core.quant.packing import pack, unpack
-from lora_core.reference import nf4 as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = [32, 64, 128, 4096]
 SCALES = st.sampled_from([0.0, 1e-40, 1e-30, 1e-3, 1.0, 1e4, 3e38])
-
-
-@given(st.integers(0, 300), st.sampled_from(BLOCKS), st.sampled_from(DTYPES), SCALES, st.integers(0, 2**16))
-def test_quant_cpu_path_quantises_to_the_bits_of_the_reference(n, block_size, dtype, scale, seed):
-    weight = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
-    weight = weight.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    for got, want in zip(nf4_quantize(weight, block_size), reference.nf4_quantize(weight, block_size), strict=True):
-        assert torch.equal(got, want)
-
-
-@given(st.integers(0, 300), st.sampled_from(BLOCKS), st.sampled_from(DTYPES), SCALES, st.booleans())
-def test_quant_cpu_path_dequantises_to_the_bits_of_the_reference(n, block_size, dtype, scale, nested):
-    weight = (torch.randn(n, generator=torch.Generator().manual_seed(n)) * scale).clamp(-3e38, 3e38)
-    q = lc.quantize_nf4(weight, block_size, nested)
-    packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, dtype, block_size)
-    assert torch.equal(nf4_dequantize(*packed).view(torch.uint8), reference.nf4_dequantize(*packed).view(torch.uint8))
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_quant_cpu_paths_are_the_reference_on_many_chunks(threads):
-    # the last of five chunks is short, odd, and ends inside a block
-    weight = torch.randn(1001, 1203).bfloat16()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        codes, absmax = nf4_quantize(weight, 64)
-        dense = nf4_dequantize(codes, absmax, None, None, weight.shape, torch.bfloat16, 64)
-    finally:
-        torch.set_num_threads(before)
-    want, scales = reference.nf4_quantize(weight, 64)
-    assert torch.equal(codes, want) and torch.equal(absmax, scales)
-    assert torch.equal(dense, reference.nf4_dequantize(want, scales, None, None, weight.shape, torch.bfloat16, 64))
 
 
 def test_quant_levels_are_the_derived_ones():
@@ -264,24 +228,6 @@ def test_quant_weight_dequantises_to_floating_dtypes_alone():
     with pytest.raises(lc.DtypeError, match="cannot dequantise to torch.int8"):
         q.dequantize(torch.int8)
     assert q.dequantize(torch.float64).dtype == torch.float64
-
-
-def test_quant_cpu_paths_work_in_a_forked_worker():
-    """As in a DataLoader's worker, which runs PyTorch on one thread; on more, PyTorch itself hangs after a fork."""
-    code = (
-        "import os, torch, lora_core as lc\n"
-        "torch.set_num_threads(2)\n"
-        "weight = torch.randn(700, 1500)\n"
-        "q = lc.quantize_nf4(weight)\n"
-        "dense = q.dequantize()\n"
-        "child = os.fork()\n"
-        "if not child:\n"
-        "    torch.set_num_threads(1)\n"
-        "    again = lc.quantize_nf4(weight)\n"
-        "    os._exit(0 if torch.equal(again.codes, q.codes) and torch.equal(again.dequantize(), dense) else 1)\n"
-        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_quant_of_the_scales_costs_what_is_published():

@@ -5,6 +5,7 @@ takes the lock for a moment, so the calls have to be long: with chunks of 32,768
 one, with these they take half the time.
 """
 
+import collections
 import functools
 import os
 from collections.abc import Callable
@@ -19,6 +20,11 @@ CHUNK = 2**18
 GRAIN = 2**15
 
 
+# ranges a thread gets on average: one that shares its core, as with an OpenMP thread that still waits actively after
+# an operation of PyTorch, gets fewer
+RANGES = 8
+
+
 def run(work: Callable[[int, int], None], count: int) -> None:
     """Call work(first, last) on ranges that cover range(count); every first is a multiple of CHUNK.
 
@@ -31,11 +37,21 @@ def run(work: Callable[[int, int], None], count: int) -> None:
     if threads <= 1:
         work(0, count)
         return
-    edges = [min(chunks * i // threads * CHUNK, count) for i in range(threads)] + [count]
-    # the calling thread takes the last share, and a failure in any share is raised here
-    others = [_pool(os.getpid(), threads - 1).submit(work, *edges[i : i + 2]) for i in range(threads - 1)]
+    step = max(chunks // (threads * RANGES), 1) * CHUNK
+    starts = collections.deque(range(0, count, step))
+
+    def share() -> None:
+        while True:
+            try:
+                first = starts.popleft()
+            except IndexError:
+                return
+            work(first, min(first + step, count))
+
+    # a failure in any share is raised here
+    others = [_pool(os.getpid(), threads - 1).submit(share) for _ in range(threads - 1)]
     try:
-        work(*edges[-2:])
+        share()
     finally:
         for other in others:
             other.result()

@@ -1,0 +1,26 @@
+"""Loops that Numba compiles, bit-equal to their NumPy forms; imported where worth it only, as that takes time."""
+
+import functools
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+# elements from which on a first call is worth loading Numba for: 0.3 s, and 1.5 s more where nothing is kept yet
+WORTHWHILE = 2**18
+
+
+def load(name: str, elements: int) -> Any:
+    """Return a module of this folder, or None where Numba is absent or not worth loading for so many elements."""
+    loaded = sys.modules.get(f"{__name__}.{name}")
+    return loaded if loaded is not None or elements < WORTHWHILE else _imported(name)
+
+
+@functools.cache
+def _imported(name: str) -> Any:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError:  # a Numba that does not go with this NumPy, or without its compiler
+        return None

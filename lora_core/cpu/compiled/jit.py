@@ -1,0 +1,18 @@
+"""How the loops of this folder are compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+
+def compiled(function: Callable[..., None]) -> Any:
+    """Return the function, compiled at its first call; other threads run on beside it.
+
+    Each float32 operation is rounded on its own: no fused multiply-add, no reordering.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep the result: neither beside the file nor in the user's folder
+        return njit(**options)(function)

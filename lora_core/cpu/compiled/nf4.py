@@ -1,0 +1,174 @@
+"""NF4 decoded and encoded.
+
+A block has but sixteen values, its levels times its scale, and each code picks one of them. Processors have
+instructions that pick sixteen times at once (vpermd of AVX-512); a compiler finds them for the pick written in
+_decode_sixteen, and in no loop over single codes. Elsewhere the pick becomes sixteen loads.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+from lora_core.cpu.compiled.jit import compiled
+from lora_core.quant.codebook import codebook
+
+LEVELS, DYNAMIC = codebook("nf4").levels, codebook("dynamic").levels.numpy()
+MIDPOINTS = tuple(codebook("nf4").midpoints.numpy())
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+# bytes decoded at a time, and the values they stand for
+LANES = 16
+VALUES = 2 * LANES
+WORD, SINGLE = ir.IntType(32), ir.FloatType()
+WORDS, SINGLES, PAIRS = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES), ir.VectorType(WORD, VALUES)
+BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+def _decode_sixteen(_: Any, scale: Any, codes: Any, values: Any) -> Any:
+    """Write the 32 values that the first 16 codes stand for, the high half of a byte first, their levels times scale.
+
+    Values are an array of float32, or of uint16 for bfloat16.
+    """
+    if {codes.layout, values.layout} != {"C"}:
+        raise TypingError(f"codes and values lie in memory as {codes.layout} and {values.layout}; want contiguous ones")
+    entries_of, join = (as_float32, in_turn) if values.dtype == types.float32 else (as_bfloat16, in_halves)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def memory(at: int, kind: Any) -> Any:
+            array = context.make_array(signature.args[at])(context, builder, arguments[at])
+            return builder.bitcast(array.data, kind.as_pointer())
+
+        def pick(index: Any) -> Any:
+            picked = ir.Constant(WORDS, ir.Undefined)
+            for lane in (ir.Constant(WORD, i) for i in range(LANES)):
+                entry = builder.extract_element(entries, builder.extract_element(index, lane))
+                picked = builder.insert_element(picked, entry, lane)
+            return picked
+
+        first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), arguments[0], ir.Constant(WORD, 0))
+        scales = builder.shuffle_vector(first, first, every(0))
+        entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), scales))
+        index = builder.zext(builder.load(memory(1, BYTES), align=1), WORDS)
+        joined = join(builder, pick(builder.lshr(index, every(4))), pick(builder.and_(index, every(15))))
+        builder.store(joined, memory(2, joined.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.float32, codes, values), generate
+
+
+# (scale, codes, values) in compiled code
+decode_sixteen: Any = intrinsic(_decode_sixteen)
+
+
+def every(value: int) -> Any:
+    """Return the vector with this word in every lane."""
+    return ir.Constant(WORDS, [value] * LANES)
+
+
+def as_float32(builder: Any, products: Any) -> Any:
+    """Return the bits of the products."""
+    return builder.bitcast(products, WORDS)
+
+
+def as_bfloat16(builder: Any, products: Any) -> Any:
+    """Return the bits of the products rounded to bfloat16, to nearest, ties to even; of NaN as PyTorch writes it."""
+    bits = builder.bitcast(products, WORDS)
+    odd = builder.and_(builder.lshr(bits, every(16)), every(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, every(0x7FFF))), every(16))
+    return builder.select(builder.fcmp_unordered("uno", products, products), every(0x7FC0), rounded)
+
+
+def in_turn(builder: Any, high: Any, low: Any) -> Any:
+    """Return high[0], low[0], high[1], low[1], ..."""
+    return builder.shuffle_vector(high, low, ir.Constant(PAIRS, [i // 2 + i % 2 * LANES for i in range(VALUES)]))
+
+
+def in_halves(builder: Any, high: Any, low: Any) -> Any:
+    """Return the same of their 16-bit halves, as words whose first half in memory is the low one."""
+    return builder.or_(high, builder.shl(low, every(16)))
+
+
+@compiled
+def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size: int, first: int, last: int) -> None:
+    """Decode elements first to last into values.
+
+    Args:
+        codes: uint8 [ceil(n / 2)], the high half first.
+        absmax: float32 [ceil(n / block_size)].
+        values: [last - first], float32, or uint16 for bfloat16.
+        block_size: elements of a scale, a multiple of 32.
+        first: a multiple of block_size.
+        last: n at most.
+    """
+    short, room = np.zeros(LANES, np.uint8), np.empty(VALUES, values.dtype)
+    for start in range(first, last, block_size):
+        scale = absmax[start // block_size]
+        stop = min(start + block_size, last)
+        whole = stop - (stop - start) % VALUES
+        for i in range(start, whole, VALUES):
+            decode_sixteen(scale, codes[i // 2 :], values[i - first :])
+        if whole < stop:
+            short[: (stop - whole + 1) // 2] = codes[whole // 2 : (stop + 1) // 2]
+            decode_sixteen(scale, short, room)
+            values[whole - first : stop - first] = room[: stop - whole]
+
+
+@compiled
+def decode_absmax(
+    codes: np.ndarray,
+    absmax2: np.ndarray,
+    offset: np.ndarray,
+    block_size: int,
+    scales: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    """Write scales first to last, level * absmax2 + offset, each operation rounded.
+
+    Args:
+        codes: uint8 [b].
+        absmax2: float32 [ceil(b / block_size)].
+        offset: float32 [1].
+        block_size: scales of a second-level scale.
+        scales: float32 [b].
+        first: of the scales.
+        last: of the scales, b at most.
+    """
+    for i in range(first, last):
+        scales[i] = DYNAMIC[codes[i]] * absmax2[i // block_size] + offset[0]
+
+
+@compiled
+def encode(values: np.ndarray, codes: np.ndarray, absmax: np.ndarray, block_size: int) -> None:
+    """Encode values.
+
+    Args:
+        values: float32 [n].
+        codes: uint8 [ceil(n / 2)].
+        absmax: float32 [ceil(n / block_size)].
+        block_size: elements of a scale, an even number.
+    """
+    bits, scales = values.view(np.uint32), absmax.view(np.uint32)
+    chosen = np.empty(block_size, np.uint8)
+    for block in range(absmax.size):
+        start = block * block_size
+        words, weights = bits[start : start + block_size], values[start : start + block_size]
+        # of magnitudes the larger has the larger bits, and NaN the largest
+        largest = np.uint32(0)
+        for i in range(words.size):
+            largest = max(largest, words[i] & MAGNITUDE)
+        scales[block] = largest
+        divisor = absmax[block] if largest else np.float32(1)
+        for i in range(words.size):
+            # a tie stays below; NaN, which is above no midpoint and below none, gets 15
+            quotient = weights[i] / divisor
+            code = np.uint8(15)
+            for midpoint in MIDPOINTS:
+                code -= np.uint8(quotient <= midpoint)
+            chosen[i] = code
+        chosen[words.size :] = 0
+        for i in range((words.size + 1) // 2):
+            codes[start // 2 + i] = chosen[2 * i] << 4 | chosen[2 * i + 1]

@@ -96,6 +96,18 @@ def test_cpu_quantises_ties_to_the_lower_code(loops):
     assert absmax == 1 and unpack(codes.view(-1), 32).tolist() == [15, *range(15), *range(1, 16), 7]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_works_in_inference_mode_on_many_threads(loops, dtype):
+    """A tensor made in that mode may be written in no other, and each thread is in a mode of its own."""
+    weight = torch.randn(1024, 1024)
+    with torch.inference_mode():
+        q = lc.quantize_nf4(weight)
+        dense = q.dequantize(dtype)
+    assert dense.is_inference()
+    packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, dtype, 64)
+    assert same_bits(dense.clone(), reference.nf4_dequantize(*packed))
+
+
 def test_cpu_takes_any_strides(loops):
     weight = torch.randn(70, 90)
     q = lc.quantize_nf4(weight)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from lora_core.cpu import compiled
 from lora_core.cpu.allocate import empty
 from lora_core.cpu.chunks import CHUNK, GRAIN, run
 from lora_core.cpu.plain import nf4 as plain
+from lora_core.cpu.scales import Scales
 from lora_core.ops.nf4_dequantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.double import NESTED_BLOCK_SIZE
@@ -33,27 +33,23 @@ def nf4_dequantize(
         )
     # the largest first: what follows must not take a piece of the freed memory it fits in
     dense = empty(shape, dtype)
-    flat, packed, scales = dense.view(-1), codes.flatten().contiguous().numpy(), absmax.contiguous().numpy()
+    flat, packed = dense.view(-1), codes.flatten().contiguous().numpy()
+    scales = Scales(absmax, nested_absmax, nested_offset, nested_block_size)
     loops = compiled.load("nf4", flat.numel()) or plain
-    nested = None
-    if nested_absmax is not None and nested_offset is not None:
-        nested = scales, nested_absmax.contiguous().numpy(), nested_offset.reshape(1).numpy(), nested_block_size
-        scales = np.empty(scales.size, np.float32)
 
     def work(first: int, last: int) -> None:
-        if nested is not None:
-            loops.decode_absmax(*nested, scales, first // block_size, -(-last // block_size))
+        scales.decode(loops, first // block_size, -(-last // block_size))
         part = flat[first:last]
         if dtype == torch.float32:
-            loops.decode(packed, scales, part.numpy(), block_size, first, last)
+            loops.decode(packed, scales.values, part.numpy(), block_size, first, last)
         elif dtype == torch.bfloat16 and loops is not plain:
-            loops.decode(packed, scales, part.view(torch.uint16).numpy(), block_size, first, last)
+            loops.decode(packed, scales.values, part.view(torch.uint16).numpy(), block_size, first, last)
         else:
             values = torch.empty(min(CHUNK, last - first), dtype=torch.float32)
             for start in range(first, last, CHUNK):
                 stop = min(start + CHUNK, last)
                 decoded = values[: stop - start]
-                loops.decode(packed, scales, decoded.numpy(), block_size, start, stop)
+                loops.decode(packed, scales.values, decoded.numpy(), block_size, start, stop)
                 torch._foreach_copy_(flat[start:stop].split(GRAIN), decoded.split(GRAIN))
 
     run(work, flat.numel())

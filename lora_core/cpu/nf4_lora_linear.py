@@ -1,12 +1,18 @@
-"""lora_core::nf4_lora_linear on the CPU: the weight is dequantised for the call, then as a dense layer."""
+"""lora_core::nf4_lora_linear on the CPU.
+
+Few rows of x are multiplied by a compiled loop that decodes the weight as it goes; for more of them, and in the
+backward, the weight is dequantised for the call, then as a dense layer.
+"""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from lora_core.cpu.few_rows import few_rows
 from lora_core.cpu.lora_linear import gradients, lora_linear
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
+from lora_core.reference import lora as reference
 
 
 def nf4_lora_linear(
@@ -27,7 +33,14 @@ def nf4_lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return what the reference returns, up to rounding."""
     w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    return lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
+    flat = x.reshape(-1, shape[1])
+    y = few_rows(flat, w)
+    if y is None:
+        return lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
+    hidden = reference.shrink(flat, lora_a, dropout, seed)
+    y = y if bias is None else y.add_(bias)
+    y.addmm_(hidden.float(), lora_b.T.float(), alpha=scaling)
+    return y.to(x.dtype).view(*x.shape[:-1], shape[0]), hidden
 
 
 def nf4_lora_linear_backward(

@@ -30,11 +30,11 @@ BYTES = ir.VectorType(ir.IntType(8), LANES)
 def _decode_sixteen(_: Any, scale: Any, codes: Any, values: Any) -> Any:
     """Write the 32 values that the first 16 codes stand for, the high half of a byte first, their levels times scale.
 
-    Values are an array of float32, or of uint16 for bfloat16.
+    Values are an array of float32; of uint16 for bfloat16; or of uint32 for float32 rounded to bfloat16.
     """
     if {codes.layout, values.layout} != {"C"}:
         raise TypingError(f"codes and values lie in memory as {codes.layout} and {values.layout}; want contiguous ones")
-    entries_of, join = (as_float32, in_turn) if values.dtype == types.float32 else (as_bfloat16, in_halves)
+    entries_of, join = FORMS[values.dtype]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def memory(at: int, kind: Any) -> Any:
@@ -81,6 +81,11 @@ def as_bfloat16(builder: Any, products: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", products, products), every(0x7FC0), rounded)
 
 
+def as_rounded(builder: Any, products: Any) -> Any:
+    """Return the bits of the products rounded to bfloat16, as float32."""
+    return builder.shl(as_bfloat16(builder, products), every(16))
+
+
 def in_turn(builder: Any, high: Any, low: Any) -> Any:
     """Return high[0], low[0], high[1], low[1], ..."""
     return builder.shuffle_vector(high, low, ir.Constant(PAIRS, [i // 2 + i % 2 * LANES for i in range(VALUES)]))
@@ -91,6 +96,13 @@ def in_halves(builder: Any, high: Any, low: Any) -> Any:
     return builder.or_(high, builder.shl(low, every(16)))
 
 
+FORMS = {
+    types.float32: (as_float32, in_turn),
+    types.uint16: (as_bfloat16, in_halves),
+    types.uint32: (as_rounded, in_turn),
+}
+
+
 @compiled
 def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size: int, first: int, last: int) -> None:
     """Decode elements first to last into values.
@@ -98,7 +110,7 @@ def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size
     Args:
         codes: uint8 [ceil(n / 2)], the high half first.
         absmax: float32 [ceil(n / block_size)].
-        values: [last - first], float32, or uint16 for bfloat16.
+        values: [last - first]; float32; uint16 for bfloat16; uint32 for float32 rounded to bfloat16.
         block_size: elements of a scale, a multiple of 32.
         first: a multiple of block_size.
         last: n at most.

@@ -1,0 +1,40 @@
+"""Products of few rows with an NF4 weight, which is decoded on the way."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_core.cpu import compiled
+from lora_core.cpu.chunks import CHUNK, run
+from lora_core.cpu.scales import Scales
+from lora_core.ops.packed import Packed
+from lora_core.quant.blockwise import BLOCK_SIZES
+
+# more rows are faster with a dense copy of the weight: from 32 rows of 4096 x 4096 on, on two cores
+FEW_ROWS = 32
+# what a row of the weight is decoded into, with the weight's values rounded to the dtype of x
+ROOMS = {torch.float32: np.float32, torch.bfloat16: np.uint32}
+
+
+def few_rows(x: Tensor, w: Packed) -> Tensor | None:
+    """Return x W^T in float32 [M, N], x [M, K], W [N, K] as rounded to x's dtype; None where this is not for it.
+
+    With K + 2 block_size float32 of scratch a thread, and no copy of W.
+    """
+    n, k = w.shape
+    if x.dtype not in ROOMS or not 0 < x.shape[0] <= FEW_ROWS or k == 0 or w.block_size not in BLOCK_SIZES:
+        return None
+    loops = compiled.load("nf4_product", n * k)
+    if loops is None:
+        return None
+    y = torch.empty(x.shape[0], n, dtype=torch.float32)
+    codes, rows = w.codes.flatten().contiguous().numpy(), x.detach().float().contiguous().numpy()
+    scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
+
+    def work(first: int, last: int) -> None:
+        scales.decode(loops.nf4, first * k // w.block_size, -(-last * k // w.block_size))
+        room = np.empty(k + 2 * w.block_size, ROOMS[x.dtype])
+        loops.multiply(codes, scales.values, rows, room, y.numpy(), w.block_size, first, last)
+
+    run(work, n, chunk=max(CHUNK // k, 1))
+    return y

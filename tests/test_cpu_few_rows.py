@@ -1,0 +1,86 @@
+"""Few rows times an NF4 weight by the compiled loop, against the formula."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_bounds import check_forward
+from strategies import dropouts, linear_operands, ranks, seeds, sizes
+
+import lora_core as lc
+from lora_core.cpu import compiled
+from lora_core.cpu import few_rows as few
+from lora_core.cpu.nf4_lora_linear import nf4_lora_linear
+from lora_core.ops.packed import Packed
+
+pytest.importorskip("numba")
+SEED = torch.tensor([2**40 + 77])
+DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    assert compiled.load("nf4_product", compiled.WORTHWHILE) is not None
+
+
+@given(
+    st.integers(1, few.FEW_ROWS),
+    sizes,
+    st.integers(1, 300),
+    ranks,
+    st.sampled_from(DTYPES),
+    st.sampled_from([32, 64, 256]),
+    st.booleans(),
+    st.booleans(),
+    dropouts,
+    seeds,
+)
+def test_few_rows_match_the_formula(m, n, k, r, dtypes, block_size, nested, bias, dropout, seed):
+    x, weight, b, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed)
+    q = lc.quantize_nf4(weight, block_size, nested)
+    assert few.few_rows(x, Packed.of(q)) is not None
+    b = b if bias else None
+    y, hidden = nf4_lora_linear(x, *Packed.of(q), b, lora_a, lora_b, 0.5, dropout, SEED)
+    assert y.dtype == dtypes[0] and y.is_contiguous() and hidden.dtype == dtypes[1]
+    check_forward(y, x, q.dequantize(dtypes[0]), b, lora_a, lora_b, 0.5, dropout, SEED, hidden)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_on_many_threads(threads, dtype):
+    """Rows begin inside blocks, and the weight has more than one chunk."""
+    x, weight, bias, lora_a, lora_b = linear_operands(3, 1001, 1001, 8, dtype, dtype, 0)
+    q = lc.quantize_nf4(weight)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = lc.nf4_lora_linear(x[None], q, bias, lora_a, lora_b, 0.5)
+    finally:
+        torch.set_num_threads(before)
+    assert y.shape == (1, 3, 1001)
+    check_forward(y[0], x, q.dequantize(dtype), bias, lora_a, lora_b, 0.5)
+
+
+def test_few_rows_are_not_many_and_of_two_dtypes():
+    w = Packed.of(lc.quantize_nf4(torch.randn(8, 64)))
+    for rows, dtype, wanted in (
+        (0, torch.float32, False),
+        (few.FEW_ROWS, torch.float32, True),
+        (few.FEW_ROWS + 1, torch.float32, False),
+        (1, torch.float16, False),
+        (1, torch.float64, False),
+    ):
+        assert (few.few_rows(torch.randn(rows, 64).to(dtype), w) is not None) is wanted
+
+
+def test_few_rows_give_gradients():
+    """Where the backward takes up what this forward kept: x, its rows in any layout, and S."""
+    q = lc.quantize_nf4(torch.randn(24, 64))
+    x = torch.randn(64, 5).T.requires_grad_()
+    lora_a, lora_b = torch.randn(3, 64, requires_grad=True), torch.randn(24, 3, requires_grad=True)
+    lc.nf4_lora_linear(x, q, None, lora_a, lora_b, 0.5).square().sum().backward()
+    got = [t.grad for t in (x, lora_a, lora_b)]
+    wide = [t.detach().double().requires_grad_() for t in (x, lora_a, lora_b)]
+    (wide[0] @ q.dequantize(torch.float64).T + 0.5 * wide[0] @ wide[1].T @ wide[2].T).square().sum().backward()
+    for grad, want in zip(got, (t.grad for t in wide), strict=True):
+        assert (grad - want).norm() <= 1e-5 * want.norm()

@@ -19,8 +19,11 @@ DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.fl
 
 
 @pytest.fixture(autouse=True, scope="module")
-def loaded():
-    assert compiled.load("nf4_product", compiled.WORTHWHILE) is not None
+def small_ones_too():
+    assert compiled.load("nf4_product") is not None
+    before, few.LEAST = few.LEAST, 1
+    yield
+    few.LEAST = before
 
 
 @given(
@@ -71,6 +74,14 @@ def test_few_rows_are_not_many_and_of_two_dtypes():
         (1, torch.float64, False),
     ):
         assert (few.few_rows(torch.randn(rows, 64).to(dtype), w) is not None) is wanted
+
+
+def test_few_rows_are_not_of_a_small_weight_though_all_is_loaded(monkeypatch):
+    """Or a layer's output would change bits once some other, larger weight has been decoded."""
+    monkeypatch.setattr(few, "LEAST", 8 * 64 + 1)
+    x = torch.randn(2, 64)
+    assert few.few_rows(x, Packed.of(lc.quantize_nf4(torch.randn(8, 64)))) is None
+    assert few.few_rows(x, Packed.of(lc.quantize_nf4(torch.randn(9, 64)))) is not None
 
 
 def test_few_rows_give_gradients():

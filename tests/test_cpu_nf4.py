@@ -32,7 +32,7 @@ def loops(request, monkeypatch):
         pytest.importorskip("numba")
     chosen = importlib.import_module(f"lora_core.cpu.{request.param}.nf4")
     calls = []
-    monkeypatch.setattr(compiled, "load", lambda name, elements: calls.append(name) or chosen)
+    monkeypatch.setattr(compiled, "load_for", lambda name, elements: calls.append(name) or chosen)
     # "is it the plain one" is asked of the module that load is an alternative to
     assert cpu.nf4_dequantize.compiled is compiled
     yield chosen
@@ -172,7 +172,7 @@ lc.quantize_nf4(small).dequantize()
 assert "numba" not in sys.modules
 {prepare}
 want = lc.quantize_nf4(large)
-assert (compiled.load("nf4", 0) is not None) is {loaded}
+assert (compiled.load_for("nf4", 0) is not None) is {loaded}
 assert torch.isfinite(want.dequantize()).all()
 """
 

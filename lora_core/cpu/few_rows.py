@@ -12,6 +12,9 @@ from lora_core.quant.blockwise import BLOCK_SIZES
 
 # more rows are faster with a dense copy of the weight: from 32 rows of 4096 x 4096 on, on two cores
 FEW_ROWS = 32
+# a smaller weight is not worth loading Numba for; as sums are rounded in an order of their own here, whether it is
+# loaded already must not decide
+LEAST = 2**16
 # what a row of the weight is decoded into, with the weight's values rounded to the dtype of x
 ROOMS = {torch.float32: np.float32, torch.bfloat16: np.uint32}
 
@@ -22,9 +25,9 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     With K + 2 block_size float32 of scratch a thread, and no copy of W.
     """
     n, k = w.shape
-    if x.dtype not in ROOMS or not 0 < x.shape[0] <= FEW_ROWS or k == 0 or w.block_size not in BLOCK_SIZES:
+    if x.dtype not in ROOMS or not 0 < x.shape[0] <= FEW_ROWS or w.block_size not in BLOCK_SIZES:
         return None
-    loops = compiled.load("nf4_product", n * k)
+    loops = compiled.load("nf4_product") if n * k >= LEAST else None
     if loops is None:
         return None
     y = torch.empty(x.shape[0], n, dtype=torch.float32)

@@ -35,7 +35,7 @@ def nf4_dequantize(
     dense = empty(shape, dtype)
     flat, packed = dense.view(-1), codes.flatten().contiguous().numpy()
     scales = Scales(absmax, nested_absmax, nested_offset, nested_block_size)
-    loops = compiled.load("nf4", flat.numel()) or plain
+    loops = compiled.load_for("nf4", flat.numel()) or plain
 
     def work(first: int, last: int) -> None:
         scales.decode(loops, first // block_size, -(-last // block_size))

@@ -21,7 +21,7 @@ def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    loops = compiled.load("nf4", flat.numel()) or plain
+    loops = compiled.load_for("nf4", flat.numel()) or plain
 
     def work(first: int, last: int) -> None:
         values = torch.empty(min(CHUNK, last - first), dtype=torch.float32)

@@ -6,18 +6,20 @@ import importlib.util
 import sys
 from typing import Any
 
-# elements from which on a first call is worth loading Numba for: 0.3 s, and 1.5 s more where nothing is kept yet
+# elements from which on a call whose result is the same either way is worth loading Numba for: it takes 0.3 s, and
+# 1.5 s more where nothing is kept yet
 WORTHWHILE = 2**18
 
 
-def load(name: str, elements: int) -> Any:
-    """Return a module of this folder, or None where Numba is absent or not worth loading for so many elements."""
+def load_for(name: str, elements: int) -> Any:
+    """Return a module of this folder where it is there already or worth loading for so many elements, else None."""
     loaded = sys.modules.get(f"{__name__}.{name}")
-    return loaded if loaded is not None or elements < WORTHWHILE else _imported(name)
+    return loaded if loaded is not None or elements < WORTHWHILE else load(name)
 
 
 @functools.cache
-def _imported(name: str) -> Any:
+def load(name: str) -> Any:
+    """Return a module of this folder, or None where Numba is not installed or does not run."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:

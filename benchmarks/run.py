@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,8 @@ from benchmarks.table import claim_lines, table
 from benchmarks.timing import AGAIN, interleave
 
 CASES = Path(__file__).parent / "cases"
-SAMPLES = 15
+# rounds of a comparison: fewer, but so many, where they take longer than the seconds
+SAMPLES, LEAST_SAMPLES, CASE_SECONDS = 15, 7, 20
 TABLE_COLUMNS = 120
 FAILED = 1
 SUITES = ("cpu", "gpu", "static")
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--provider", action="append", help="measure these only, and this library; repeat for more")
     parser.add_argument("--mode", choices=record.MODES, help="forward, backward or both; all by default")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="rounds of interleaved samples")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="rounds of interleaved samples, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder the rows are appended in")
     return parser
@@ -140,8 +142,12 @@ def _run(case: Case, options: argparse.Namespace, progress: Any) -> bool:
     ours = case.providers[0].name
     repeat = ours if checks[ours].passed else None
     timings: dict[str, Any] = {}
-    for timings in interleave(sound, options.samples, options.device, options.seed, repeat=repeat):  # noqa: B007
+    began = time.monotonic()
+    for rounds, taken in enumerate(interleave(sound, options.samples, options.device, options.seed, repeat=repeat), 1):
+        timings = taken
         progress.advance(task)
+        if rounds >= LEAST_SAMPLES and time.monotonic() - began > CASE_SECONDS:
+            break
     progress.remove_task(task)
     records = _records(case, options, timings, checks, peaks)
     path = options.results / f"{case.op}.jsonl"

@@ -17,6 +17,9 @@ SMALL_LINEARS = (
     {**SMALL_LINEAR, "N": 1408},
 )
 
+# as generation meets them: a query projection of Llama-3-8B and few tokens
+FEW_TOKENS = tuple({"M": m, "N": 4096, "K": 4096, "R": 16} for m in (1, 16))
+
 # N x K of the linear layers: query and output, key and value, gate and up, down
 # source: config.json of Llama-3-8B (hidden 4096, 8 heads of 128 for keys, feed-forward 14336) and of Llama-3-70B
 # (8192, 8 of 128, 28672)

@@ -14,9 +14,9 @@ from benchmarks.cases.lora_linear import SCALING, flops, peft_layer
 from benchmarks.llama import bitsandbytes_weight, linear4bit
 from benchmarks.modes import Work
 from benchmarks.peers import providers
-from benchmarks.shapes import LLAMA_3_LINEARS, SMALL_LINEARS
+from benchmarks.shapes import FEW_TOKENS, LLAMA_3_LINEARS, SMALL_LINEARS
 
-SHAPES = SMALL_LINEARS
+SHAPES = (*SMALL_LINEARS, *FEW_TOKENS)
 GPU_SHAPES = LLAMA_3_LINEARS
 
 BLOCK_SIZE = 64

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint typecheck format codegen codegen-versions mutation bench coverage clean
+.PHONY: demo test lint typecheck format codegen codegen-versions mutation bench docs coverage clean
 
 demo: $(READY)
 	$(BIN)/lora-core demo
@@ -45,6 +45,12 @@ mutation: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
+
+# the site, with every notebook run from scratch: build/docs/index.html
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 coverage: $(READY)
 	$(BIN)/python -m pytest -q --cov=lora_core --cov=quant --cov=kernels --cov-report=term

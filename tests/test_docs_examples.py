@@ -11,9 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # the checkout itself, however it is installed
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
-    (p.name, code) for p in DOCUMENTS for code in re.findall(r"^```python\n(.*?)^```", p.read_text(), re.M | re.S)
+    (str(p.relative_to(ROOT)), code)
+    for p in DOCUMENTS
+    for code in re.findall(r"^```python\n(.*?)^```", p.read_text(), re.M | re.S)
 ]
 
 

@@ -1,0 +1,102 @@
+"""The site: `make docs` runs every notebook from scratch and builds build/docs.
+
+Pages that compute in the browser stand in docs/interactive, complete, and are copied as they are.
+"""
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sphinx.util.logging
+
+LOG = sphinx.util.logging.getLogger(__name__)
+DOCS = Path(__file__).resolve().parent
+# a notebook that takes longer than this, in seconds, fails the build
+NOTEBOOK_LIMIT_S = 60
+
+project = "lora-core"
+author = "the lora-core developers"
+version = release = importlib.metadata.version("lora-core")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.mathjax",
+    # the fonts and scripts of MathJax, so that formulas need no network
+    "sphinx-mathjax-offline",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["interactive", "puzzles/solutions", "notebooks/records"]
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
+nitpicky = False
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+nb_execution_mode = "force"
+nb_execution_timeout = NOTEBOOK_LIMIT_S
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+# a widget needs a running kernel: its cell shows its code, the next one the picture
+nb_execution_excludepatterns: list[str] = []
+
+html_theme = "furo"
+html_title = "lora-core"
+html_static_path: list[str] = []
+html_copy_source = False
+html_show_sphinx = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_google_docstring = True
+napoleon_custom_sections = [("Source", "notes_style")]
+napoleon_use_rtype = False
+
+
+def keep_formulas(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Show indented lines, which are formulas in this project's docstrings, as they stand."""
+    kept: list[str] = []
+    inside = False
+    for line in lines:
+        if line.startswith("    "):
+            if not inside and (not kept or not kept[-1].strip()):
+                kept += [".. code-block:: text", ""]
+                inside = True
+        elif line.strip():
+            inside = False
+        # elsewhere |x| is a magnitude, not a substitution
+        kept.append(line if inside else line.replace("|", "\\|"))
+    lines[:] = kept
+
+
+def copy_pages(app: Any, exception: Exception | None) -> None:
+    """Put the interactive pages, which are complete as they are, beside the rest."""
+    if exception is None and app.builder.name == "html":
+        left_out = shutil.ignore_patterns("*.py", "__pycache__")
+        shutil.copytree(DOCS / "interactive", Path(app.outdir) / "interactive", dirs_exist_ok=True, ignore=left_out)
+
+
+def time_notebooks(app: Any, exception: Exception | None) -> None:
+    """Fail the build if a notebook took too long."""
+    if exception is not None or app.builder.name != "html":
+        return
+    slow = []
+    for name in sorted(app.env.found_docs):
+        ran = app.env.metadata.get(name, {}).get("exec_data")
+        if ran:
+            LOG.info("%s: %.0f s", name, ran["runtime"])
+            if ran["runtime"] > NOTEBOOK_LIMIT_S:
+                slow.append(name)
+    if slow:
+        raise RuntimeError(f"over {NOTEBOOK_LIMIT_S} s: {', '.join(slow)}; move what is heavy into a record")
+
+
+def setup(app: Any) -> None:
+    """Register the hooks."""
+    # before napoleon, which indents what it makes of Args: and Returns:
+    app.connect("autodoc-process-docstring", keep_formulas, priority=400)
+    app.connect("build-finished", copy_pages)
+    app.connect("build-finished", time_notebooks)

@@ -21,6 +21,7 @@ from lora_core.kernels.tile import nearest_code, widen
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.nf4_quantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
+from lora_core.quant.codebook import codebook
 
 # elements of a program, the longest block there is, and its warps: 32 elements a thread
 ELEMENTS = 4096
@@ -30,7 +31,15 @@ WARPS = 4
 # n changes from weight to weight: specialising on it would compile again
 @triton.jit(do_not_specialize=["n"])
 def _nf4_quantize_kernel(
-    w_ptr, tree_ptr, codes_ptr, absmax_ptr, n, BLOCK_SIZE: tl.constexpr, PER_UNIT: tl.constexpr, ELEMENTS: tl.constexpr
+    w_ptr,
+    tree_ptr,
+    codes_ptr,
+    absmax_ptr,
+    n,
+    BLOCK_SIZE: tl.constexpr,
+    PER_UNIT: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    ZERO: tl.constexpr,
 ):
     # int64: element numbers pass 2^31; inside a program 32 bits do
     start = tl.program_id(0).to(tl.int64) * ELEMENTS
@@ -58,10 +67,11 @@ def _nf4_quantize_kernel(
     tree = tl.load(tree_ptr + tl.arange(0, 16))
     code = nearest_code(quotient.reshape(ELEMENTS), tree, 16, 4).reshape(units, PER_UNIT)
 
-    # the lowest byte of a word comes first, and a byte's high half before its low one; an odd end is followed by code 0
+    # the lowest byte of a word comes first, and a byte's high half before its low one; an odd end is followed by
+    # the code of zero
     element = tl.arange(0, PER_UNIT)
     shift = (element // 2) * 8 + (1 - element % 2) * 4
-    packed = tl.sum(tl.where(place_ok, code, 0) << shift[None, :], axis=1)
+    packed = tl.sum(tl.where(place_ok, code, ZERO) << shift[None, :], axis=1)
     tl.store(codes_ptr + start // PER_UNIT + unit, packed.to(codes_ptr.dtype.element_ty), mask=unit * PER_UNIT < left)
 
 
@@ -80,7 +90,12 @@ def variants() -> Iterator[Variant]:
                         "absmax_ptr": "*fp32",
                         "n": "i64",
                     },
-                    constants={"BLOCK_SIZE": block_size, "PER_UNIT": per_unit, "ELEMENTS": ELEMENTS},
+                    constants={
+                        "BLOCK_SIZE": block_size,
+                        "PER_UNIT": per_unit,
+                        "ELEMENTS": ELEMENTS,
+                        "ZERO": codebook("nf4").zero,
+                    },
                     options={"num_warps": WARPS},
                     weights=ELEMENTS,
                 )
@@ -104,6 +119,7 @@ def launch_nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor
             BLOCK_SIZE=block_size,
             PER_UNIT=8 if words else 2,
             ELEMENTS=ELEMENTS,
+            ZERO=codebook("nf4").zero,
             num_warps=WARPS,
         )
     return codes, absmax

@@ -63,7 +63,9 @@ def entries(weight: "QuantizedWeight") -> dict[str, Tensor]:
     text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu")
     # on the meta device nothing has values, and neither has this
     device = weight.device
-    return {k: v.detach().to(device) for k, v in {**found, key + weight.quant_type: text}.items()}
+    tensors = {k: v.detach().to(device) for k, v in {**found, key + weight.quant_type: text}.items()}
+    # safetensors takes no two tensors that share memory, as those of two weights would
+    return {k: v.clone() if k.endswith("quant_map") else v for k, v in tensors.items()}
 
 
 def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:

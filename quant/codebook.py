@@ -101,6 +101,11 @@ class Codebook:
         code = self._order.to(scaled.device)[rank]
         return (code + self.sign_bit * (scaled < 0) if self.sign_bit else code).to(torch.uint8)
 
+    @functools.cached_property
+    def zero(self) -> int:
+        """Return the code that zero gets."""
+        return int(self.encode(torch.zeros(1, device="cpu")))
+
     def decode(self, codes: Tensor) -> Tensor:
         """Return the levels of uint8 codes: float32, the same shape."""
         return self.levels.to(codes.device)[codes.int()]

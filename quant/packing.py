@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Return codes [n], uint8 below 16, as bytes [(n + 1) // 2]; an odd last one is followed by code 0."""
+def pack(codes: Tensor, filler: int = 0) -> Tensor:
+    """Return codes [n], uint8 below 16, as bytes [(n + 1) // 2]; an odd last one is followed by the filler.
+
+    bitsandbytes fills up with zeros before it quantises, so its filler is the code of zero.
+    """
     if codes.numel() % 2:
-        codes = torch.cat([codes, codes.new_zeros(1)])
+        codes = torch.cat([codes, codes.new_full((1,), filler)])
     return codes[::2] << 4 | codes[1::2]
 
 

@@ -109,8 +109,8 @@ class QuantizedWeight(nn.Module):
             DtypeError: if dtype is not floating.
         """
         dtype = dtype or self.dtype
-        if not dtype.is_floating_point:
-            raise DtypeError(f"cannot dequantise to {dtype}; want a floating dtype such as torch.bfloat16")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise DtypeError(f"cannot dequantise to {dtype!r}; want a floating dtype such as torch.bfloat16")
         if self.quant_type == "nf4":
             dense: Tensor = torch.ops.lora_core.nf4_dequantize(
                 self.codes,
@@ -237,6 +237,8 @@ def quantize(
         ConfigError: if quant_type or block_size is none of the above.
     Source: Dettmers et al. 2023, section 3.
     """
+    if not isinstance(weight, Tensor):
+        raise DtypeError(f"cannot quantise a {type(weight).__name__}: want a torch.Tensor")
     weight = weight.detach()
     book = codebook(quant_type)
     check_input(weight, block_size)
@@ -244,7 +246,7 @@ def quantize(
         packed, absmax = torch.ops.lora_core.nf4_quantize(weight, block_size)
     else:
         codes, absmax = quantize_blocks(weight, book, block_size)
-        packed = pack(codes)[:, None]
+        packed = pack(codes, book.zero)[:, None]
     absmax2 = offset = None
     if double_quant:
         offset = absmax_offset(absmax)

@@ -858,3 +858,23 @@ def test_checkpoint_deepcopy_of_a_loaded_model_is_independent(folder):
     twin = copy.deepcopy(model)
     randomise(twin, 0.0)
     assert not torch.equal(twin(tokens()), model(tokens()))
+
+
+def test_saved_weights_are_as_readable_as_their_configuration(tmp_path):
+    model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
+    lc.save_adapter(model, tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / CONFIG).stat().st_mode
+
+
+@pytest.mark.parametrize("folder", [None, 5, ""], ids=str)
+def test_what_is_no_folder_is_refused(folder):
+    model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
+    for verb in (lc.save_adapter, lc.load_adapter):
+        with pytest.raises(lc.CheckpointError, match="want the path of an adapter's folder"):
+            verb(model, folder)
+
+
+def test_folder_that_cannot_be_made_is_refused():
+    model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(lc.CheckpointError, match="cannot make the folder"):
+        lc.save_adapter(model, "/proc/nowhere")

@@ -125,7 +125,7 @@ def test_adapter_name_that_is_taken_is_refused():
 
 
 def test_config_of_another_type_is_refused():
-    with pytest.raises(lc.ConfigError, match="dict; want a LoraConfig"):
+    with pytest.raises(lc.ConfigError, match="builtins.dict; want a lora_core.LoraConfig"):
         lc.add_adapter(TinyDecoder(), {"r": 8})
 
 
@@ -172,8 +172,8 @@ def test_modules_to_save_alone_make_an_adapter():
 
 def test_modules_to_save_that_do_not_exist_are_refused():
     model = TinyDecoder()
-    with pytest.raises(lc.TargetNotFoundError, match="'head'.*lm_head"):
-        adapt(model, modules_to_save=["head"])
+    with pytest.raises(lc.TargetNotFoundError, match="'heads'.*lm_head"):
+        adapt(model, modules_to_save=["heads"])
     assert not adapter_layers(model)
 
 
@@ -299,3 +299,34 @@ def test_modules_to_save_around_another_adapters_layer_are_refused():
     model = adapt(name="one", target_modules=["q_proj"])
     with pytest.raises(lc.ConfigError, match="layers.0.attn, where an adapter has a layer"):
         adapt(model, name="two", target_modules=["up_proj"], modules_to_save=["layers.0.attn"])
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "pop", "forward", "training"])
+def test_adapter_names_that_pytorch_uses_itself_are_refused(name):
+    with pytest.raises(lc.AdapterError, match=f"'{name}' is an attribute"):
+        adapt(name=name)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": "q_proj"}, r"regular expression for whole names; write \['q_proj'\]"),
+        ({"layers_to_transform": [99]}, "leave nothing of what target_modules matches; the layers here are 0 to 2"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "these limits leave nothing"),
+    ],
+    ids=str,
+)
+def test_message_says_why_nothing_was_found(config, message):
+    with pytest.raises(lc.TargetNotFoundError, match=message):
+        adapt(**config)
+
+
+def test_layer_without_a_shape_yet_is_refused():
+    with pytest.raises(lc.ConfigError, match="LazyLinear without a shape yet: run the model once first"):
+        adapt(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), target_modules=["0"])
+
+
+def test_modules_to_save_means_every_name_that_ends_so():
+    """As in PEFT, where "norm" means input_layernorm too."""
+    model = adapt(target_modules=["q_proj"], modules_to_save=["orm"])
+    assert isinstance(model.norm, TrainableCopy)

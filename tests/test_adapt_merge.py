@@ -183,3 +183,43 @@ def test_merging_twice_and_unmerging_nothing_are_refused():
     lc.set_adapter(model, [])
     with pytest.raises(lc.AdapterError, match="no adapter is active"):
         lc.merge_adapter(model)
+
+
+@pytest.mark.parametrize("verb", [lc.merge_adapter, lc.merge_and_unload])
+def test_refused_merge_keeps_the_other_adapters(verb):
+    model = adapted()
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["q_proj"]), "bad")
+    next(iter(adapter_layers(model).values())).lora_b["bad"].data.fill_(float("nan"))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(lc.NonFiniteError, match="nothing was changed"):
+        verb(model, "bad")
+    after = model.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.equal(after[k].nan_to_num(7.0), v.nan_to_num(7.0)) for k, v in state.items())
+
+
+def test_merging_into_a_base_that_is_broken_blames_the_base():
+    model = adapted()
+    next(iter(adapter_layers(model).values())).base_layer.weight.data[0, 0] = float("nan")
+    with pytest.raises(lc.NonFiniteError, match="the base weight of .* holds NaN or infinity already"):
+        lc.merge_adapter(model)
+
+
+def test_merging_while_disabled_is_refused():
+    model = adapted()
+    with lc.disable_adapter(model), pytest.raises(lc.AdapterError, match="outside the disable_adapter block"):
+        lc.merge_adapter(model)
+    lc.merge_adapter(model)
+
+
+def test_merging_into_an_embedding_with_max_norm_is_refused():
+    model = lc.add_adapter(nn.Sequential(nn.Embedding(11, 8, max_norm=1.0)), lc.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(lc.AdapterError, match="max_norm=1"):
+        lc.merge_adapter(model)
+
+
+def test_merging_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = lc.add_adapter(nn.Sequential(nn.Linear(8, 8)), lc.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(lc.AdapterError, match="meta device"):
+        lc.merge_adapter(model)

@@ -106,3 +106,29 @@ def test_quantising_warns_of_skip_modules_that_name_nothing():
     with pytest.warns(UserWarning, match="no module is called 'lm_hed'") as caught:
         lc.quantize_model(TinyDecoder(), skip_modules=["lm_head", "lm_hed"])
     assert caught[0].filename == __file__
+
+
+def test_skip_modules_as_one_string_is_refused():
+    with pytest.raises(lc.ConfigError, match="skip_modules is the string 'lm_head'; want a list"):
+        lc.quantize_model(TinyDecoder(), skip_modules="lm_head")
+
+
+def test_quantised_model_goes_into_a_safetensors_file(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = lc.quantize_model(TinyDecoder())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    again = lc.quantize_model(TinyDecoder())
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    x = tokens()
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8], ids=str)
+def test_dtypes_that_are_none_are_refused(dtype):
+    with pytest.raises(lc.ConfigError, match="compute_dtype is"):
+        lc.NF4Config(compute_dtype=dtype)
+    with pytest.raises(lc.DtypeError, match="cannot dequantise to"):
+        lc.quantize_nf4(torch.randn(64)).dequantize(dtype)
+    with pytest.raises(lc.DtypeError, match="cannot quantise a list"):
+        lc.quantize_nf4([[1.0]])

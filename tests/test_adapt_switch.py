@@ -117,3 +117,11 @@ def test_train_and_eval_change_nothing_but_the_mode(model):
     state = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
     model.train().eval().train()
     assert all(torch.equal(p, state[n][0]) and p.requires_grad == state[n][1] for n, p in model.named_parameters())
+
+
+def test_naming_an_adapter_twice_or_by_a_number_is_refused():
+    model = lc.add_adapter(TinyDecoder(), lc.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(lc.AdapterError, match="'default' is named twice"):
+        lc.set_adapter(model, ["default", "default"])
+    with pytest.raises(lc.AdapterError, match="adapter names 5: want the name"):
+        lc.set_adapter(model, 5)

@@ -174,7 +174,17 @@ def test_start_from_the_weight_refuses_what_has_none(init):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": 8}, r"no field 'rank': did you mean 'rank_pattern'"),
+        ({"rank": 8}, r"no field 'rank': the rank is called 'r'"),
+        ({"use_qalora": True}, r"no field 'use_qalora': PEFT has it, and it is not implemented here"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'; want True or False"),
+        ({"rank_pattern": None}, "rank_pattern is None; want a dict"),
+        ({"alpha_pattern": ["q"]}, r"alpha_pattern is \['q'\]; want a dict"),
+        ({"target_modules": 5}, "target_modules is 5; want names"),
+        ({"target_modules": [0]}, r"target_modules is \[0\]; want names"),
+        ({"layers_to_transform": [0.5]}, r"layers_to_transform is \[0.5\]; want the indices"),
+        ({"layers_to_transform": "0"}, "layers_to_transform is '0'; want the indices"),
+        ({"layers_pattern": "(["}, "is no regular expression"),
+        ({"modules_to_save": ["(["]}, "is no regular expression"),
         ({"lora_alhpa": 8}, r"no field 'lora_alhpa': did you mean 'lora_alpha'"),
         ({"r": 0}, r"rank of 'r' is 0"),
         ({"r": 2.5}, r"rank of 'r' is 2.5"),
@@ -197,3 +207,28 @@ def test_config_refuses_what_cannot_work(fields, message):
 def test_nf4_config_refuses_what_cannot_work(fields):
     with pytest.raises(lc.ConfigError, match="NF4Config"):
         lc.NF4Config(**fields)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_start_from_a_tied_weight_is_refused_and_changes_nothing(init):
+    model = TinyDecoder(tied=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(lc.ConfigError, match="lm_head is tied to embed_tokens.weight.*exclude_modules"):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=init))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_start_that_fails_at_a_later_layer_leaves_every_bit_of_the_earlier(init):
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 3))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(lc.ConfigError, match="want a rank of at most 3"):
+        lc.add_adapter(model, lc.LoraConfig(r=8, target_modules=["0", "1"], init_lora_weights=init))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_start_from_four_bits_is_warned_of(init):
+    model = lc.quantize_model(nn.Sequential(nn.Linear(32, 32)), skip_modules=[])
+    with pytest.warns(UserWarning, match="starts from 4-bit weights.*rounding"):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))

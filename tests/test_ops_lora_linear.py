@@ -312,3 +312,28 @@ def test_nf4_lora_linear_refuses_other_weights():
         nf4_lora_linear(x, quantize(weight, "fp4"), bias, a, b, 0.5)
     with pytest.raises(lc.ConfigError, match="go together"):
         nf4_lora_linear(x, lc.quantize_nf4(weight), bias, a, None, 0.5)
+
+
+def test_what_is_no_tensor_and_no_number_is_refused():
+    x, weight, a, b = torch.randn(2, 4), torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)
+    with pytest.raises(lc.DtypeError, match="lora_linear: x is a list; want a torch.Tensor"):
+        lora_linear([1.0], weight, None, a, b, 1.0)
+    with pytest.raises(lc.ConfigError, match="scaling is '2'; want a number"):
+        lora_linear(x, weight, None, a, b, "2")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (2, 5)}, "the last dimension of x has to be that of weight, 4"),
+        ({"bias": (4,)}, r"bias has to be \[3\]"),
+        ({"lora_a": (4, 2)}, r"lora_a has to be \[R, 4\]; pass lora_a.T"),
+        ({"lora_b": (2, 3)}, r"lora_b has to be \[3, 2\]; pass lora_b.T"),
+        ({"weight": (3,)}, "weight has 1 dimensions, want 2"),
+    ],
+    ids=str,
+)
+def test_shape_error_names_what_does_not_fit(change, message):
+    shapes = {"x": (2, 4), "weight": (3, 4), "bias": (3,), "lora_a": (2, 4), "lora_b": (3, 2), **change}
+    with pytest.raises(lc.ShapeError, match=message):
+        lora_linear(*(torch.randn(s) for s in shapes.values()), 1.0)

@@ -148,3 +148,21 @@ def test_a_state_repacked_for_cpu_inference_is_refused():
     packed[key] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="repacked for CPU inference.*save the model before its first forward"):
         QuantizedWeight.from_bitsandbytes(packed)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("n", [1, 3, 63, 65, 255])
+def test_the_half_byte_after_an_odd_end_is_that_of_bitsandbytes(quant_type, n):
+    weight = torch.randn(n)
+    theirs_last = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type)[0].view(-1)[-1]
+    assert quantize(weight, quant_type).codes.view(-1)[-1] & 15 == theirs_last & 15
+
+
+def test_layers_of_bitsandbytes_are_refused_with_a_way_out_and_left_alone_when_quantising():
+    model = nn.Sequential(Linear4bit(64, 64), nn.Linear(64, 64))
+    model[0].weight.data = torch.zeros(2048, 1, dtype=torch.uint8)
+    model[0].weight.bnb_quantized = True
+    with pytest.raises(lc.ConfigError, match="another library has quantised: put PEFT's adapters on it"):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"]))
+    lc.quantize_model(model, skip_modules=[])
+    assert type(model[0]) is Linear4bit and type(model[1]).__name__ == "NF4Linear"

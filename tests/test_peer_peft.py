@@ -108,6 +108,7 @@ CASES = {
     "head": (llama, {"target_modules": ["lm_head", "q_proj"]}),
     "tied embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "modules_to_save": (llama, {"target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "modules_to_save by an ending": (llama, {"target_modules": QV, "modules_to_save": ["norm"]}),
     "bias all": (llama, {"target_modules": ["q_proj"], "bias": "all"}),
     "bias lora_only": (llama, {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "bias": "all"}),

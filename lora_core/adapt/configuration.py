@@ -11,27 +11,9 @@ from typing import Any
 
 from lora_core.errors import ConfigError
 from lora_core.methods.lora import LoraConfig
+from lora_core.methods.peft_fields import REFUSED
 
 PEFT_TYPE = "LORA"
-
-# Fields that change what the model computes and that are not implemented, with the values at which they do nothing.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
-    "megatron_config": (None, {}),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "ensure_weight_tying": (False, None),
-    "enable_lora": (None,),
-}
 
 # Starts that change the base weight in ways that only PEFT can repeat.
 REFUSED_STARTS = ("loftq", "corda", "lora_ga")
@@ -76,7 +58,7 @@ ESSENTIAL = (
 )
 
 # Fields whose null means their default.
-NULLABLE = ("rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora")
+NULLABLE = ("rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora", "use_dora")
 
 
 def config_from_peft(values: Mapping[str, Any]) -> LoraConfig:

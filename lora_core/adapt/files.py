@@ -38,6 +38,17 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
+def folder_path(folder: str | os.PathLike[str]) -> Path:
+    """Return a folder's path.
+
+    Raises:
+        CheckpointError: if this is no path, or an empty one.
+    """
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise CheckpointError(f"folder is {folder!r}; want the path of an adapter's folder")
+    return Path(folder)
+
+
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write an adapter's two files; a process killed at any moment leaves the folder loadable, old or new.
 
@@ -46,19 +57,24 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
         config: the values of adapter_config.json.
         tensors: on the CPU, contiguous, none sharing memory with another.
     Raises:
-        CheckpointError: if the folder is a file.
+        CheckpointError: if the folder is a file, or cannot be made.
     """
     from safetensors.torch import save_file
 
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: want the name of a folder, new or not, to save the adapter in")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}; save somewhere else") from None
     text = json.dumps(config, indent=2, sort_keys=True)
     token = secrets.token_hex(4)
     new = {name: folder / f".{name}.{token}{PARTIAL}" for name in (CONFIG, WEIGHTS)}
     try:
         new[CONFIG].write_text(text + "\n")
         save_file(tensors, new[WEIGHTS], metadata={"format": "pt", METADATA_KEY: text})
+        # safetensors makes files that only their owner may read, whatever the umask
+        new[WEIGHTS].chmod(new[CONFIG].stat().st_mode)
         for path in new.values():
             _sync(path)
         os.replace(new[CONFIG], folder / CONFIG)

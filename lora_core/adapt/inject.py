@@ -8,13 +8,14 @@ from lora_core.adapt.checkpointing import let_gradients_in
 from lora_core.adapt.fast_path import forbid_fast_path
 from lora_core.adapt.kinds import adapted_kind
 from lora_core.adapt.switch import set_adapter
-from lora_core.adapt.target import find_targets, matches
-from lora_core.adapt.walk import adapter_names, places, replace, require_unmerged, tied_to
+from lora_core.adapt.target import find_targets, saves
+from lora_core.adapt.walk import adapter_layers, adapter_names, places, replace, require_unmerged, tied_to
 from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import AdapterError, ConfigError, TargetNotFoundError
 from lora_core.layers.adapter import Adapter, AdapterLayer
+from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
-from lora_core.methods.lora import LoraConfig, initialise
+from lora_core.methods.lora import LoraConfig, initialise, starts_from_weight, take_start
 
 
 def add_adapter(
@@ -26,8 +27,8 @@ def add_adapter(
 ) -> nn.Module:
     """Replace the targeted layers by adapted ones that share their weights, and freeze all but the new adapter.
 
-    At the start the model computes what it did before (but for init_lora_weights=False). The new adapter is the active
-    one.
+    At the start the model computes what it did before, but for init_lora_weights=False, and for "pissa" and "olora" on
+    a 4-bit weight, which is quantised anew. The new adapter is the active one.
 
     Args:
         model: any module; changed in place.
@@ -38,7 +39,7 @@ def add_adapter(
         model.
     Raises:
         TargetNotFoundError: if no module matches.
-        ConfigError: if a matching module cannot be adapted.
+        ConfigError: if a matching module cannot be adapted, or "pissa" or "olora" would change a tied weight.
         AdapterError: if the name is taken, or an adapter is merged.
     Source: Hu et al. 2021.
     """
@@ -60,9 +61,14 @@ def inject(
     _check_name(model, adapter_name)
     require_unmerged(model, f"add adapter {adapter_name!r}")
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"add_adapter: config is a {type(config).__name__}; want a LoraConfig")
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"add_adapter: config is a {kind}; want a lora_core.LoraConfig, which has the same field names as PEFT's"
+        )
     targets = find_targets(model, config) if config.target_modules or not config.modules_to_save else []
     saved = _modules_to_save(model, config)
+    if starts_from_weight(config.init_lora_weights):
+        _refuse_tied_starts(model, targets)
     where = places(model)
     try:
         for name in targets:
@@ -82,8 +88,41 @@ def inject(
     except Exception:
         withdraw(model, adapter_name)
         raise
+    # once nothing can fail any more
+    if initialise_pairs and starts_from_weight(config.init_lora_weights):
+        take_starts(model, adapter_name)
     if trainable:
         let_gradients_in(model)
+
+
+def take_starts(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter's start out of the weights it starts from."""
+    layers = [layer for layer in adapter_layers(model).values() if adapter_name in layer.adapters]
+    for layer in layers:
+        take_start(layer, adapter_name)
+    if any(isinstance(layer, LoraNF4Linear) for layer in layers):
+        warnings.warn(
+            f"adapter {adapter_name!r} starts from 4-bit weights: what is left of them was quantised anew, so the "
+            "model starts off by that rounding; init_lora_weights=True starts exactly",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _refuse_tied_starts(model: nn.Module, targets: list[str]) -> None:
+    """Raise ConfigError where a start would take a part out of a weight that another module uses too."""
+    tied = tied_to(model)
+    for name in targets:
+        layer = model.get_submodule(name)
+        base = layer.base_layer if isinstance(layer, AdapterLayer) else layer
+        own = f"{name}.base_layer.weight" if isinstance(layer, AdapterLayer) else f"{name}.weight"
+        others = [o for o in tied.get(id(base.weight), []) if o != own]
+        if others:
+            raise ConfigError(
+                f"init_lora_weights 'pissa' and 'olora' take a part out of the weight, and that of {name} is tied to "
+                f"{', '.join(others)}, which would change too: leave {name} out with exclude_modules, untie the "
+                "weights, or use init_lora_weights=True"
+            )
 
 
 def _adapted(model: nn.Module, name: str, where: dict[nn.Module, list[str]]) -> AdapterLayer:
@@ -116,7 +155,7 @@ def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     found: list[str] = []
     for name, module in modules.items():
         inside = any(name.startswith(f + ".") for f in found)
-        if matches(name, config.modules_to_save) and not inside:
+        if saves(name, config.modules_to_save) and not inside:
             if any(isinstance(m, AdapterLayer) for m in module.modules()):
                 raise ConfigError(
                     f"modules_to_save names {name}, where an adapter has a layer: choose one of the two, or delete "
@@ -124,7 +163,7 @@ def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
                 )
             found.append(name)
     for wanted in config.modules_to_save:
-        if not any(matches(n, [wanted]) for n in modules):
+        if not any(saves(n, [wanted]) for n in modules):
             raise TargetNotFoundError(
                 f"modules_to_save: no module is called {wanted!r}; the last parts of names here are "
                 f"{', '.join(sorted({n.split('.')[-1] for n in modules}))}"
@@ -149,5 +188,7 @@ def _warn_of_tied(model: nn.Module, names: list[str]) -> None:
 def _check_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"adapter name {name!r}: want a non-empty string without dots")
+    if any(hasattr(container, name) for container in (nn.ParameterDict(), nn.ModuleDict())):
+        raise AdapterError(f"adapter name {name!r} is an attribute of PyTorch's own containers: choose another name")
     if name in adapter_names(model):
         raise AdapterError(f"the model has an adapter {name!r} already: choose another name, or delete it first")

@@ -27,6 +27,11 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return peer is not None and isinstance(module, peer.Conv1D)
 
 
+def is_held_by_others(module: nn.Module) -> bool:
+    """Say whether this is another library's linear layer with a quantised weight, such as bitsandbytes' Linear4bit."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
 def is_linear(module: nn.Module) -> bool:
     """Say whether "all-linear" means this module."""
     if isinstance(module, AdapterLayer):

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapt.configuration import config_from_peft
-from lora_core.adapt.files import WEIGHTS, read_checkpoint
-from lora_core.adapt.inject import inject
+from lora_core.adapt.files import WEIGHTS, folder_path, read_checkpoint
+from lora_core.adapt.inject import inject, take_starts
 from lora_core.adapt.keys import COMPILED, adapter_tensors, base_tensors, canonical, unwrapped
 from lora_core.adapt.switch import set_adapter
-from lora_core.adapt.target import matches
+from lora_core.adapt.target import saves
 from lora_core.adapt.walk import adapter_layers
 from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import CheckpointError
-from lora_core.layers.adapter import AdapterLayer
 from lora_core.methods.lora import LoraConfig, initialise
 
 # How many names of each kind a message lists.
@@ -55,7 +54,7 @@ def load_adapter(
     Source: PEFT's checkpoint format.
     """
     inner = unwrapped(model)
-    checkpoint = read_checkpoint(Path(folder))
+    checkpoint = read_checkpoint(folder_path(folder))
     config = _without_absent(inner, config_from_peft(checkpoint.config))
     given = _canonical_tensors(checkpoint.tensors)
     inject(
@@ -88,7 +87,7 @@ def _without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if not config.modules_to_save:
         return config
     names = [n.replace(COMPILED, "") for n, _ in model.named_modules()]
-    present = [m for m in config.modules_to_save if any(matches(n, [m]) for n in names)]
+    present = [m for m in config.modules_to_save if any(saves(n, [m]) for n in names)]
     return dataclasses.replace(config, modules_to_save=present or None)
 
 
@@ -165,17 +164,10 @@ def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
             UserWarning,
             stacklevel=4,
         )
-    layers = [m for m in adapter_layers(model).values() if adapter_name in m.adapters]
-    before: dict[AdapterLayer, dict[str, Tensor]] = {}
-    try:
-        for layer in layers:
-            before[layer] = layer.backup_weight()
+    for layer in adapter_layers(model).values():
+        if adapter_name in layer.adapters:
             initialise(layer, adapter_name, start)
-    except Exception:
-        for layer, backup in before.items():
-            layer.adapters[adapter_name].start = None
-            layer.restore_weight(backup)
-        raise
+    take_starts(model, adapter_name)
 
 
 @torch.no_grad()

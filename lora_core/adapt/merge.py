@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapt.switch import parts
+from lora_core.adapt.switch import chosen_names, parts
 from lora_core.adapt.walk import adapter_layers, places, replace, require_adapters, tied_to
 from lora_core.adapt.withdraw import allow_fast_paths
 from lora_core.errors import AdapterError, NonFiniteError
@@ -76,7 +76,8 @@ def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = 
     Returns:
         The error of each layer, and the memory that unmerging needs.
     Raises:
-        AdapterError: if there is no such adapter, one is merged already, or a base weight is tied to another module.
+        AdapterError: if there is no such adapter, one is merged already or disabled, or a base weight cannot take it:
+            tied to another module, without values, or used in ways that a sum of weights does not follow.
         NonFiniteError: if a merged weight would hold NaN or infinity; the model is left as it was.
     """
     return _merge(model, adapter_names, keep_backup=True)
@@ -107,14 +108,14 @@ def merge_and_unload(model: nn.Module, adapter_names: str | Sequence[str] | None
         AdapterError, NonFiniteError: as merge_adapter.
     """
     if merged_names(model):
-        if adapter_names is not None and _names(adapter_names) != merged_names(model):
+        if adapter_names is not None and chosen_names(adapter_names) != merged_names(model):
             raise AdapterError(
                 f"merge_and_unload({adapter_names!r}): {list(merged_names(model))} is merged; call "
                 "unmerge_adapter(model) first"
             )
     else:
         names = _merging_names(model, adapter_names)
-        _refuse_tied(model, names)
+        _checked(model, names)
         for layer in adapter_layers(model).values():
             for other in [n for n in layer.adapters if n not in names]:
                 layer.remove(other)
@@ -135,14 +136,22 @@ def merged_names(model: nn.Module) -> tuple[str, ...]:
 
 def _merge(model: nn.Module, adapter_names: str | Sequence[str] | None, *, keep_backup: bool) -> MergeReport:
     names = _merging_names(model, adapter_names)
-    _refuse_tied(model, names)
-    layers = {n: m for n, m in adapter_layers(model).items() if any(a in m.adapters for a in names)}
-    # all layers are checked before the first is changed, so that a refusal leaves the model as it was
-    for name, layer in layers.items():
-        _refuse_non_finite(name, layer, names)
+    layers = _checked(model, names)
     report = {name: _merge_layer(layer, names, keep_backup) for name, layer in layers.items()}
     held = sum(layer.merged.backup_bytes for layer in layers.values() if layer.merged)
     return MergeReport(names, report, held)
+
+
+def _checked(model: nn.Module, names: tuple[str, ...]) -> dict[str, AdapterLayer]:
+    """Return the layers to merge into; all are checked before one is changed: a refusal leaves the model as it was."""
+    _refuse_tied(model, names)
+    layers = {n: m for n, m in adapter_layers(model).items() if any(a in m.adapters for a in names)}
+    for name, layer in layers.items():
+        reason = layer.why_unmergeable()
+        if reason:
+            raise AdapterError(f"cannot merge into {name}: {reason}; keep the adapter unmerged")
+        _refuse_non_finite(name, layer, names)
+    return layers
 
 
 def _merged_weight(layer: AdapterLayer, names: tuple[str, ...]) -> Tensor:
@@ -156,6 +165,11 @@ def _merged_weight(layer: AdapterLayer, names: tuple[str, ...]) -> Tensor:
 
 
 def _refuse_non_finite(name: str, layer: AdapterLayer, names: tuple[str, ...]) -> None:
+    if not layer.read_weight().isfinite().all():
+        raise NonFiniteError(
+            f"the base weight of {name} holds NaN or infinity already, whatever is merged into it: repair it, or load "
+            "the base again; nothing was changed"
+        )
     if not torch.isfinite(_merged_weight(layer, names).to(layer.weight.dtype)).all():
         raise NonFiniteError(
             f"merging {', '.join(names)} into {name} gives NaN or infinity in {layer.weight.dtype}: the adapter is "
@@ -193,10 +207,6 @@ def _unmerge(layer: AdapterLayer) -> None:
     layer.activate(layer.active)
 
 
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
 def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple[str, ...]:
     already = merged_names(model)
     if already:
@@ -205,7 +215,9 @@ def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple
         active = [n for layer in adapter_layers(model).values() for n in layer.active]
         copies = [p.active for p in parts(model) if isinstance(p, TrainableCopy) and p.active]
         given = tuple(dict.fromkeys([*active, *copies]))
-    names = _names(given)
+    names = chosen_names(given)
+    if not all(part.enabled for part in parts(model)):
+        raise AdapterError("cannot merge while adapters are disabled: do it outside the disable_adapter block")
     if not names:
         raise AdapterError("merge_adapter: no adapter is active; name one, or call set_adapter(model, name) first")
     require_adapters(model, names)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lora_core.adapt.kinds import is_transposed_linear
+from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
 from lora_core.adapt.target import matches, output_head
 from lora_core.adapt.walk import adapter_names, places, replace, tied_to
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
@@ -42,6 +42,8 @@ def quantize_model(
         raise AdapterError(
             f"quantize_model: the model has adapters {adapter_names(model)}; quantise it before adding any"
         )
+    if isinstance(skip_modules, str):
+        raise ConfigError(f"quantize_model: skip_modules is the string {skip_modules!r}; want a list of names")
     where = places(model)
     chosen = {m: names for m, names in where.items() if _chosen(model, m, names, skip_modules)}
     tied = tied_to(model)
@@ -49,7 +51,7 @@ def quantize_model(
     if not chosen and not any(isinstance(m, NF4Linear) for m in where):
         raise TargetNotFoundError(
             f"quantize_model: no linear layer to quantise outside skip_modules={skip_modules!r}; want nn.Linear or "
-            "transformers' Conv1D"
+            "transformers' Conv1D in floating point, which no other library has quantised"
         )
     for module, names in chosen.items():
         _check(module.get_parameter("weight"), names[0], config.block_size)
@@ -68,6 +70,8 @@ def quantize_model(
 
 def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str] | None) -> bool:
     if not isinstance(module, nn.Linear) and not is_transposed_linear(module):
+        return False
+    if is_held_by_others(module):
         return False
     if isinstance(model.get_submodule(names[0].rpartition(".")[0]), nn.MultiheadAttention):
         return False

@@ -3,14 +3,13 @@
 import dataclasses
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.adapt.configuration import config_to_peft
-from lora_core.adapt.files import write_checkpoint
+from lora_core.adapt.files import folder_path, write_checkpoint
 from lora_core.adapt.keys import COMPILED, adapter_tensors, key, unwrapped
 from lora_core.adapt.target import ALL_LINEAR, matches
 from lora_core.adapt.walk import adapter_layers, require_adapters, trainable_copies
@@ -48,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     tensors, config = _plain_lora(model, adapter_name, tensors, config)
     config = _resolved(model, adapter_name, config)
     values = _with_base_name(model, config_to_peft(config))
-    write_checkpoint(Path(folder), values, _on_cpu(tensors))
+    write_checkpoint(folder_path(folder), values, _on_cpu(tensors))
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig:

@@ -10,6 +10,7 @@ from lora_core.adapt.walk import (
     require_unmerged,
     trainable_copies,
 )
+from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
 from lora_core.methods.lora import LoraConfig
@@ -27,7 +28,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     Raises:
         AdapterError: if there is no such adapter, or one is merged.
     """
-    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    names = chosen_names(adapter_name)
     require_adapters(model, names)
     require_unmerged(model, "switch adapters")
     model.requires_grad_(False)
@@ -36,6 +37,22 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     for config in trained_configs(model, names):
         for bias in chosen_biases(model, config.bias).values():
             bias.requires_grad_(True)
+
+
+def chosen_names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one name, or several, as a tuple.
+
+    Raises:
+        AdapterError: if these are no names, or one comes twice, which would add its update twice.
+    """
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Sequence) or not all(isinstance(name, str) for name in given):
+        raise AdapterError(f"adapter names {given!r}: want the name of an adapter, or a list of names")
+    twice = [name for name in given if given.count(name) > 1]
+    if twice:
+        raise AdapterError(f"adapter {twice[0]!r} is named twice in {list(given)}: name each once")
+    return tuple(given)
 
 
 def parts(model: nn.Module) -> list[AdapterLayer | TrainableCopy]:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
-from lora_core.adapt.kinds import SUPPORTED, adapted_kind, is_linear
+from lora_core.adapt.kinds import SUPPORTED, adapted_kind, is_held_by_others, is_linear
 from lora_core.errors import ConfigError, TargetNotFoundError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
@@ -59,6 +60,11 @@ def matches(name: str, wanted: Sequence[str] | str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def saves(name: str, wanted: Sequence[str]) -> bool:
+    """Say whether modules_to_save means a module: PEFT takes every name that ends so, with a dot before it or not."""
+    return any(name.endswith(w) for w in wanted)
 
 
 def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | None:
@@ -149,10 +155,24 @@ def _nothing_found(config: LoraConfig, candidates: dict[str, nn.Module]) -> str:
         )
         if value
     ]
-    return (
-        f"no module matches target_modules={config.target_modules!r}{' with ' + ', '.join(limits) if limits else ''}; "
-        f"want one of: {', '.join(closest) or 'none, this model has no layer that can be adapted'}"
-    )
+    limited = f" with {', '.join(limits)}" if limits else ""
+    told = f"no module matches target_modules={config.target_modules!r}{limited}"
+    if isinstance(wanted, str) and wanted in suffixes:
+        return f"{told}: a string is a regular expression for whole names; write [{wanted!r}] for all that end so"
+    if limits and (wanted == ALL_LINEAR or any(matches(n, wanted) for n in able)):
+        numbers = sorted({int(part) for n in able for part in n.split(".") if part.isdigit()})
+        layers = (
+            f"; the layers here are {_ranges(numbers)}" if numbers and config.layers_to_transform is not None else ""
+        )
+        return f"{told}: these limits leave nothing of what target_modules matches{layers}; widen them"
+    return f"{told}; want one of: {', '.join(closest) or 'none, this model has no layer that can be adapted'}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return rising numbers as text, runs shortened: "0 to 31"."""
+    if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def _refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -161,8 +181,21 @@ def _refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
             f"{name} belongs to nn.MultiheadAttention, which uses its weight without calling it: an adapter there "
             "would do nothing; leave it out with exclude_modules"
         )
+    if isinstance(getattr(module, "weight", None), UninitializedParameter):
+        raise ConfigError(f"{name} is a {type(module).__name__} without a shape yet: run the model once first")
+    if is_held_by_others(module):
+        raise ConfigError(
+            f"{name} is a {type(module).__name__} whose weight another library has quantised: put PEFT's adapters on "
+            "it and call lora_core.fuse(model), or load the model in 16 bits and call lora_core.quantize_model(model)"
+        )
     if not isinstance(module, AdapterLayer) and adapted_kind(module) is None:
+        if hasattr(module, "lora_A"):
+            raise ConfigError(
+                f"{name} has PEFT's adapters already: call lora_core.fuse(model) to run them faster, or take them out "
+                "with PEFT's unload() first"
+            )
         raise ConfigError(
             f"{name} is a {type(module).__name__}, which cannot be adapted; want one of {SUPPORTED}: name such "
-            "layers in target_modules, or leave this one out with exclude_modules"
+            "layers in target_modules, or leave this one out with exclude_modules; or is this another model than the "
+            "adapter is for?"
         )

@@ -79,7 +79,8 @@ def _axes(figure: "Figure", title: str, x: str, y: str) -> "Axes":
 
 
 def _loss_curves(results: Results, figure: "Figure", theme: Theme) -> None:
-    axes = _axes(figure, "Loss on held-out source code", "step", "nats per byte")
+    windows = f"{results.setting['curve_windows']} of the table's {results.setting['table_windows']} windows"
+    axes = _axes(figure, f"Loss on held-out source code, {windows}", "step", "nats per byte")
     for row, colour, dash in zip(results.rows, COLOURS, DASHES, strict=True):
         steps, losses = zip(*row.held_out_curve, strict=True)
         axes.plot(steps, losses, dash, color=colour, marker="o", markersize=4, linewidth=2, label=row.title)
@@ -101,7 +102,7 @@ def _quantization_error(results: Results, figure: "Figure", theme: Theme) -> Non
 
 
 def _spectra(results: Results, figure: "Figure", theme: Theme) -> None:
-    title = "Singular values of full fine-tuning's update"
+    title = "Singular values of full fine-tuning's update, a line a layer"
     axes = _axes(figure, title, "index", "singular value / largest")
     kinds = list(dict.fromkeys(spectrum.name.rpartition(".")[2] for spectrum in results.spectra))
     shades = (*COLOURS, "#E69F00", "#56B4E9")

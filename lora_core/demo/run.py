@@ -131,6 +131,7 @@ def _setting(settings: DemoSettings, base: Base, text: Text, device: torch.devic
         "steps": settings.steps,
         "tokens_per_step": settings.batch * base.config.context,
         "table_windows": settings.table_windows,
+        "curve_windows": settings.curve_windows,
         "parameters": record["parameters"],
         "base_steps": record["steps"],
         "base_nats_per_byte": record["held_out_nats_per_byte"],

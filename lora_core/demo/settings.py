@@ -93,10 +93,14 @@ def check_steps(steps: int) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raises ConfigError if the path cannot be a folder."""
+    """Makes the folder; raises ConfigError if that cannot be."""
     blocking = next((part for part in (output, *output.parents) if part.exists() and not part.is_dir()), None)
     if blocking is not None:
         raise ConfigError(f"output is {output}, but {blocking} is a file; want a folder, new or not")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output is {output}, which cannot be made: {error.strerror}; want another folder") from None
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,9 +1,8 @@
 """Inspect whatever a path names."""
 
 import os
-from pathlib import Path
 
-from lora_core.adapt.files import CONFIG
+from lora_core.adapt.files import CONFIG, folder_path
 from lora_core.inspect.adapter import HALF_A, describe_adapter
 from lora_core.inspect.files import Tensors, opened, read_json, weight_files
 from lora_core.inspect.quantised import describe_quantised
@@ -18,7 +17,7 @@ def inspect_path(path: str | os.PathLike[str]) -> Report:
     Raises:
         CheckpointError: if it is missing, a pickle, truncated or foreign.
     """
-    place = Path(path)
+    place = folder_path(path)
     files = weight_files(place)
     config_file = files[0].parent / CONFIG
     with opened(files) as tensors:

@@ -85,6 +85,10 @@ class AdapterLayer(nn.Module):
         """Return B A in the shape of the base weight."""
         raise NotImplementedError
 
+    def why_unmergeable(self) -> str:
+        """Return why the base weight cannot hold an adapter, or "" if it can."""
+        return "it is on the meta device and has no values" if self.weight.is_meta else ""
+
     # the base weight, as modules around this one expect to find it
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_core.errors import AdapterError, ConfigError
+from lora_core.errors import ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.ops.checks import autocast_on
 
@@ -42,12 +42,12 @@ class LoraConv(AdapterLayer):
         ones = (1,) * self.dimensions
         return (rank, base.in_channels, *base.kernel_size), (base.out_channels, rank // base.groups, *ones)
 
-    def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    def why_unmergeable(self) -> str:
         if self.base_layer.groups > 1:
-            raise AdapterError(
-                f"a convolution with {self.base_layer.groups} groups cannot hold a merged adapter: its A mixes all "
-                "input channels, the base weight does not; keep this adapter unmerged"
-            )
+            return f"A mixes all input channels, its weight those of one of {self.base_layer.groups} groups"
+        return super().why_unmergeable()
+
+    def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return (lora_b.flatten(1) @ lora_a.flatten(1)).view(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:

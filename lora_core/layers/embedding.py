@@ -37,6 +37,11 @@ class LoraEmbedding(AdapterLayer):
     def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.num_embeddings), (self.embedding_dim, rank)
 
+    def why_unmergeable(self) -> str:
+        if self.base_layer.max_norm is not None:
+            return f"it scales the rows it looks up down to max_norm={self.base_layer.max_norm:g}, the update with them"
+        return super().why_unmergeable()
+
     def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return (lora_b @ lora_a).T
 

@@ -9,9 +9,9 @@ like sqrt(r), so dividing by r lets it vanish. Sources: Hu et al. 2021 (arXiv 21
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods import olora, pissa
 from lora_core.methods.fields import checks_field_names
+from lora_core.methods.peft_fields import REFUSED
 
 # kaiming_uniform(a = sqrt 5) is U(-1/sqrt(K), 1/sqrt(K)), nn.Linear's own start; loralib and PEFT use it for A
 KAIMING_SLOPE = math.sqrt(5)
@@ -57,6 +58,15 @@ class LoraConfig:
         ConfigError: on an unknown field (naming the nearest known one) or a value that cannot work.
     """
 
+    HINTS: ClassVar[dict[str, str]] = {
+        "rank": "the rank is called 'r'",
+        "lora_r": "the rank is called 'r'",
+        "alpha": "it is called 'lora_alpha'",
+        "dropout": "it is called 'lora_dropout'",
+        "inference_mode": "what is trained is chosen when an adapter is added or loaded: is_trainable",
+        **dict.fromkeys(REFUSED, "PEFT has it, and it is not implemented here"),
+    }
+
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -76,6 +86,7 @@ class LoraConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"LoraConfig: the rank of {name!r} is {rank!r}; want a whole number of at least 1")
@@ -89,13 +100,32 @@ class LoraConfig:
         if self.use_dora:
             raise ConfigError("LoraConfig: use_dora=True is not available yet; leave it False")
         check_initialisation(self.init_lora_weights)
-        for expression in (self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern):
+        whole = (self.target_modules, self.exclude_modules, self.layers_pattern)
+        parts = (*self.rank_pattern, *self.alpha_pattern, *_listed(self.layers_pattern), *(self.modules_to_save or ()))
+        for expression in (*whole, *parts):
             if isinstance(expression, str):
                 check_expression(expression)
+
+    def _check_kinds(self) -> None:
+        """Raise ConfigError where a field holds something of another kind than it is for."""
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"LoraConfig: {name} is {getattr(self, name)!r}; want True or False")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"LoraConfig: {name} is {getattr(self, name)!r}; want a dict of name to number")
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"LoraConfig: modules_to_save is the string {self.modules_to_save!r}; want a list of names"
             )
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            names = value is None or isinstance(value, str) or _all_of(value, str)
+            if not names:
+                raise ConfigError(f"LoraConfig: {name} is {value!r}; want names: a list of strings, or one string")
+        layers = self.layers_to_transform
+        if not (layers is None or type(layers) is int or _all_of(layers, int)):
+            raise ConfigError(f"LoraConfig: layers_to_transform is {layers!r}; want the indices of layers")
 
     def rank_of(self, module: str) -> int:
         """Return the rank at the module of this name."""
@@ -131,6 +161,14 @@ def check_expression(expression: str) -> None:
         raise ConfigError(f"LoraConfig: {expression!r} is no regular expression: {error}") from None
 
 
+def _all_of(values: Any, kind: type) -> bool:
+    return isinstance(values, Collection) and not isinstance(values, str) and all(type(v) is kind for v in values)
+
+
+def _listed(values: Sequence[str] | str | None) -> Sequence[str]:
+    return [values] if isinstance(values, str) else values or ()
+
+
 def _pattern_for(patterns: dict[str, Any], module: str) -> str:
     """Return the first pattern that matches the end of a module's name, as PEFT does, or the name itself."""
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
@@ -138,15 +176,15 @@ def _pattern_for(patterns: dict[str, Any], module: str) -> str:
 
 @torch.no_grad()
 def initialise(layer: AdapterLayer, name: str, how: bool | str) -> None:
-    """Fill an adapter's matrices in place.
+    """Fill an adapter's matrices in place; `take_start` then changes the base weight, where the start asks for it.
 
     Args:
-        layer: the adapted layer; "pissa" and "olora" change its base weight too.
+        layer: the adapted layer.
         name: the adapter.
         how: LoraConfig.init_lora_weights.
     """
     lora_a, lora_b = layer.lora_a[name], layer.lora_b[name]
-    if isinstance(how, str) and how != "gaussian":
+    if isinstance(how, str) and starts_from_weight(how):
         split = olora.split if how == "olora" else pissa.splitter(how)
         start_from_weight(layer, name, split)
     elif isinstance(layer, LoraEmbedding):
@@ -161,10 +199,7 @@ def initialise(layer: AdapterLayer, name: str, how: bool | str) -> None:
 
 
 def start_from_weight(layer: AdapterLayer, name: str, split: pissa.Split) -> None:
-    """Start A and B as a low-rank part of W and take that part out of W, so that the sum stays W.
-
-    The start is kept beside the adapter: without it neither the original weight nor an adapter for it could be had.
-    """
+    """Start A and B as a low-rank part of W, which `take_start` takes out of W, so that the sum stays W."""
     adapter = layer.adapters[name]
     weight = layer.read_weight()
     if weight.dim() != 2 or isinstance(layer, LoraEmbedding):
@@ -188,5 +223,19 @@ def start_from_weight(layer: AdapterLayer, name: str, split: pissa.Split) -> Non
         )
     lora_a.copy_(a)
     lora_b.copy_(b)
-    adapter.start = (lora_a.detach().to("cpu", copy=True), lora_b.detach().to("cpu", copy=True))
-    layer.shift_weight(lora_a.detach(), lora_b.detach(), -adapter.scaling)
+
+
+def starts_from_weight(how: bool | str) -> bool:
+    """Say whether an init_lora_weights takes a part out of the base weight."""
+    return isinstance(how, str) and how != "gaussian"
+
+
+@torch.no_grad()
+def take_start(layer: AdapterLayer, name: str) -> None:
+    """Take the adapter's start out of the base weight: W <- W - s B A.
+
+    The start is kept beside the adapter: without it neither the original weight nor an adapter for it could be had.
+    """
+    adapter, lora_a, lora_b = layer.adapters[name], layer.lora_a[name].detach(), layer.lora_b[name].detach()
+    adapter.start = (lora_a.to("cpu", copy=True), lora_b.to("cpu", copy=True))
+    layer.shift_weight(lora_a, lora_b, -adapter.scaling)

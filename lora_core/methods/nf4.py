@@ -29,5 +29,10 @@ class NF4Config:
     def __post_init__(self) -> None:
         if self.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise ConfigError(f"NF4Config: block_size is {self.block_size!r}; want a power of two from 32 to 4096")
-        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
-            raise ConfigError(f"NF4Config: compute_dtype is {self.compute_dtype}; want a floating dtype, or None")
+        if not isinstance(self.double_quant, bool):
+            raise ConfigError(f"NF4Config: double_quant is {self.double_quant!r}; want True or False")
+        compute = self.compute_dtype
+        if compute is not None and not (isinstance(compute, torch.dtype) and compute.is_floating_point):
+            raise ConfigError(
+                f"NF4Config: compute_dtype is {compute!r}; want a floating dtype such as torch.bfloat16, or None"
+            )

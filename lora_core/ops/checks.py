@@ -8,6 +8,15 @@ from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def check_kinds(op: str, tensors: dict[str, object], scaling: object) -> None:
+    """Raise DtypeError unless all are tensors, and ConfigError unless scaling is a number."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"{op}: {name} is a {type(tensor).__name__}; want a torch.Tensor")
+    if not isinstance(scaling, (int, float)):
+        raise ConfigError(f"{op}: scaling is {scaling!r}; want a number, alpha / r")
+
+
 def check_shapes(
     op: str, x: Tensor, weight: tuple[int, ...], bias: Tensor | None, lora_a: Tensor, lora_b: Tensor
 ) -> None:
@@ -24,8 +33,22 @@ def check_shapes(
         raise ShapeError(
             f"{op}: want x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R]; got x {tuple(x.shape)}, "
             f"weight {tuple(weight)}, bias {None if bias is None else tuple(bias.shape)}, "
-            f"lora_a {tuple(lora_a.shape)}, lora_b {tuple(lora_b.shape)}"
+            f"lora_a {tuple(lora_a.shape)}, lora_b {tuple(lora_b.shape)}: {_misfit(x, weight, bias, lora_a, lora_b)}"
         )
+
+
+def _misfit(x: Tensor, weight: tuple[int, ...], bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str:
+    """Return which operand does not fit, and what would."""
+    if len(weight) != 2:
+        return f"weight has {len(weight)} dimensions, want 2"
+    n, k = weight
+    if x.dim() < 1 or x.shape[-1] != k:
+        return f"the last dimension of x has to be that of weight, {k}"
+    if bias is not None and bias.shape != (n,):
+        return f"bias has to be [{n}], one for each row of weight"
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        return f"lora_a has to be [R, {k}]; pass lora_a.T if it is stored the other way round"
+    return f"lora_b has to be [{n}, {lora_a.shape[0]}]; pass lora_b.T if it is stored the other way round"
 
 
 def check_dtypes(op: str, compute: dict[str, Tensor | None], lora_a: Tensor, lora_b: Tensor) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_shapes
+from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_kinds, check_shapes
 from lora_core.reference import lora as reference
 
 
@@ -142,6 +142,7 @@ def lora_linear(
         ConfigError: if dropout is no probability, or has no seed.
     Source: Hu et al. 2021, eq. 3.
     """
+    check_kinds("lora_linear", {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}, scaling)
     cast = autocast_dtype(x)
     if cast is not None:
         x, weight, lora_a, lora_b = x.to(cast), weight.to(cast), lora_a.to(cast), lora_b.to(cast)

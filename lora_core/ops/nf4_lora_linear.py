@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError
-from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_shapes
+from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_kinds, check_shapes
 from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
 from lora_core.reference import lora as reference
@@ -208,6 +208,9 @@ def packed_lora_linear(
     """Return what nf4_lora_linear returns, for a weight given by its parts, whoever holds them."""
     if (lora_a is None) != (lora_b is None):
         raise ConfigError("nf4_lora_linear: lora_a and lora_b go together; got only one of them")
+    check_kinds(
+        "nf4_lora_linear", {"x": x} if lora_a is None else {"x": x, "lora_a": lora_a, "lora_b": lora_b}, scaling
+    )
     cast = autocast_dtype(x)
     if cast is not None:
         x = x.to(cast)

@@ -26,8 +26,9 @@ def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         weight: float32, float16 or bfloat16 of any shape, n elements.
         block_size: elements sharing one scale.
     """
-    codes, absmax = quantize_blocks(weight, codebook("nf4"), block_size)
-    return pack(codes)[:, None], absmax
+    book = codebook("nf4")
+    codes, absmax = quantize_blocks(weight, book, block_size)
+    return pack(codes, book.zero)[:, None], absmax
 
 
 def nf4_dequantize(

@@ -18,6 +18,7 @@ from lora_core.quant.codebook import codebook
 
 LEVELS, DYNAMIC = codebook("nf4").levels, codebook("dynamic").levels.numpy()
 MIDPOINTS = tuple(codebook("nf4").midpoints.numpy())
+ZERO = np.uint8(codebook("nf4").zero)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 # bytes decoded at a time, and the values they stand for
 LANES = 16
@@ -181,6 +182,6 @@ def encode(values: np.ndarray, codes: np.ndarray, absmax: np.ndarray, block_size
             for midpoint in MIDPOINTS:
                 code -= np.uint8(quotient <= midpoint)
             chosen[i] = code
-        chosen[words.size :] = 0
+        chosen[words.size :] = ZERO
         for i in range((words.size + 1) // 2):
             codes[start // 2 + i] = chosen[2 * i] << 4 | chosen[2 * i + 1]

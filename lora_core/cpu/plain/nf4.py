@@ -91,7 +91,7 @@ def encode(values: np.ndarray, codes: np.ndarray, absmax: np.ndarray, block_size
         # a tie stays below; NaN, which is above no midpoint and below none, gets 15
         np.less_equal(values[:size], midpoint, out=below)
         np.subtract(chosen, below.view(np.uint8), out=chosen)
-    chosen[n:] = 0
+    chosen[n:] = codebook("nf4").zero
     words = chosen.view("<u2")
     np.copyto(codes, words << 4 | words >> 8, casting="unsafe")
 

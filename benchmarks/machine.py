@@ -78,10 +78,22 @@ def rates(device: str, dtype: str) -> tuple[float, float]:
     source = torch.zeros(COPY_BYTES // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=getattr(torch, dtype), device=device)
+    multiply = products(torch.device(device).type)
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
     copy_s = _best(lambda: target.copy_(source), synchronize)
-    matmul_s = _best(lambda: a @ a, synchronize)
+    matmul_s = min(_best(functools.partial(run, a, a), synchronize) for run in multiply.values())
     return COPY_BYTES / copy_s, 2 * MATMUL_SIZE**3 / matmul_s
+
+
+def products(device_type: str) -> dict[str, Callable[[Any, Any], Any]]:
+    """Return the ways there are to compute a b^T, by name: on a CPU, PyTorch carries more than one library."""
+    import torch.nn.functional as F
+
+    if device_type != "cpu":
+        return {"torch": F.linear}
+    from lora_core.cpu.product import product
+
+    return {"torch": F.linear, "lora_core": product}
 
 
 def floor_ms(device: str, dtype: str, bytes_moved: int | None, flops: int | None) -> float | None:

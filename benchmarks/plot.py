@@ -100,7 +100,7 @@ def bars(figure: Any, found: list[Run]) -> bool:
 
 def roofline(figure: Any, found: list[Run]) -> bool:
     """Draw operations a second over operations a byte; return whether the device's rates are on record."""
-    roofs = [run[0] for run in found if run[0].op == "roof"]
+    roofs = [min(run, key=lambda r: r.median_ms) for run in found if run[0].op == "roof"]
     copy = next((r.bytes_moved / r.median_ms / 1e6 for r in roofs if r.bytes_moved), None)
     peaks = {r.dtype: r.flops / r.median_ms / 1e6 for r in roofs if r.flops}
     points = [r for run in found for r in run if r.flops and r.bytes_moved and r.op != "roof"]

@@ -327,3 +327,17 @@ def test_training_follows_peft_within_rounding(tmp_path):
     for layer in adapter_layers(wrong).values():
         layer.adapters["default"].scaling *= 1.001
     assert not ((losses(wrong) - theirs).abs() <= ORDERS * bound).all()
+
+
+def test_adapter_of_whole_modules_alone_loads_in_peft(tmp_path):
+    import peft
+
+    model = lc.add_adapter(llama(), lc.LoraConfig(target_modules=[], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.copies["default"].weight.add_(0.1)
+    lc.save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    wanted = model(input_ids=text()).logits
+    assert torch.equal(theirs(input_ids=text()).logits, wanted)
+    assert torch.equal(lc.load_adapter(llama(), tmp_path)(input_ids=text()).logits, wanted)

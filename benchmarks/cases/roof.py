@@ -1,12 +1,15 @@
 """How fast this machine copies and multiplies: what the roofline pictures are drawn from.
 
-With K alone, a copy of K bytes; with N and K, a product of a [K, N] and an [N, K] matrix, in float32 and bfloat16.
+With K alone, a copy of K bytes; with N and K, a product of two [K, N] matrices in float32 and bfloat16, by each of the
+libraries that PyTorch may use for it.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from benchmarks.case import Case, Check, Provider
+from benchmarks.machine import products
 
 SHAPES = ({"K": 2**27}, {"N": 2048, "K": 2048})
 GPU_SHAPES = ({"K": 2**30}, {"N": 8192, "K": 8192})
@@ -32,16 +35,17 @@ def _product(shape: dict[str, int], dtype: Any, device: str) -> Case:
 
     n, k = shape["N"], shape["K"]
     # small whole numbers: the product is exact in float32, and a power of two in bfloat16
-    a, b = torch.ones(k, n, dtype=dtype, device=device), torch.ones(n, k, dtype=dtype, device=device)
+    a, b = (torch.ones(k, n, dtype=dtype, device=device) for _ in range(2))
     truth = torch.full((k, k), float(n), device=device)
+    ways = products(device)
     return Case(
         op="roof",
         mode="fwd",
         shape=shape,
         dtype=str(dtype).removeprefix("torch."),
         block_size=None,
-        providers=[Provider("torch", lambda: a @ b)],
-        check=lambda _: _check((a @ b).float(), truth),
+        providers=[Provider(name, partial(multiply, a, b)) for name, multiply in ways.items()],
+        check=lambda name: _check(ways[name](a, b), truth),
         flops=2 * n * k * k,
     )
 

@@ -97,6 +97,9 @@ def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraCo
     if transposed and all(transposed):
         config = dataclasses.replace(config, fan_in_fan_out=True)
     wanted = config.target_modules
+    if not targets:
+        # PEFT refuses an empty list; null has it add pairs of its own, which start at zero
+        return dataclasses.replace(config, target_modules=None)
     if config.layers_to_transform is not None:
         return dataclasses.replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:

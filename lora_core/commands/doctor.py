@@ -31,7 +31,9 @@ def _show(result: "Examination") -> None:
     console = Console()
     for name, value in {**result.machine, **result.versions}.items():
         console.print(f"{name:14} {value}", highlight=False)
-    table = Table("operation", "device", "runs", "check", "detail")
+    table = Table()
+    for head in ("operation", "device", "runs", "check", "detail"):
+        table.add_column(head, overflow="fold")
     for check in result.checks:
         verdict = "[green]PASS[/green]" if check.passed else "[red]FAIL[/red]"
         table.add_row(check.operation, check.device, check.implementation, verdict, check.detail)

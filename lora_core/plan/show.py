@@ -113,7 +113,9 @@ def show_models() -> None:
 def _table(console: Console, heads: list[str], rows: Iterable[tuple[str, ...]], numbers: int) -> None:
     table = Table()
     for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if 0 < index <= numbers else "left", overflow="fold")
+        number = 0 < index <= numbers
+        # a number stays whole however narrow the terminal; texts around it give way
+        table.add_column(head, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

@@ -78,8 +78,8 @@ def variants_of(name: str) -> list[Any]:
     return list(importlib.import_module(f"lora_core.kernels.{name}").variants())
 
 
-def compile_variant(name: str, variant: Any, arch: int) -> Compiled:
-    """Compile one configuration for one architecture and count what came out."""
+def build(variant: Any, arch: int) -> Any:
+    """Compile one configuration for one architecture; return Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -93,10 +93,19 @@ def compile_variant(name: str, variant: Any, arch: int) -> Compiled:
         if signature[a].startswith("*") or a in variant.aligned
     }
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=dict(variant.options))
-    code = built.asm["cubin"]
-    usage, listing = _tool("-res-usage", code), _tool("-sass", code)
-    instructions, accesses = _count(listing)
+    return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=dict(variant.options))
+
+
+def listing(built: Any) -> str:
+    """Return the machine code of a compiled kernel as text (SASS)."""
+    return _tool("-sass", built.asm["cubin"])
+
+
+def compile_variant(name: str, variant: Any, arch: int) -> Compiled:
+    """Compile one configuration for one architecture and count what came out."""
+    built = build(variant, arch)
+    usage = _tool("-res-usage", built.asm["cubin"])
+    instructions, accesses = _count(listing(built))
     threads = WARP * built.metadata.num_warps
     total = sum(instructions.values())
     return Compiled(
@@ -132,11 +141,11 @@ def _usage(text: str, name: str) -> int:
     return int(found.group(1))
 
 
-def _count(listing: str) -> tuple[Counter[str], Counter[str]]:
+def _count(text: str) -> tuple[Counter[str], Counter[str]]:
     """Instructions by name, and global accesses by name and width; what follows the last EXIT is padding."""
     instructions: Counter[str] = Counter()
     accesses: Counter[str] = Counter()
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
     while names and (names[-1].startswith("NOP") or names[-1].startswith("BRA")):
         names.pop()
     for full in names:
@@ -149,13 +158,14 @@ def _count(listing: str) -> tuple[Counter[str], Counter[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print one JSON line for every configuration and architecture."""
+    """Print one JSON line, or the machine code, for every configuration and architecture."""
     from triton.runtime.interpreter import InterpretedFunction
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", action="append", choices=kernel_names(), help="repeat for more; all by default")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="all by default")
     parser.add_argument("--variant", action="append", help="configurations of this name only; repeat for more")
+    parser.add_argument("--listing", action="store_true", help="print the machine code instead of what it counts to")
     options = parser.parse_args(arguments)
     for name in options.kernel or kernel_names():
         for variant in variants_of(name):
@@ -167,7 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
                 return 2
             for arch in options.arch or ARCHITECTURES:
-                print(json.dumps(asdict(compile_variant(name, variant, arch))), flush=True)
+                if options.listing:
+                    print(listing(build(variant, arch)), flush=True)
+                else:
+                    print(json.dumps(asdict(compile_variant(name, variant, arch))), flush=True)
     return 0
 
 

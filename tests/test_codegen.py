@@ -107,6 +107,18 @@ def test_codegen_refuses_to_run_in_the_interpreter():
     assert run.returncode == 2 and "unset TRITON_INTERPRET" in run.stderr
 
 
+def test_codegen_listing_holds_the_instructions_that_are_counted():
+    kernel, variant = "nf4_dequantize", SAMPLE["nf4_dequantize"][0]
+    (row,) = compiled(kernel, 90, (variant,))
+    command = [sys.executable, "-m", "benchmarks.codegen", "--listing", "--kernel", kernel, "--arch", "90"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [*command, "--variant", variant], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.count(" STG.E.128 ") == row["accesses"]["STG.128"]
+    assert run.stdout.count(" LDG.E.128") == row["accesses"]["LDG.128"]
+
+
 @pytest.mark.codegen
 def test_codegen_table_in_the_readme_is_what_the_compiler_makes(tmp_path):
     """Written anew by the pinned compiler, the table is the committed one."""

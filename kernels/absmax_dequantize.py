@@ -20,12 +20,12 @@ from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_dequantize import op
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
-# scales of a program
+# scales of a program, and its warps: 16 scales a thread, whose codes are loaded at once
 SCALES = 1024
-WARPS = 4
+WARPS = 2
 
 
-# Triton makes another kernel for a count that is a multiple of 16, with wide stores
+# Triton makes another kernel for a count that is a multiple of 16, with wide loads and stores
 @triton.jit
 def _absmax_dequantize_kernel(
     codes_ptr, absmax2_ptr, offset_ptr, levels8_ptr, absmax_ptr, count, BLOCK_SIZE: tl.constexpr, SCALES: tl.constexpr
@@ -38,20 +38,21 @@ def _absmax_dequantize_kernel(
 
 
 def variants() -> Iterator[Variant]:
-    """The configuration for blocks of 256, the format's own."""
-    yield Variant(
-        name="blocks of 256",
-        kernel=_absmax_dequantize_kernel,
-        signature={
-            "codes_ptr": "*u8",
-            **dict.fromkeys(("absmax2_ptr", "offset_ptr", "levels8_ptr", "absmax_ptr"), "*fp32"),
-            "count": "i64",
-        },
-        constants={"BLOCK_SIZE": NESTED_BLOCK_SIZE, "SCALES": SCALES},
-        aligned=("count",),
-        options={"num_warps": WARPS, "enable_fp_fusion": False},
-        weights=SCALES,
-    )
+    """The configurations for blocks of 256, the format's own."""
+    for aligned in (True, False):
+        yield Variant(
+            name=f"blocks of 256{' odd' * (not aligned)}",
+            kernel=_absmax_dequantize_kernel,
+            signature={
+                "codes_ptr": "*u8",
+                **dict.fromkeys(("absmax2_ptr", "offset_ptr", "levels8_ptr", "absmax_ptr"), "*fp32"),
+                "count": "i64",
+            },
+            constants={"BLOCK_SIZE": NESTED_BLOCK_SIZE, "SCALES": SCALES},
+            aligned=("count",) if aligned else (),
+            options={"num_warps": WARPS, "enable_fp_fusion": False},
+            weights=SCALES,
+        )
 
 
 def launch_absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size: int) -> Tensor:

@@ -24,7 +24,8 @@ from lora_core.quant.double import NESTED_BLOCK_SIZE
 WARPS = 2
 
 
-@triton.jit(do_not_specialize=["count"])
+# Triton makes another kernel for a count that is a multiple of 16, with wide loads and stores
+@triton.jit
 def _absmax_quantize_kernel(
     absmax_ptr, offset_ptr, tree_ptr, codes_ptr, absmax2_ptr, count, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -43,19 +44,21 @@ def _absmax_quantize_kernel(
 
 
 def variants() -> Iterator[Variant]:
-    """The configuration for blocks of 256, the format's own."""
-    yield Variant(
-        name="blocks of 256",
-        kernel=_absmax_quantize_kernel,
-        signature={
-            **dict.fromkeys(("absmax_ptr", "offset_ptr", "tree_ptr", "absmax2_ptr"), "*fp32"),
-            "codes_ptr": "*u8",
-            "count": "i64",
-        },
-        constants={"BLOCK_SIZE": NESTED_BLOCK_SIZE, "WIDTH": NESTED_BLOCK_SIZE},
-        options={"num_warps": WARPS},
-        weights=NESTED_BLOCK_SIZE,
-    )
+    """The configurations for blocks of 256, the format's own."""
+    for aligned in (True, False):
+        yield Variant(
+            name=f"blocks of 256{' odd' * (not aligned)}",
+            kernel=_absmax_quantize_kernel,
+            signature={
+                **dict.fromkeys(("absmax_ptr", "offset_ptr", "tree_ptr", "absmax2_ptr"), "*fp32"),
+                "codes_ptr": "*u8",
+                "count": "i64",
+            },
+            constants={"BLOCK_SIZE": NESTED_BLOCK_SIZE, "WIDTH": NESTED_BLOCK_SIZE},
+            aligned=("count",) if aligned else (),
+            options={"num_warps": WARPS},
+            weights=NESTED_BLOCK_SIZE,
+        )
 
 
 def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@
 
 Every operation rounds once, so the bits are the reference's: no multiply-add may be fused.
 
-A program expands UNITS units. Where n is a multiple of 8, a unit is a 32-bit word of eight codes, so that a thread
-stores 16 bytes at once; else it is a byte of two codes. No word straddles a block, as blocks are multiples of 32.
+A program expands UNITS units. Where n is a multiple of 32, a unit is a 32-bit word of eight codes, and a thread loads
+four of them, 16 bytes, at once and stores 16 bytes at once; else it is a byte of two codes. No word straddles a block,
+as blocks are multiples of 32.
 
 Reads n / 2 bytes of codes and writes n elements: bound by memory if a weight takes few enough instructions. So a byte
 is looked up whole, in a table of 256 pairs of levels in shared memory, and a scale is made once for its block.
@@ -55,7 +56,8 @@ def _nf4_dequantize_kernel(
     start = tl.program_id(0).to(tl.int64) * (UNITS * PER_UNIT)
     left = tl.minimum(n - start, UNITS * PER_UNIT).to(tl.int32)
     unit = tl.arange(0, UNITS)
-    unit_ok = unit * PER_UNIT < left
+    # words come by fours: a bound known to be a multiple of four lets them be loaded at once
+    unit_ok = unit < left // 32 * 4 if PER_UNIT == 8 else unit * PER_UNIT < left
     packed = tl.load(codes_ptr + start // PER_UNIT + unit, mask=unit_ok, other=0).to(tl.int32)
 
     # a program begins with a block, as it holds whole ones; each scale is made once and handed to its units
@@ -72,7 +74,9 @@ def _nf4_dequantize_kernel(
         else:
             absmax2 = tl.load(nested_absmax_ptr + (first_block + block) // NESTED_BLOCK, mask=block_ok, other=0.0)
         absmax = level8 * absmax2 + tl.load(nested_offset_ptr)
-    scale = tl.gather(absmax, unit * PER_UNIT // BLOCK_SIZE, 0)  # [UNITS]
+    # numbers of blocks spread rather than divided out: fewer instructions
+    owner = tl.broadcast_to(block[:, None], (blocks, UNITS // blocks)).reshape(UNITS)
+    scale = tl.gather(absmax, owner, 0)  # [UNITS]
 
     # the lowest byte of a word comes first
     shift = tl.arange(0, PER_UNIT // 2) * 8
@@ -85,8 +89,8 @@ def _nf4_dequantize_kernel(
 
     element = tl.arange(0, PER_UNIT)
     place = unit[:, None] * PER_UNIT + element[None, :]
-    # words are whole, so that one test serves all eight elements and they are stored at once
-    place_ok = unit_ok[:, None] & (element[None, :] >= 0) if PER_UNIT == 8 else place < left
+    # a bound known to be a multiple of 32 lets them be stored at once
+    place_ok = place < left // 32 * 32 if PER_UNIT == 8 else place < left
     tl.store(w_ptr + start + place, round_to(level * scale[:, None], w_ptr.dtype.element_ty), mask=place_ok)
 
 
@@ -136,7 +140,7 @@ def launch_nf4_dequantize(
         return w
     codes, absmax = codes.contiguous(), absmax.contiguous()
     # a slice of a larger buffer may begin between two words
-    words = n % 8 == 0 and codes.data_ptr() % 4 == 0
+    words = n % 32 == 0 and codes.data_ptr() % 4 == 0
     per_unit, units = (8, UNITS["words"]) if words else (2, UNITS["bytes"])
     nested = nested_absmax is not None
     pairs, levels8 = level_pairs("nf4", codes.device), levels("dynamic", codes.device)

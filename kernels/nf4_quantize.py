@@ -50,8 +50,10 @@ def _nf4_quantize_kernel(
     # as units of what is stored together: words of eight codes, or bytes of two
     unit = tl.arange(0, units)
     place = unit[:, None] * PER_UNIT + tl.arange(0, PER_UNIT)[None, :]  # [units, PER_UNIT]
-    # words are whole, so that one test serves all eight elements and they are loaded at once
-    place_ok = (unit * PER_UNIT < left)[:, None] & (place >= 0) if PER_UNIT == 8 else place < left
+    # words come by fours: a bound known to be a multiple of four lets them be stored at once. They are whole, so that
+    # one test serves all eight elements and these are loaded at once
+    unit_ok = unit < left // 32 * 4 if PER_UNIT == 8 else unit * PER_UNIT < left
+    place_ok = unit_ok[:, None] & (place >= 0) if PER_UNIT == 8 else place < left
     w = widen(tl.load(w_ptr + start + place, mask=place_ok, other=0.0))
 
     # a block is a whole number of units
@@ -62,17 +64,20 @@ def _nf4_quantize_kernel(
 
     # a block of zeros gets the code of zero
     divisor = tl.where(absmax == 0.0, 1.0, absmax)
-    share = tl.gather(divisor, unit * PER_UNIT // BLOCK_SIZE, 0)  # [units]
+    owner = tl.broadcast_to(block[:, None], (blocks, BLOCK_SIZE // PER_UNIT)).reshape(units)
+    share = tl.gather(divisor, owner, 0)  # [units]
     quotient = tl.div_rn(w, tl.broadcast_to(share[:, None], (units, PER_UNIT)))
     tree = tl.load(tree_ptr + tl.arange(0, 16))
     code = nearest_code(quotient.reshape(ELEMENTS), tree, 16, 4).reshape(units, PER_UNIT)
 
-    # the lowest byte of a word comes first, and a byte's high half before its low one; an odd end is followed by
-    # the code of zero
+    if PER_UNIT == 2:
+        # an odd end is followed by the code of zero
+        code = tl.where(place_ok, code, ZERO)
+    # the lowest byte of a word comes first, and a byte's high half before its low one
     element = tl.arange(0, PER_UNIT)
     shift = (element // 2) * 8 + (1 - element % 2) * 4
-    packed = tl.sum(tl.where(place_ok, code, ZERO) << shift[None, :], axis=1)
-    tl.store(codes_ptr + start // PER_UNIT + unit, packed.to(codes_ptr.dtype.element_ty), mask=unit * PER_UNIT < left)
+    packed = tl.sum(code << shift[None, :], axis=1)
+    tl.store(codes_ptr + start // PER_UNIT + unit, packed.to(codes_ptr.dtype.element_ty), mask=unit_ok)
 
 
 def variants() -> Iterator[Variant]:
@@ -108,7 +113,8 @@ def launch_nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor
     absmax = weight.new_empty(triton.cdiv(n, block_size), dtype=torch.float32)
     if n == 0:
         return codes, absmax
-    words = n % 8 == 0
+    # whole words, by fours
+    words = n % 32 == 0
     with torch.cuda.device_of(weight):
         _nf4_quantize_kernel[(triton.cdiv(n, ELEMENTS),)](
             weight.contiguous(),

@@ -25,6 +25,11 @@ seeds = st.integers(0, 2**31 - 1)
 scales = st.sampled_from([0.0, 1e-40, 1e-30, 1e-3, 1.0, 1e4, 3e38])
 
 
+def counts(most: int) -> st.SearchStrategy[int]:
+    """Numbers of elements, 1 to most: any, whole words of eight codes, and whole words by fours."""
+    return st.one_of(*(st.integers(1, most // unit).map(lambda n, unit=unit: n * unit) for unit in (1, 8, 32)))
+
+
 def values(count: int, dtype: torch.dtype, scale: float, seed: int, mixed: bool = False) -> torch.Tensor:
     """Return count normal values of this scale, kept inside the dtype's range; mixed gives each its own magnitude."""
     g = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import block_sizes, dtypes, scales, seeds, values
+from strategies import block_sizes, counts, dtypes, scales, seeds, values
 
 import lora_core as lc
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
@@ -21,7 +21,7 @@ def same_bits(got, want):
     return got.dtype == want.dtype and torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
-@given(st.integers(1, 5000), block_sizes, dtypes, dtypes, scales, st.booleans(), st.booleans(), seeds)
+@given(counts(5000), block_sizes, dtypes, dtypes, scales, st.booleans(), st.booleans(), seeds)
 def test_nf4_dequantize_kernel_gives_the_references_bits(n, block_size, dtype, out, scale, mixed, nested, seed):
     weight = values(n, dtype, scale, seed, mixed).to(DEVICE)
     q = lc.quantize_nf4(weight, block_size=block_size, double_quant=nested)
@@ -39,7 +39,7 @@ def test_nf4_dequantize_kernel_takes_words_and_bytes_alike(blocks, seed):
     assert same_bits(launch_nf4_dequantize(moved, *parts(q)[1:], q.shape, torch.bfloat16, 64), want)
 
 
-@given(st.integers(1, 30_000), st.sampled_from([16, 100, 256, 300]), seeds)
+@given(counts(30_000), st.sampled_from([16, 100, 256, 300]), seeds)
 def test_nf4_dequantize_kernel_takes_any_second_level_block(n, nested_block, seed):
     from lora_core.quant.double import absmax_offset, quantize_absmax
 

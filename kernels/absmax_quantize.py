@@ -3,7 +3,7 @@
     v[i] = absmax[i] - offset        absmax2[j] = max |v[i]| of block j
     code[i] = the level nearest to v[i] / absmax2[j], a tie going to the even code
 
-A program owns one block of scales. Reads 4 bytes a scale and writes one; there are few of them, so simplicity rules.
+A program owns whole blocks of scales. Reads 4 bytes a scale and writes one.
 
 Reference: quant/double.py
 """
@@ -21,26 +21,38 @@ from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_quantize import op
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
+# scales of a program, and its warps: 16 scales a thread, whose codes are stored at once
+SCALES = 1024
 WARPS = 2
 
 
 # Triton makes another kernel for a count that is a multiple of 16, with wide loads and stores
 @triton.jit
 def _absmax_quantize_kernel(
-    absmax_ptr, offset_ptr, tree_ptr, codes_ptr, absmax2_ptr, count, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr
+    absmax_ptr,
+    offset_ptr,
+    tree_ptr,
+    codes_ptr,
+    absmax2_ptr,
+    count,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
-    inside = tl.arange(0, WIDTH)
-    place = block * BLOCK_SIZE + inside
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = tl.arange(0, WIDTH)[None, :]
+    place = block[:, None] * BLOCK_SIZE + inside
     ok = (inside < BLOCK_SIZE) & (place < count)
     offset = tl.load(offset_ptr)
     v = tl.where(ok, tl.load(absmax_ptr + place, mask=ok, other=0.0) - offset, 0.0)
-    absmax2 = tl.max(tl.abs(v), axis=0)
-    tl.store(absmax2_ptr + block, absmax2)
+    absmax2 = tl.max(tl.abs(v), axis=1)
+    tl.store(absmax2_ptr + block, absmax2, mask=block * BLOCK_SIZE < count)
     # a block of equal scales gets the code of zero
-    quotient = tl.div_rn(v, tl.broadcast_to(tl.where(absmax2 == 0.0, 1.0, absmax2), (WIDTH,)))
+    divisor = tl.where(absmax2 == 0.0, 1.0, absmax2)
+    quotient = tl.div_rn(v, tl.broadcast_to(divisor[:, None], (BLOCKS, WIDTH)))
     tree = tl.load(tree_ptr + tl.arange(0, 256))
-    tl.store(codes_ptr + place, nearest_code(quotient, tree, 256, 8).to(tl.uint8), mask=ok)
+    code = nearest_code(tl.reshape(quotient, (BLOCKS * WIDTH,)), tree, 256, 8).to(tl.uint8)
+    tl.store(codes_ptr + place, tl.reshape(code, (BLOCKS, WIDTH)), mask=ok)
 
 
 def variants() -> Iterator[Variant]:
@@ -54,11 +66,17 @@ def variants() -> Iterator[Variant]:
                 "codes_ptr": "*u8",
                 "count": "i64",
             },
-            constants={"BLOCK_SIZE": NESTED_BLOCK_SIZE, "WIDTH": NESTED_BLOCK_SIZE},
+            constants=tiling(NESTED_BLOCK_SIZE),
             aligned=("count",) if aligned else (),
             options={"num_warps": WARPS},
-            weights=NESTED_BLOCK_SIZE,
+            weights=SCALES,
         )
+
+
+def tiling(block_size: int) -> dict[str, int]:
+    """Return how blocks of that size are shared out."""
+    width = triton.next_power_of_2(block_size)
+    return {"BLOCK_SIZE": block_size, "BLOCKS": max(SCALES // width, 1), "WIDTH": width}
 
 
 def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -68,16 +86,16 @@ def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> t
     codes, absmax2 = absmax.new_empty(count, dtype=torch.uint8), absmax.new_empty(blocks)
     if count == 0:
         return codes, absmax2
+    shares = tiling(block_size)
     with torch.cuda.device_of(absmax):
-        _absmax_quantize_kernel[(blocks,)](
+        _absmax_quantize_kernel[(triton.cdiv(blocks, shares["BLOCKS"]),)](
             absmax.contiguous(),
             offset,
             thresholds("dynamic", absmax.device),
             codes,
             absmax2,
             count,
-            BLOCK_SIZE=block_size,
-            WIDTH=triton.next_power_of_2(block_size),
+            **shares,
             num_warps=WARPS,
         )
     return codes, absmax2

@@ -104,6 +104,8 @@ MUTATIONS = (
         AT_THRESHOLDS,
     ),
     Mutation("kernels/absmax_quantize.py", "other=0.0) - offset", "other=0.0)", IN_ABSMAX),
+    Mutation("kernels/absmax_quantize.py", "(inside < BLOCK_SIZE) & (place < count)", "place < count", IN_ABSMAX),
+    Mutation("kernels/absmax_quantize.py", "tl.where(absmax2 == 0.0, 1.0, absmax2)", "absmax2", IN_ABSMAX),
     Mutation("kernels/absmax_dequantize.py", "place // BLOCK_SIZE,", "place // (BLOCK_SIZE + 1),", IN_ABSMAX),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
     Mutation(SUM, "in range(parts)", "in range(parts - 1)", IN_SUM),

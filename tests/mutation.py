@@ -75,6 +75,7 @@ IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
 IN_CPU = "test_cpu_product.py::test_lora_linear_on_the_cpu"
 IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_reference"
 IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
+IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
 IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
 IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
 IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
@@ -213,6 +214,7 @@ MUTATIONS = (
     Mutation(COMPILED, "scale = absmax[start //", "scale = absmax[first //", IN_CPU_DECODE),
     Mutation(COMPILED, "absmax2[i // block_size]", "absmax2[i // 255]", IN_CPU_CHUNKS),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
+    Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),
     Mutation(PLAIN, "scales[at + whole // block_size]", "scales[at]", IN_CPU_DECODE),
 )
 

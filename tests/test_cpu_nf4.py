@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 import lora_core as lc
 from lora_core import cpu
 from lora_core.cpu import compiled
+from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_quantize import nf4_quantize, op
 from lora_core.quant.codebook import codebook
+from lora_core.quant.double import absmax_offset, dequantize_absmax, quantize_absmax
 from lora_core.quant.packing import unpack
 from lora_core.reference import nf4 as reference
 
@@ -55,6 +57,24 @@ def test_cpu_dequantises_to_the_bits_of_the_reference(loops, n, block_size, dtyp
     q = lc.quantize_nf4(weight, block_size, nested)
     packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, dtype, block_size)
     assert same_bits(nf4_dequantize(*packed), reference.nf4_dequantize(*packed))
+
+
+@given(st.integers(1, 600), st.sampled_from([1, 7, 256]), SCALES)
+@SAME_FOR_ALL
+def test_cpu_decodes_scales_to_the_bits_of_the_reference(loops, count, block_size, scale):
+    absmax = torch.rand(2 * count, generator=torch.Generator().manual_seed(count))[::2] * scale
+    offset = absmax_offset(absmax)
+    codes, absmax2 = quantize_absmax(absmax, offset, block_size)
+    every_second = codes.repeat_interleave(2)[::2]
+    want = dequantize_absmax(codes, absmax2, offset, block_size)
+    assert same_bits(absmax_dequantize(every_second, absmax2, offset, block_size), want)
+
+
+def test_cpu_decodes_no_scales_and_many(loops):
+    for count in (0, 3 * 2**16 + 5):
+        codes, offset = torch.arange(count).to(torch.uint8), torch.tensor([0.1])
+        absmax2 = torch.linspace(1e-3, 1, -(-count // 256))
+        assert torch.equal(absmax_dequantize(codes, absmax2, offset), dequantize_absmax(codes, absmax2, offset))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -150,8 +150,11 @@ def decode_absmax(
         first: of the scales.
         last: of the scales, b at most.
     """
-    for i in range(first, last):
-        scales[i] = DYNAMIC[codes[i]] * absmax2[i // block_size] + offset[0]
+    mean = offset[0]
+    for block in range(first // block_size, -(-last // block_size)):
+        scale = absmax2[block]
+        for i in range(max(first, block * block_size), min(last, (block + 1) * block_size)):
+            scales[i] = DYNAMIC[codes[i]] * scale + mean
 
 
 @compiled

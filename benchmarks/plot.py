@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks.case import BOUNDS
 from benchmarks.fit import exponent
 from benchmarks.record import RESULTS, Record
-from benchmarks.series import newest, ours_of, rivals_of
+from benchmarks.series import newest, of_suites, ours_of, rivals_of
+from benchmarks.shapes import ordered
 from benchmarks.table import compare
 from benchmarks.timing import AGAIN
 
@@ -70,7 +71,7 @@ def _figure() -> Any:
 def bars(figure: Any, found: list[Run]) -> bool:
     """Draw our speed over the best rival's; return whether there was anything to draw."""
     lines = []
-    for run in sorted(found, key=lambda run: (run[0].op, run[0].mode, run[0].block_size or 0, *run[0].shape.values())):
+    for run in sorted(of_suites(found), key=lambda run: (*_kind_of_work(run[0]), *run[0].shape.values())):
         rivals = rivals_of(run)
         if rivals:
             mine, best = ours_of(run), min(rivals, key=lambda r: r.median_ms)
@@ -96,6 +97,10 @@ def bars(figure: Any, found: list[Run]) -> bool:
     axes.grid(axis="x", color="#d5dae0", linewidth=0.6)
     axes.set_axisbelow(True)
     return True
+
+
+def _kind_of_work(row: Record) -> tuple[str, str, int]:
+    return row.op, row.mode, row.block_size or 0
 
 
 def roofline(figure: Any, found: list[Run]) -> bool:
@@ -150,15 +155,17 @@ def scaling(figure: Any, found: list[Run]) -> bool:
     if not panels:
         return False
     rows = -(-len(panels) // 2)
-    figure.set_size_inches(9, 3.4 * rows)
+    figure.set_size_inches(9, 3.6 * rows)
+    providers = sorted({provider for _, chosen in panels for provider in chosen})
     for place, (axis, chosen) in enumerate(panels):
         axes = figure.add_subplot(rows, min(len(panels), 2), place + 1)
-        for number, (label, points) in enumerate(sorted(chosen.items())):
+        for provider, points in sorted(chosen.items()):
             points = sorted(points)
             upper = points[len(points) // 2 :] if len(points) >= FEWEST_POINTS else points
-            power = exponent(*zip(*upper, strict=True))
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"{label}: ~ {power:.2f}")
+            label = f"{provider}: ~ {exponent(*zip(*upper, strict=True)):.2f}"
+            number = providers.index(provider) % len(COLOURS)
+            style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
+            axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel(axis)
@@ -169,23 +176,24 @@ def scaling(figure: Any, found: list[Run]) -> bool:
 
 
 def _sweep(found: list[Run], op: str, name: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the largest set of runs that differ in one dimension alone: (size, median) by provider and mode."""
+    """Return the largest set of runs that differ in one dimension alone: (size, median) by provider.
+
+    Forward and backward together where both were measured, else the forward.
+    """
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in found:
         first = run[0]
         if first.op == op and name in first.shape:
-            others = tuple((k, v) for k, v in first.shape.items() if k != name)
+            others = tuple((k, v) for k, v in ordered(first.shape).items() if k != name)
             groups.setdefault((others, first.dtype, first.block_size), []).append(run)
     best = max(groups.values(), key=lambda runs: len({run[0].shape[name] for run in runs}), default=[])
     if len({run[0].shape[name] for run in best}) < FEWEST_POINTS - 1:
         return {}
+    mode = max(run[0].mode for run in best)  # "fwdbwd" comes last
     chosen: dict[str, list[tuple[float, float]]] = {}
-    for run in best:
-        for row in run:
-            if row.mode != "bwd" and not row.provider.endswith(AGAIN):
-                label = f"{row.provider} {row.mode}"
-                chosen.setdefault(label, []).append((float(row.shape[name]), row.median_ms))
-    return {label: points for label, points in chosen.items() if len(points) > 1}
+    for row in (row for run in best for row in run if row.mode == mode and not row.provider.endswith(AGAIN)):
+        chosen.setdefault(row.provider, []).append((float(row.shape[name]), row.median_ms))
+    return {provider: points for provider, points in chosen.items() if len(points) > 1}
 
 
 if __name__ == "__main__":

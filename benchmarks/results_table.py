@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.markers import rewrite, row
 from benchmarks.record import RESULTS, Record
-from benchmarks.series import newest, ours_of, rivals_of
+from benchmarks.series import newest, of_suites, ours_of, rivals_of
 from benchmarks.table import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +23,6 @@ FILES = {
 }
 COMMAND = "python -m benchmarks.results_table"
 HEAD = ["what", "shape", "ours, ms", "best rival, ms", "speed", "peak memory, MiB"]
-# figures of the machine, not of this library
-NOT_LISTED = ("roof",)
 GPU_PLACE = "Measured on a GPU: not measured yet. `python -m benchmarks.run --suite gpu` fills this in."
 
 
@@ -39,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table(folder: Path = RESULTS, ops: Sequence[str] | None = None) -> str:
     """Return the records of some operations, or of all, as Markdown: a table for each device."""
-    listed = [run for run in newest(folder).values() if run[0].op not in NOT_LISTED]
-    found = [run for run in listed if ops is None or run[0].op in ops]
+    found = [run for run in of_suites(newest(folder).values()) if ops is None or run[0].op in ops]
     parts = []
     for device in sorted({run[0].device for run in found}):
         own = sorted((run for run in found if run[0].device == device), key=lambda run: _order(run[0]))

@@ -5,14 +5,18 @@ from pathlib import Path
 
 from benchmarks.case import BOUNDS
 from benchmarks.record import RESULTS, Record, read
+from benchmarks.shapes import ordered, swept_only
 from benchmarks.timing import AGAIN
+
+# what measures the machine, not this library
+MACHINE = ("roof",)
 
 Key = tuple[str, str, str, str, int | None, str]
 
 
 def key_of(row: Record) -> Key:
     """Return what makes two rows comparable: device, operation, mode, dtype, block size, shape."""
-    shape = " ".join(f"{name}={size}" for name, size in row.shape.items())
+    shape = " ".join(f"{name}={size}" for name, size in ordered(row.shape).items())
     return row.device, row.op, row.mode, row.dtype, row.block_size, shape
 
 
@@ -36,6 +40,11 @@ def newest(folder: Path = RESULTS) -> dict[Key, list[Record]]:
         for run in runs(read(path)):
             found[key_of(run[0])] = run
     return found
+
+
+def of_suites(found: Iterable[list[Record]]) -> list[list[Record]]:
+    """Return the runs that belong to a suite: no figures of the machine, no points of a sweep."""
+    return [run for run in found if run[0].op not in MACHINE and not swept_only(run[0].op, run[0].shape)]
 
 
 def ours_of(run: list[Record]) -> Record:

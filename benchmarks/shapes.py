@@ -1,5 +1,8 @@
 """Shapes that benchmarks run on, with where they come from."""
 
+import importlib
+from collections.abc import Iterable
+
 # M tokens, N out, K in, R rank
 TOKENS = 1024
 
@@ -37,7 +40,7 @@ SWEEPS = {
     "M": ("lora_linear", [4**i for i in range(8)], [4**i for i in range(8)], {"N": 512, "K": 512, "R": 16}),
     "R": ("lora_linear", [2**i for i in range(9)], [2**i for i in range(9)], {"M": 512, "N": 512, "K": 512}),
     "G": ("grouped_lora", [4**i for i in range(5)], [4**i for i in range(5)], {"M": 256, "N": 512, "K": 512, "R": 8}),
-    "K": ("training_step", [64, 128, 256, 512, 1024], [256, 512, 1024, 2048, 4096, 8192], {"M": 256, "R": 16}),
+    "K": ("training_step", [64, 128, 256, 512, 1024, 2048], [256, 512, 1024, 2048, 4096, 8192], {"M": 256, "R": 16}),
 }
 # on a GPU a layer is that of Llama-3-8B
 GPU_LAYER = {"N": 4096, "K": 4096}
@@ -48,7 +51,24 @@ def sweep(name: str, suite: str) -> list[tuple[str, dict[str, int]]]:
     op, on_cpu, on_gpu, rest = SWEEPS[name]
     if suite == "gpu":
         rest = {**rest, **{k: v for k, v in GPU_LAYER.items() if k in rest}}
-    return [(op, {**rest, name: size}) for size in (on_gpu if suite == "gpu" else on_cpu)]
+    return [(op, ordered({**rest, name: size})) for size in (on_gpu if suite == "gpu" else on_cpu)]
+
+
+def ordered(shape: dict[str, int]) -> dict[str, int]:
+    """Return the sizes in the order M, N, K, R, then others."""
+    return dict(sorted(shape.items(), key=lambda item: "MNKR".find(item[0]) % 5))
+
+
+def swept_only(op: str, shape: dict[str, int]) -> bool:
+    """Say whether a shape, or one with more sizes, such as a rank, is a point of a sweep and of no suite."""
+    module = importlib.import_module(f"benchmarks.cases.{op}")
+    swept = [point for name in SWEEPS for suite in ("cpu", "gpu") for of, point in sweep(name, suite) if of == op]
+    in_suites = (*module.SHAPES, *getattr(module, "GPU_SHAPES", ()))
+    return _among(shape, swept) and not _among(shape, in_suites)
+
+
+def _among(shape: dict[str, int], others: Iterable[dict[str, int]]) -> bool:
+    return any(shape.items() <= other.items() for other in others)
 
 
 # Llama-2-7B; source: its config.json

@@ -32,6 +32,14 @@ def test_gpu_suite_covers_the_shapes_of_both_models():
     assert {s["R"] for s in shapes.LLAMA_3_LINEARS} == {8, 16, 64, 256}
 
 
+def test_tables_list_suites_and_no_sweeps():
+    assert shapes.swept_only("lora_linear", {"N": 512, "K": 512, "R": 16, "M": 4})
+    assert shapes.swept_only("training_step", {"M": 256, "K": 64})
+    assert not shapes.swept_only("lora_linear", {"M": 16, "N": 512, "K": 512, "R": 16})
+    assert not shapes.swept_only("training_step", {"M": 1024, "K": 256})
+    assert not shapes.swept_only("lora_linear", {"M": 3, "N": 5, "K": 7, "R": 2})
+
+
 @pytest.mark.parametrize("name", shapes.SWEEPS)
 def test_sweeps_vary_one_dimension(name):
     for suite in ("cpu", "gpu"):

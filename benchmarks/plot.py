@@ -24,6 +24,7 @@ PICTURES = Path(__file__).parent / "pictures"
 # Okabe and Ito's colours, told apart by colour-blind readers too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+INK, GRID = "#1b1f24", "#d5dae0"
 PIXELS_PER_INCH = 120
 # what a sweep varies: the operation, the dimension, and how its axis is called
 SWEEPS = (
@@ -68,8 +69,8 @@ def _figure() -> Any:
     return figure
 
 
-def bars(figure: Any, found: list[Run]) -> bool:
-    """Draw our speed over the best rival's; return whether there was anything to draw."""
+def bars(figure: Any, found: list[Run], ink: str = INK, grid: str = GRID) -> bool:
+    """Draw our speed over the best rival's, lines in these colours; return whether there was anything to draw."""
     lines = []
     for run in sorted(of_suites(found), key=lambda run: (*_kind_of_work(run[0]), *run[0].shape.values())):
         rivals = rivals_of(run)
@@ -87,14 +88,14 @@ def bars(figure: Any, found: list[Run]) -> bool:
     places = range(len(lines))[::-1]
     for place, (_, ratio, within, word) in zip(places, lines, strict=True):
         axes.barh(place, ratio - 1, left=1, color=colours[word], height=0.7)
-        axes.plot([ratio / (1 + within), ratio * (1 + within)], [place, place], color="#1b1f24", linewidth=1)
-    axes.axvline(1, color="#1b1f24", linewidth=1)
+        axes.plot([ratio / (1 + within), ratio * (1 + within)], [place, place], color=ink, linewidth=1)
+    axes.axvline(1, color=ink, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_yticks(places, [label for label, *_ in lines], fontsize=7)
     axes.set_ylim(-0.7, len(lines) - 0.3)
     axes.set_xlabel("speed over the best rival's; the line is the spread, grey a tie")
-    axes.grid(axis="x", color="#d5dae0", linewidth=0.6)
+    axes.grid(axis="x", color=grid, linewidth=0.6)
     axes.set_axisbelow(True)
     return True
 
@@ -117,11 +118,11 @@ def roofline(figure: Any, found: list[Run]) -> bool:
     low, high = min(intensities) / 2, max(intensities) * 2
     for dtype in dtypes:
         edge = peaks[dtype] / copy
-        axes.plot([low, edge, max(high, edge)], [low * copy, peaks[dtype], peaks[dtype]], color="#1b1f24", linewidth=1)
+        axes.plot([low, edge, max(high, edge)], [low * copy, peaks[dtype], peaks[dtype]], color=INK, linewidth=1)
         axes.annotate(f"{dtype}: {peaks[dtype]:.3g} GFLOP/s", (max(high, edge), peaks[dtype]), ha="right", va="bottom")
     axes.annotate(f"{copy:.3g} GB/s", (low, low * copy), va="bottom", rotation=30)
     ops = sorted({r.op for r in points})
-    kinds = {"lower bound": ("#1b1f24", 12), "rivals": (COLOURS[1], 12), "lora_core": (COLOURS[0], 26)}
+    kinds = {"lower bound": (INK, 12), "rivals": (COLOURS[1], 12), "lora_core": (COLOURS[0], 26)}
     for kind, (colour, size) in kinds.items():
         for op in ops:
             own = [r for r in points if r.op == op and _kind(r) == kind]
@@ -138,7 +139,7 @@ def roofline(figure: Any, found: list[Run]) -> bool:
     axes.set_yscale("log")
     axes.set_xlabel("operations for each byte that has to move")
     axes.set_ylabel("GFLOP/s")
-    axes.grid(color="#d5dae0", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.legend(fontsize=6, ncols=2)
     return True
 
@@ -170,7 +171,7 @@ def scaling(figure: Any, found: list[Run]) -> bool:
         axes.set_yscale("log")
         axes.set_xlabel(axis)
         axes.set_ylabel("ms")
-        axes.grid(color="#d5dae0", linewidth=0.6)
+        axes.grid(color=GRID, linewidth=0.6)
         axes.legend(fontsize=7, title="exponent of the upper half", title_fontsize=7)
     return True
 

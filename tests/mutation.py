@@ -212,7 +212,7 @@ MUTATIONS = (
     Mutation(COMPILED, "every(0x7FFF)", "every(0x8000)", IN_CPU_SCALES),
     Mutation(COMPILED, "every(0x7FC0)", "rounded", IN_CPU_SCALES),
     Mutation(COMPILED, "scale = absmax[start //", "scale = absmax[first //", IN_CPU_DECODE),
-    Mutation(COMPILED, "absmax2[i // block_size]", "absmax2[i // 255]", IN_CPU_CHUNKS),
+    Mutation(COMPILED, "scale = absmax2[block]", "scale = absmax2[0]", IN_CPU_CHUNKS),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),
     Mutation(PLAIN, "scales[at + whole // block_size]", "scales[at]", IN_CPU_DECODE),

@@ -46,11 +46,18 @@ mutation: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 
-# the site, with every notebook run from scratch: build/docs/index.html
-docs: $(READY)
+# the site, with every notebook run from scratch, and its interactive pages tried in Chromium: build/docs/index.html
+CHROMIUM := $(or $(LORA_CORE_CHROMIUM),/usr/bin/chromium)
+docs: $(READY) $(CHROMIUM)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	rm -rf build/docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	LORA_CORE_CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -q -n 2 -m browser tests
+
+/usr/bin/chromium:
+	@command -v apt-get > /dev/null || \
+		{ echo "make docs tries the pages in Chromium: set LORA_CORE_CHROMIUM to a Chromium or Chrome" >&2; exit 1; }
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null
 
 coverage: $(READY)
 	$(BIN)/python -m pytest -q --cov=lora_core --cov=quant --cov=kernels --cov-report=term

@@ -25,10 +25,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect GPU tests without a GPU, and what only `-m codegen` asks for: counted, never passing for nothing."""
+    """Deselect GPU tests without a GPU, and what only its own `-m` asks for: counted, never passing for nothing."""
     unwanted = set() if torch.cuda.is_available() else {"gpu"}
-    if "codegen" not in config.getoption("-m"):
-        unwanted.add("codegen")
+    unwanted |= {name for name in ("codegen", "browser") if name not in config.getoption("-m")}
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -1,0 +1,80 @@
+"""The page on memory says what lora-core memory says, to the byte."""
+
+import importlib.util
+import random
+
+import pytest
+from browser import PAGES, check_page, chromium, opened, set_to
+
+from lora_core.plan.catalogue import SHAPES, find_shape
+from lora_core.plan.fit import fit
+from lora_core.plan.memory import plan_memory
+from lora_core.plan.setup import METHODS, Setup
+
+
+def generate():
+    spec = importlib.util.spec_from_file_location("generate", PAGES / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_data_is_what_the_library_says_today():
+    module = generate()
+    assert module.FILE.read_text("utf-8") == module.text(), "stale: python docs/interactive/generate.py"
+
+
+@pytest.mark.browser
+def test_memory_page_says_what_the_plan_says():
+    draw = random.Random(0)
+    settings = [
+        {
+            "model": shape.name, "targets": draw.choice(["all-linear", "attention", "q_proj v_proj"]),
+            "rank": draw.randint(0, 9), "batch": draw.randint(1, 64), "sequence": draw.randint(6, 15),
+            "dtype": draw.choice(["bfloat16", "float32"]), "optimizer": draw.choice(["adamw", "adamw_8bit", "sgd"]),
+            "checkpointing": draw.random() < 0.5,
+        }
+        for shape in SHAPES
+        for _ in range(3)
+    ]  # fmt: skip
+    with chromium() as browser, opened(browser, "memory.html") as page:
+        for setting in settings:
+            for control, value in setting.items():
+                set_to(page, control, value)
+            shape = find_shape(setting["model"])
+            targets = setting["targets"].split() if " " in setting["targets"] else setting["targets"]
+            rest = {k: setting[k] for k in ("batch", "dtype", "optimizer", "checkpointing")}
+            plans = [
+                plan_memory(
+                    shape,
+                    Setup(
+                        method=m, targets=targets, rank=2 ** setting["rank"], sequence=2 ** setting["sequence"], **rest
+                    ),
+                )
+                for m in METHODS
+            ]
+            lines = [[f"{plan.rows[i].bytes:,}" for plan in plans] for i in range(len(plans[0].rows))]
+            lines += [[f"{plan.total_bytes:,}" for plan in plans], [f"{plan.trainable:,}" for plan in plans]]
+            shown = [row.split("\t")[1:] for row in page.inner_text("#rows").splitlines()[1:]]
+            assert shown == lines, setting
+
+
+@pytest.mark.browser
+def test_memory_page_says_what_fits():
+    with chromium() as browser, opened(browser, "memory.html") as page:
+        for model in ("Llama-2-7B", "Qwen2.5-0.5B"):
+            set_to(page, "model", model)
+            rows = [row.split("\t") for row in page.inner_text("#fits").splitlines()[1:]]
+            for card, *cells in rows:
+                for method, cell in zip(METHODS, cells, strict=True):
+                    found = fit(find_shape(model), Setup(method=method), int(card.split()[0]) * 10**9)
+                    assert cell.startswith("fits") == found.fits
+                    if found.fits:
+                        assert cell.endswith(f"batch {found.largest_batch}")
+                        assert found.largest_rank is None or f"rank {found.largest_rank}," in cell
+
+
+@pytest.mark.browser
+def test_memory_page_works_on_phones_in_the_dark_and_by_keys():
+    with chromium() as browser:
+        check_page(browser, "memory.html", "batch")

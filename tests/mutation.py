@@ -59,6 +59,7 @@ IN_TILES = "test_kernels_lora_linear.py::test_low_rank_matmul_kernel_walks_every
 IN_MASK = "test_kernels_lora_linear.py::test_dropout_in_the_kernels_is_the_references_mask"
 IN_SHRINK = "test_kernels_lora_linear.py::test_shrink_kernel_splits"
 IN_ROWS = "test_kernels_lora_linear.py::test_row_sum_kernel_splits"
+IN_PARTS = "test_kernels_lora_linear.py::test_row_sum_kernel_adds_the_gradient"
 IN_SUM = "test_kernels_lora_linear.py::test_split_sum_kernel_adds_in_order"
 IN_NF4 = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_match_the_formula"
 IN_NF4_BACKWARD = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_match"
@@ -117,7 +118,7 @@ MUTATIONS = (
     Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_TILES),
     Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
-    Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_BACKWARD),
+    Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_PARTS),
     Mutation(ROWS, "        if DROPOUT:", "        if DROPOUT and BLOCK_M < 32:", IN_ROWS),
     Mutation(ROWS, "split * C * R +", "split * C * 0 +", IN_ROWS),
     Mutation(LINEAR, "add=d_hidden, bias=need_bias", "bias=need_bias", IN_BACKWARD),

@@ -84,6 +84,26 @@ def test_row_sum_kernel_splits_its_sums_without_a_trace(m, c, r, dtypes, dropout
     assert_within_bound(got.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (m + splits + 2) ** 0.5 * magnitude)
 
 
+@given(
+    st.sampled_from([1, 64, 65]),
+    st.sampled_from([1, 129, 200]),
+    st.integers(1, 16),
+    dtype_pairs,
+    st.integers(1, 3),
+    seeds,
+)
+def test_row_sum_kernel_adds_the_gradient_of_hidden_over_columns(m, c, r, dtypes, splits, seed):
+    """Columns of several programs: each writes a part of its own, in each range of rows."""
+    d = values(m * c, dtypes[0], 1.0, seed).view(m, c).to(DEVICE)
+    t, add = values(2 * m * r, dtypes[1], 1.0, seed + 1).view(2, m, r).to(DEVICE)
+    lora_b = values(c * r, dtypes[1], 1.0, seed + 2).view(c, r).to(DEVICE)
+    got = launch_row_sum(d, t, 0.3, hidden_of=lora_b, add=add, splits=splits).d_hidden
+    wide, low, plus = d.double().cpu(), lora_b.double().cpu(), add.double().cpu()
+    truth, magnitude = 0.3 * wide @ low + plus, 0.3 * wide.abs() @ low.abs() + plus.abs()
+    unit = torch.finfo(dtypes[1]).eps / 2
+    assert_within_bound(got.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (c + 4) ** 0.5 * magnitude)
+
+
 @given(st.integers(1, 9), st.integers(1, 1500), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(), seeds)
 def test_split_sum_kernel_adds_in_order(parts, size, dtype, with_add, seed):
     """The bits of adding the parts one after the other: what makes a result repeatable."""

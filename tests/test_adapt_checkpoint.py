@@ -722,7 +722,7 @@ def test_checkpoint_failed_write_leaves_the_old_one_and_no_litter(folder, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "_sync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(lc.CheckpointError, match="No space left.*what was there is whole.*make room"):
         lc.save_adapter(adapted(decoder(), target_modules=["up_proj"]), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -747,7 +747,7 @@ import safetensors.torch
 from pathlib import Path
 from lora_core.adapt import files
 
-root, moments = Path(sys.argv[1]), int(sys.argv[2])
+root, moments, foreign = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "foreign"
 generations = {
     g: ({"peft_type": "LORA", "r": r, "lora_alpha": 6, "target_modules": ["q_proj"]},
         safetensors.torch.load_file(root / g / "adapter_model.safetensors"))
@@ -774,6 +774,11 @@ def killed_at(moment, folder):
 for moment in range(moments):
     folder = root / f"moment{moment}"
     files.write_checkpoint(folder, *generations["old"])
+    if foreign:
+        # as PEFT writes them: the weights say nothing of their configuration
+        safetensors.torch.save_file(
+            generations["old"][1], folder / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
     child = os.fork()
     if child == 0:
         killed_at(moment, folder)
@@ -799,18 +804,22 @@ for attempt in range(15):
     files.write_checkpoint(folder, generations["old"][0], large["old"])
 """
 
-# 2 temporary files: one save_file, 2 fsyncs, 2 renames, one fsync of the folder; before and after each
-MOMENTS = 12
+# a copy of the configuration and its fsync, 2 temporary files: one save_file, 2 fsyncs, 2 renames, one fsync of the
+# folder; before and after each of the seven calls
+MOMENTS = 14
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+@pytest.fixture(scope="module", params=["own", "foreign"])
+def killed(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("killed")
     for name, r in (("old", 4), ("new", 7)):
         lc.save_adapter(adapted(decoder(), r=r, target_modules=["q_proj"]), root / name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-c", KILLED, str(root), str(MOMENTS + 1)], check=True, env=environment, cwd=os.getcwd()
+        [sys.executable, "-c", KILLED, str(root), str(MOMENTS + 1), request.param],
+        check=True,
+        env=environment,
+        cwd=os.getcwd(),
     )
     return root
 
@@ -823,7 +832,7 @@ def test_checkpoint_killed_at_any_moment_loads_whole(killed, moment, tmp_path):
     shutil.copytree(killed / f"moment{moment}", folder)
     loaded = lc.load_adapter(decoder(), folder)
     # the weights' rename is the moment of truth
-    expected = "old" if moment <= 8 else "new"
+    expected = "old" if moment <= 10 else "new"
     wanted = lc.load_adapter(decoder(), killed / expected)
     assert torch.equal(loaded(tokens()), wanted(tokens()))
     # and it can be saved over
@@ -832,9 +841,9 @@ def test_checkpoint_killed_at_any_moment_loads_whole(killed, moment, tmp_path):
 
 
 def test_checkpoint_killed_between_the_renames_says_so(killed):
-    assert read(killed / "moment8")["r"] == 7
+    assert read(killed / "moment10")["r"] == 7
     with pytest.warns(UserWarning, match="interrupted.*the checkpoint before it"):
-        assert files.read_checkpoint(killed / "moment8").config["r"] == 4
+        assert files.read_checkpoint(killed / "moment10").config["r"] == 4
 
 
 def test_checkpoint_moments_cover_the_whole_save(killed):
@@ -866,7 +875,7 @@ def test_saved_weights_are_as_readable_as_their_configuration(tmp_path):
     assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / CONFIG).stat().st_mode
 
 
-@pytest.mark.parametrize("folder", [None, 5, ""], ids=str)
+@pytest.mark.parametrize("folder", [None, 5, "", "a\0b"], ids=repr)
 def test_what_is_no_folder_is_refused(folder):
     model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
     for verb in (lc.save_adapter, lc.load_adapter):
@@ -878,3 +887,55 @@ def test_folder_that_cannot_be_made_is_refused():
     model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(lc.CheckpointError, match="cannot make the folder"):
         lc.save_adapter(model, "/proc/nowhere")
+
+
+def test_checkpoint_whose_earlier_configuration_is_gone_is_refused(tmp_path):
+    """A folder that PEFT wrote, saved over by a killed process, of which the earlier configuration was not copied."""
+    model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
+    lc.save_adapter(model, tmp_path)
+    shutil.copy(tmp_path / WEIGHTS, tmp_path / f".{WEIGHTS}.beef{files.PARTIAL}")
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with (
+        pytest.warns(UserWarning, match="interrupted"),
+        pytest.raises(lc.CheckpointError, match="the configuration of its .* is gone: put back"),
+    ):
+        lc.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+
+
+def test_files_that_are_folders_are_refused(tmp_path):
+    model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
+    lc.save_adapter(model, tmp_path / "a")
+    (tmp_path / "a" / CONFIG).unlink()
+    (tmp_path / "a" / CONFIG).mkdir()
+    with pytest.raises(lc.CheckpointError, match="cannot be read"):
+        lc.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a")
+    with pytest.raises(lc.CheckpointError, match="cannot save an adapter in .*what was there is whole"):
+        lc.save_adapter(model, tmp_path / "a")
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_whole_modules_alone_keep_their_configuration(tmp_path):
+    config = lc.LoraConfig(modules_to_save=["2"], bias="all", r=3, task_type="FEATURE_EXTRACTION", extra={"foo": 1})
+    model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), config)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "0.bias", "2.copies.default.weight", "2.copies.default.bias",
+    }  # fmt: skip
+    lc.save_adapter(model, tmp_path)
+    written = read(tmp_path)
+    assert (written["r"], written["bias"], written["task_type"], written["foo"]) == (3, "all", "FEATURE_EXTRACTION", 1)
+
+
+def test_resumed_start_from_the_weight_is_saved_for_the_original_weight(tmp_path):
+    """A state dict holds the start with the weight it was taken out of: whatever random start the new process drew."""
+    base = nn.Sequential(nn.Linear(16, 12))
+    config = lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa_niter_1")
+    first, second = (lc.add_adapter(copy.deepcopy(base), config) for _ in range(2))
+    randomise(first)
+    second.load_state_dict(first.state_dict())
+    lc.save_adapter(first, tmp_path / "first")
+    lc.save_adapter(second, tmp_path / "second")
+    one, other = (load_file(tmp_path / n / WEIGHTS) for n in ("first", "second"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    x = torch.randn(3, 16)
+    with lc.disable_adapter(first), lc.disable_adapter(second):
+        assert torch.equal(first(x), second(x))

@@ -125,7 +125,7 @@ def test_start_from_the_weight_is_undone_by_disabling_and_deleting(init):
     bias = model[0].bias.detach().clone()
     lc.add_adapter(model, lc.LoraConfig(r=4, target_modules=["0"], init_lora_weights=init))
     residual, scaling = model[0].weight.detach().clone(), model[0].adapters["default"].scaling
-    start = model[0].adapters["default"].start
+    start = [t.clone() for t in model[0].start_of("default")]
     with torch.no_grad():
         model[0].lora_b["default"].add_(1)
     with lc.disable_adapter(model):
@@ -183,7 +183,8 @@ def test_start_from_the_weight_refuses_what_has_none(init):
         ({"target_modules": [0]}, r"target_modules is \[0\]; want names"),
         ({"layers_to_transform": [0.5]}, r"layers_to_transform is \[0.5\]; want the indices"),
         ({"layers_to_transform": "0"}, "layers_to_transform is '0'; want the indices"),
-        ({"layers_pattern": "(["}, "is no regular expression"),
+        ({"layers_pattern": "([", "layers_to_transform": 0}, "is no regular expression"),
+        ({"layers_pattern": "layers"}, "layers_pattern is 'layers' without layers_to_transform"),
         ({"modules_to_save": ["(["]}, "is no regular expression"),
         ({"lora_alhpa": 8}, r"no field 'lora_alhpa': did you mean 'lora_alpha'"),
         ({"r": 0}, r"rank of 'r' is 0"),
@@ -194,6 +195,10 @@ def test_start_from_the_weight_refuses_what_has_none(init):
         ({"bias": "some"}, r"bias is 'some'; want one of 'none', 'all', 'lora_only'"),
         ({"use_dora": True}, r"use_dora"),
         ({"init_lora_weights": "eva"}, r"init_lora_weights is 'eva'"),
+        ({"init_lora_weights": 0}, r"init_lora_weights is 0; want True, False"),
+        ({"init_lora_weights": "pissa", "lora_alpha": -8}, r"alpha of 'lora_alpha' is -8.*want a positive one"),
+        ({"init_lora_weights": "pissa_niter_2", "alpha_pattern": {"q": 0}}, r"alpha of 'q' is 0"),
+        ({"alpha_pattern": {"q": True}}, r"alpha of 'q' is True"),
         ({"target_modules": "(q"}, r"no regular expression"),
         ({"modules_to_save": "lm_head"}, r"modules_to_save is the string"),
     ],

@@ -7,9 +7,23 @@ and the adapters inside would never be trained.
 
 from torch import nn
 
+MARK = "lora_core_gradients_let_in"
+
 
 def let_gradients_in(model: nn.Module) -> None:
     """Make a transformers model that checkpoints activations give its blocks an input that requires a gradient."""
     enable = getattr(model, "enable_input_require_grads", None)
-    if callable(enable) and any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()):
+    checkpoints = any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules())
+    # once is enough, whoever did it: each call adds a hook
+    already = MARK in model.__dict__ or getattr(model, "_require_grads_hooks", None)
+    if callable(enable) and checkpoints and not already:
         enable()
+        model.__dict__[MARK] = True
+
+
+def keep_gradients_out(model: nn.Module) -> None:
+    """Undo let_gradients_in."""
+    if model.__dict__.pop(MARK, False):
+        disable = getattr(model, "disable_input_require_grads", None)
+        if callable(disable):
+            disable()

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lora_core.adapt.merge import merge_adapter, merged_names, unmerge_adapter
-from lora_core.adapt.switch import parts
+from lora_core.adapt.merge import merge_adapter, unmerge_adapter
+from lora_core.adapt.walk import merged_names, parts
 from lora_core.errors import AdapterError
 
 
@@ -14,12 +14,13 @@ from lora_core.errors import AdapterError
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Run the base model inside the with block; merged adapters are taken out of the weights and put back after.
 
-    Biases trained with bias="all" or "lora_only" are part of the base layers and stay as they are.
+    Biases trained with bias="all" or "lora_only" are part of the base layers and stay as they are. Inside the block
+    adapters are neither added, switched, merged nor deleted.
 
     Raises:
         AdapterError: if the model has no adapters.
     """
-    before = {part: part.enabled for part in parts(model)}
+    before = {part: part.enabled for part in parts(model).values()}
     if not before:
         raise AdapterError("disable_adapter: the model has no adapters; add one with add_adapter or load_adapter")
     merged = merged_names(model)

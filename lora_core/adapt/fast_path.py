@@ -1,21 +1,32 @@
-"""nn.TransformerEncoderLayer's inference path, which reads the weights of its linear layers past their forward.
+"""Inference paths of nn.TransformerEncoder that read the weights of its linear layers past their forward.
 
-With an adapted layer inside, it would return the base model's output in eval mode without a word.
+With an adapted layer inside they would return the base model's output in eval mode without a word; with a quantised
+one they fail, as does an adapted layer on the nested tensors they make of padded input.
 """
 
 from torch import nn
 
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.nf4_linear import NF4Linear
+
 MARK = "lora_core_fast_path"
 
+# what each module asks itself before it takes that path, and the answer that keeps it off it
+SWITCHES: dict[type[nn.Module], tuple[str, int | bool]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
 
-def forbid_fast_path(parent: nn.Module) -> None:
-    """Make nn.TransformerEncoderLayer call its linear layers: in eval mode it would read their weights past them."""
-    if isinstance(parent, nn.TransformerEncoderLayer) and MARK not in parent.__dict__:
-        parent.__dict__[MARK] = parent.activation_relu_or_gelu
-        parent.activation_relu_or_gelu = 0
 
-
-def allow_fast_path(module: nn.Module) -> None:
-    """Undo forbid_fast_path."""
-    if MARK in module.__dict__:
-        module.activation_relu_or_gelu = module.__dict__.pop(MARK)
+def settle_fast_paths(model: nn.Module) -> None:
+    """Keep encoders with a layer of this library inside off those paths, and let the others take them."""
+    for module in model.modules():
+        for kind, (switch, off) in SWITCHES.items():
+            if not isinstance(module, kind):
+                continue
+            own = any(isinstance(inner, (AdapterLayer, NF4Linear)) for inner in module.modules())
+            if own and MARK not in module.__dict__:
+                module.__dict__[MARK] = getattr(module, switch)
+                setattr(module, switch, off)
+            elif not own and MARK in module.__dict__:
+                setattr(module, switch, module.__dict__.pop(MARK))

@@ -3,12 +3,14 @@
 Each file is written whole under a temporary name, then renamed over the old one, the weights last. A process killed
 between the two renames leaves a new configuration beside old weights. Therefore the weights carry their own
 configuration in the file's metadata, and the new weights still lie there under their temporary name: reading sees
-that, and returns the old weights with the old configuration.
+that, and returns the old weights with the old configuration. For weights that carry none, as PEFT's, the old
+configuration is kept beside them until the new weights are there.
 """
 
 import json
 import os
 import secrets
+import shutil
 import time
 import warnings
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PARTIAL = ".partial"
+PREVIOUS = ".previous"
 METADATA_KEY = "adapter_config"
 
 # A temporary file that nobody has written to for this long belongs to a process that is gone.
@@ -44,7 +47,7 @@ def folder_path(folder: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: if this is no path, or an empty one.
     """
-    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder) or "\0" in str(folder):
         raise CheckpointError(f"folder is {folder!r}; want the path of an adapter's folder")
     return Path(folder)
 
@@ -57,8 +60,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
         config: the values of adapter_config.json.
         tensors: on the CPU, contiguous, none sharing memory with another.
     Raises:
-        CheckpointError: if the folder is a file, or cannot be made.
+        CheckpointError: if the folder is a file, or something cannot be written; what was there before is whole.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if folder.exists() and not folder.is_dir():
@@ -70,7 +74,11 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
     text = json.dumps(config, indent=2, sort_keys=True)
     token = secrets.token_hex(4)
     new = {name: folder / f".{name}.{token}{PARTIAL}" for name in (CONFIG, WEIGHTS)}
+    previous = folder / f".{CONFIG}.{token}{PREVIOUS}"
     try:
+        if (folder / CONFIG).exists():
+            shutil.copyfile(folder / CONFIG, previous)
+            _sync(previous)
         new[CONFIG].write_text(text + "\n")
         save_file(tensors, new[WEIGHTS], metadata={"format": "pt", METADATA_KEY: text})
         # safetensors makes files that only their owner may read, whatever the umask
@@ -80,8 +88,13 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
         os.replace(new[CONFIG], folder / CONFIG)
         os.replace(new[WEIGHTS], folder / WEIGHTS)
         _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot save an adapter in {folder}: {error}; what was there is whole. Save somewhere else, or make room"
+        ) from error
     finally:
-        for path in new.values():
+        # the configuration before goes last: until then the folder can be read
+        for path in (*new.values(), previous):
             path.unlink(missing_ok=True)
     _remove_stale(folder)
 
@@ -105,15 +118,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if written is None or written == embedded:
         assert embedded is not None
         return Checkpoint(embedded, tensors)
-    if embedded is None:
-        return Checkpoint(written, tensors)
-    if _save_was_interrupted(folder, written):
+    token = _interrupted_save(folder, written)
+    if token is not None:
         warnings.warn(
             f"saving to {folder} was interrupted: loading the checkpoint before it, which is whole",
             UserWarning,
             stacklevel=3,
         )
-        return Checkpoint(embedded, tensors)
+        before = embedded or _read_config(folder / f".{CONFIG}.{token}{PREVIOUS}")
+        if before is None:
+            raise CheckpointError(
+                f"saving to {folder} was interrupted, and the configuration of its {WEIGHTS} is gone: put back the "
+                f"{CONFIG} that belongs to these weights, or save the adapter again"
+            )
+        return Checkpoint(before, tensors)
+    if embedded is None:
+        return Checkpoint(written, tensors)
     differing = differences(written, embedded)
     if differing:
         told = "; ".join(f"{name} is {a!r}, the weights were saved with {b!r}" for name, (a, b) in differing.items())
@@ -140,6 +160,8 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; want a file with peft_type, r, ...") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{path} is no JSON ({error}): truncated, or no adapter's; save the adapter again"
@@ -173,23 +195,23 @@ def _embedded(metadata: dict[str, str]) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _save_was_interrupted(folder: Path, written: dict[str, Any]) -> bool:
-    """Say whether the weights that belong to this configuration still wait under their temporary name."""
+def _interrupted_save(folder: Path, written: dict[str, Any]) -> str | None:
+    """Return the token of a save whose weights, which belong to this configuration, still wait to be renamed."""
     from safetensors import SafetensorError, safe_open
 
     for path in folder.glob(f".{WEIGHTS}.*{PARTIAL}"):
         try:
             with safe_open(path, "pt") as file:
                 if _embedded(file.metadata() or {}) == written:
-                    return True
+                    return path.name.removesuffix(PARTIAL).rpartition(".")[2]
         except (SafetensorError, OSError):
             continue
-    return False
+    return None
 
 
 def _remove_stale(folder: Path) -> None:
     """Remove what killed processes left; a younger file may belong to another process that is saving."""
-    for path in folder.glob(f".adapter_*{PARTIAL}"):
+    for path in (*folder.glob(f".adapter_*{PARTIAL}"), *folder.glob(f".adapter_*{PREVIOUS}")):
         try:
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()

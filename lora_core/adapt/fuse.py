@@ -158,7 +158,7 @@ def _candidate(module: nn.Module) -> type[Fused] | str | None:
 def _own(layer: AdapterLayer) -> type[Fused] | str:
     if not isinstance(layer, LoraLinear):
         return f"{type(layer).__name__} has no fused operation: its base layer is no linear one"
-    if not layer.can_fuse():
+    if not layer.is_as_written():
         return "its base layer has hooks or a forward of its own, which one operation would pass by"
     return FusedLora
 

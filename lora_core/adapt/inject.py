@@ -5,13 +5,23 @@ import warnings
 from torch import nn
 
 from lora_core.adapt.checkpointing import let_gradients_in
-from lora_core.adapt.fast_path import forbid_fast_path
+from lora_core.adapt.fast_path import settle_fast_paths
+from lora_core.adapt.keys import unwrapped
 from lora_core.adapt.kinds import adapted_kind
+from lora_core.adapt.saved import find_saved, with_task_heads
 from lora_core.adapt.switch import set_adapter
-from lora_core.adapt.target import find_targets, saves
-from lora_core.adapt.walk import adapter_layers, adapter_names, places, replace, require_unmerged, tied_to
+from lora_core.adapt.target import find_targets
+from lora_core.adapt.walk import (
+    Ties,
+    adapter_layers,
+    adapter_names,
+    places,
+    plain_name,
+    replace,
+    require_editable,
+)
 from lora_core.adapt.withdraw import withdraw
-from lora_core.errors import AdapterError, ConfigError, TargetNotFoundError
+from lora_core.errors import AdapterError, ConfigError, NonFiniteError
 from lora_core.layers.adapter import Adapter, AdapterLayer
 from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
@@ -32,19 +42,25 @@ def add_adapter(
 
     Args:
         model: any module; changed in place.
-        config: what to adapt and how.
+        config: what to adapt and how. A task_type of a classifier has its head trained whole too, as in PEFT.
         adapter_name: a name without dots, new to this model.
         autocast_adapter_dtype: keep A and B in float32 over a half-precision base, as PEFT does.
     Returns:
         model.
     Raises:
         TargetNotFoundError: if no module matches.
-        ConfigError: if a matching module cannot be adapted, or "pissa" or "olora" would change a tied weight.
-        AdapterError: if the name is taken, or an adapter is merged.
+        ConfigError: if a matching module cannot be adapted or trained whole, or "pissa" or "olora" would change a
+            tied weight.
+        DtypeError: if a matching weight is of a dtype that cannot be adapted.
+        NonFiniteError: if "pissa" or "olora" is to start from a weight that holds NaN or infinity.
+        AdapterError: if the name is taken, an adapter is merged, or adapters are disabled for a while.
     Source: Hu et al. 2021.
     """
-    inject(model, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=autocast_adapter_dtype)
-    set_adapter(model, adapter_name)
+    inner = unwrapped(model)
+    if isinstance(config, LoraConfig):
+        config = with_task_heads(inner, config)
+    inject(inner, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=autocast_adapter_dtype)
+    set_adapter(inner, adapter_name)
     return model
 
 
@@ -59,14 +75,14 @@ def inject(
 ) -> None:
     """Create an adapter's matrices everywhere, without activating it. A failure leaves the model as it was."""
     _check_name(model, adapter_name)
-    require_unmerged(model, f"add adapter {adapter_name!r}")
+    require_editable(model, f"add adapter {adapter_name!r}")
     if not isinstance(config, LoraConfig):
         kind = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(
             f"add_adapter: config is a {kind}; want a lora_core.LoraConfig, which has the same field names as PEFT's"
         )
     targets = find_targets(model, config) if config.target_modules or not config.modules_to_save else []
-    saved = _modules_to_save(model, config)
+    saved = find_saved(model, config)
     if starts_from_weight(config.init_lora_weights):
         _refuse_tied_starts(model, targets)
     where = places(model)
@@ -74,25 +90,32 @@ def inject(
         for name in targets:
             layer = _adapted(model, name, where)
             adapter = Adapter(
-                rank=config.rank_of(name),
-                scaling=config.scaling_of(name),
+                rank=config.rank_of(plain_name(name)),
+                scaling=config.scaling_of(plain_name(name)),
                 dropout=config.lora_dropout,
                 config=config,
                 trainable=trainable,
             )
             layer.add(adapter_name, adapter, None if autocast_dtype else layer.weight.dtype)
             if initialise_pairs:
-                initialise(layer, adapter_name, config.init_lora_weights)
+                _initialise(layer, adapter_name, config, name)
         for name in saved:
-            _copying(model, name, where).add(adapter_name, trainable)
+            _copying(model, name, where).add(adapter_name, config, trainable)
+        if initialise_pairs and starts_from_weight(config.init_lora_weights):
+            take_starts(model, adapter_name)
     except Exception:
         withdraw(model, adapter_name)
         raise
-    # once nothing can fail any more
-    if initialise_pairs and starts_from_weight(config.init_lora_weights):
-        take_starts(model, adapter_name)
+    settle_fast_paths(model)
     if trainable:
         let_gradients_in(model)
+
+
+def _initialise(layer: AdapterLayer, adapter_name: str, config: LoraConfig, name: str) -> None:
+    try:
+        initialise(layer, adapter_name, config.init_lora_weights)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}: {error}; the model is unchanged") from None
 
 
 def take_starts(model: nn.Module, adapter_name: str) -> None:
@@ -111,12 +134,12 @@ def take_starts(model: nn.Module, adapter_name: str) -> None:
 
 def _refuse_tied_starts(model: nn.Module, targets: list[str]) -> None:
     """Raise ConfigError where a start would take a part out of a weight that another module uses too."""
-    tied = tied_to(model)
+    ties = Ties(model)
     for name in targets:
         layer = model.get_submodule(name)
         base = layer.base_layer if isinstance(layer, AdapterLayer) else layer
         own = f"{name}.base_layer.weight" if isinstance(layer, AdapterLayer) else f"{name}.weight"
-        others = [o for o in tied.get(id(base.weight), []) if o != own]
+        others = [o for o in ties.of(base.weight) if o != own]
         if others:
             raise ConfigError(
                 f"init_lora_weights 'pissa' and 'olora' take a part out of the weight, and that of {name} is tied to "
@@ -134,7 +157,6 @@ def _adapted(model: nn.Module, name: str, where: dict[nn.Module, list[str]]) -> 
     assert kind is not None
     layer = kind(module)
     replace(model, where[module], layer)
-    forbid_fast_path(model.get_submodule(name.rpartition(".")[0]))
     return layer
 
 
@@ -145,44 +167,6 @@ def _copying(model: nn.Module, name: str, where: dict[nn.Module, list[str]]) -> 
     copies = TrainableCopy(module)
     replace(model, where[module], copies)
     return copies
-
-
-def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the names of the modules trained whole, outermost ones only."""
-    if not config.modules_to_save:
-        return []
-    modules = {n: m for n, m in model.named_modules() if n}
-    found: list[str] = []
-    for name, module in modules.items():
-        inside = any(name.startswith(f + ".") for f in found)
-        if saves(name, config.modules_to_save) and not inside:
-            if any(isinstance(m, AdapterLayer) for m in module.modules()):
-                raise ConfigError(
-                    f"modules_to_save names {name}, where an adapter has a layer: choose one of the two, or delete "
-                    "that adapter first"
-                )
-            found.append(name)
-    for wanted in config.modules_to_save:
-        if not any(saves(n, [wanted]) for n in modules):
-            raise TargetNotFoundError(
-                f"modules_to_save: no module is called {wanted!r}; the last parts of names here are "
-                f"{', '.join(sorted({n.split('.')[-1] for n in modules}))}"
-            )
-    _warn_of_tied(model, found)
-    return found
-
-
-def _warn_of_tied(model: nn.Module, names: list[str]) -> None:
-    tied = tied_to(model)
-    for name in names:
-        for parameter_name, parameter in model.get_submodule(name).named_parameters():
-            others = [o for o in tied.get(id(parameter), []) if not o.startswith(name + ".")]
-            if others:
-                warnings.warn(
-                    f"modules_to_save: {name}.{parameter_name} is tied to {', '.join(others)}; the trained copy is not",
-                    UserWarning,
-                    stacklevel=5,
-                )
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lora_core.adapt.walk import adapter_layers, trainable_copies
+from lora_core.adapt.walk import adapter_layers, plain_name, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
@@ -16,9 +16,6 @@ from lora_core.methods.lora import LoraConfig
 from lora_core.quant import QuantizedWeight
 
 PREFIX = "base_model.model."
-
-# torch.compile puts this between a module and its parts
-COMPILED = "_orig_mod."
 
 # What PEFT calls the embeddings whose weights it saves beside an adapter that targets them.
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -41,7 +38,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def key(*parts: str) -> str:
     """Return the checkpoint's name of a tensor of this module."""
-    return PREFIX + ".".join(p for p in parts if p).replace(COMPILED, "")
+    return PREFIX + plain_name(".".join(p for p in parts if p))
 
 
 def canonical(name: str) -> str | None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lora_core.adapt.configuration import config_from_peft
 from lora_core.adapt.files import WEIGHTS, folder_path, read_checkpoint
 from lora_core.adapt.inject import inject, take_starts
-from lora_core.adapt.keys import COMPILED, adapter_tensors, base_tensors, canonical, unwrapped
+from lora_core.adapt.keys import adapter_tensors, base_tensors, canonical, unwrapped
+from lora_core.adapt.peft_differs import warn_where_peft_differs
+from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
-from lora_core.adapt.target import saves
-from lora_core.adapt.walk import adapter_layers
+from lora_core.adapt.walk import adapter_layers, plain_name
 from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import CheckpointError
 from lora_core.methods.lora import LoraConfig, initialise
@@ -76,6 +77,7 @@ def load_adapter(
     _fill({canonical(name): slot for name, slot in own.items()}, given)
     _fill_base({name: slot for name, slot in base.items() if name in given}, given)
     set_adapter(inner, adapter_name)
+    warn_where_peft_differs(inner, adapter_name)
     return model
 
 
@@ -86,7 +88,7 @@ def _without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """
     if not config.modules_to_save:
         return config
-    names = [n.replace(COMPILED, "") for n, _ in model.named_modules()]
+    names = [plain_name(n) for n, _ in model.named_modules()]
     present = [m for m in config.modules_to_save if any(saves(n, [m]) for n in names)]
     return dataclasses.replace(config, modules_to_save=present or None)
 

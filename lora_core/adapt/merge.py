@@ -12,13 +12,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapt.switch import chosen_names, parts
-from lora_core.adapt.walk import adapter_layers, places, replace, require_adapters, tied_to
-from lora_core.adapt.withdraw import allow_fast_paths
+from lora_core.adapt.switch import active_names, chosen_names
+from lora_core.adapt.walk import (
+    Ties,
+    adapter_layers,
+    merged_names,
+    parts,
+    places,
+    replace,
+    require_adapters,
+    require_editable,
+)
+from lora_core.adapt.withdraw import tidy
 from lora_core.errors import AdapterError, NonFiniteError
 from lora_core.layers.adapter import AdapterLayer, Merged
 from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
+
+# roundings of an output's size between two outputs, each a sum of many products; generous, as a tenth is looked for
+OUTPUT_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,9 @@ class MergeReport:
 def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> MergeReport:
     """Add adapters' updates to the base weights, so that they cost nothing at inference.
 
-    While merged, the adapters' own matrices take no gradient; switching, adding and deleting are refused; saving an
-    adapter works.
+    While merged, the model runs these adapters and no others, and with them their modules_to_save; nothing of an
+    adapter takes a gradient; switching, adding and deleting are refused; saving an adapter works. The model's own
+    state dict holds the merged weights beside the matrices: load it only into a model merged alike.
 
     Args:
         model: a model with adapters.
@@ -89,11 +102,14 @@ def unmerge_adapter(model: nn.Module) -> None:
     Raises:
         AdapterError: if nothing is merged.
     """
-    merged = [layer for layer in adapter_layers(model).values() if layer.merged]
-    if not merged:
+    if not merged_names(model):
         raise AdapterError("unmerge_adapter: nothing is merged; call merge_adapter(model) first")
-    for layer in merged:
-        _unmerge(layer)
+    active = active_names(model)
+    for part in parts(model).values():
+        if isinstance(part, AdapterLayer) and part.merged and part.merged.backup:
+            part.restore_weight(part.merged.backup)
+        part.merged = None
+        part.activate(active)
 
 
 def merge_and_unload(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
@@ -107,37 +123,39 @@ def merge_and_unload(model: nn.Module, adapter_names: str | Sequence[str] | None
     Raises:
         AdapterError, NonFiniteError: as merge_adapter.
     """
-    if merged_names(model):
-        if adapter_names is not None and chosen_names(adapter_names) != merged_names(model):
+    already = merged_names(model)
+    if already:
+        if adapter_names is not None and chosen_names(adapter_names) != already:
             raise AdapterError(
-                f"merge_and_unload({adapter_names!r}): {list(merged_names(model))} is merged; call "
-                "unmerge_adapter(model) first"
+                f"merge_and_unload({adapter_names!r}): {list(already)} is merged; call unmerge_adapter(model) first"
             )
-    else:
-        names = _merging_names(model, adapter_names)
-        _checked(model, names)
-        for layer in adapter_layers(model).values():
-            for other in [n for n in layer.adapters if n not in names]:
-                layer.remove(other)
-        _merge(model, names, keep_backup=False)
+        # other adapters' starts belong into the weight before the update is added and rounded
+        unmerge_adapter(model)
+        adapter_names = already
+    names = _merging_names(model, adapter_names)
+    _checked(model, names)
+    for layer in adapter_layers(model).values():
+        for other in [n for n in layer.adapters if n not in names]:
+            layer.remove(other)
+    _merge(model, names, keep_backup=False)
     for module, where in places(model).items():
         if isinstance(module, AdapterLayer):
             replace(model, where, module.base_layer)
         elif isinstance(module, TrainableCopy):
             replace(model, where, module.running())
-    allow_fast_paths(model)
+    tidy(model)
     return model
-
-
-def merged_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the adapters that are inside the weights."""
-    return next((layer.merged.names for layer in adapter_layers(model).values() if layer.merged), ())
 
 
 def _merge(model: nn.Module, adapter_names: str | Sequence[str] | None, *, keep_backup: bool) -> MergeReport:
     names = _merging_names(model, adapter_names)
     layers = _checked(model, names)
     report = {name: _merge_layer(layer, names, keep_backup) for name, layer in layers.items()}
+    active = active_names(model)
+    for part in parts(model).values():
+        # what has no part in these adapters runs no other while they are merged
+        part.merged = part.merged or Merged(names)
+        part.activate(active)
     held = sum(layer.merged.backup_bytes for layer in layers.values() if layer.merged)
     return MergeReport(names, report, held)
 
@@ -151,6 +169,8 @@ def _checked(model: nn.Module, names: tuple[str, ...]) -> dict[str, AdapterLayer
         if reason:
             raise AdapterError(f"cannot merge into {name}: {reason}; keep the adapter unmerged")
         _refuse_non_finite(name, layer, names)
+        if not layer.is_as_written():
+            _refuse_other_use(name, layer, names)
     return layers
 
 
@@ -178,16 +198,44 @@ def _refuse_non_finite(name: str, layer: AdapterLayer, names: tuple[str, ...]) -
 
 
 @torch.no_grad()
+def _refuse_other_use(name: str, layer: AdapterLayer, names: tuple[str, ...]) -> None:
+    """Raise AdapterError if the base layer's output does not follow its weight as a plain one's does: try it."""
+    backup, before = layer.backup_weight(), layer.read_weight().clone()
+    with torch.random.fork_rng(devices=[layer.weight.device] if layer.weight.device.type == "cuda" else []):
+        x = layer.sample_input()
+    try:
+        plain = layer.base_layer(x)
+        layer.write_weight(_merged_weight(layer, names))
+        changed = (layer.base_layer(x) - plain).double()
+        wide = x.double() if x.is_floating_point() else x
+        wanted = layer.response(wide, layer.read_weight().double() - before.double())
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise AdapterError(
+            f"cannot merge into {name}: whether its forward, which is its own, follows its weight could not be tried "
+            f"({type(error).__name__}: {error}); keep the adapter unmerged"
+        ) from error
+    finally:
+        layer.restore_weight(backup)
+    # both outputs are rounded; a tenth of the update is far above that, and far below what a wrong use makes of it
+    noise = OUTPUT_ROUNDINGS * torch.finfo(plain.dtype).eps * plain.double().norm()
+    if (changed - wanted).norm() > wanted.norm() / 10 + noise:
+        raise AdapterError(
+            f"cannot merge into {name}: a forward or hook of its own uses the weight in another way than its class "
+            "does, and the update with it; keep the adapter unmerged"
+        )
+
+
+@torch.no_grad()
 def _merge_layer(layer: AdapterLayer, names: tuple[str, ...], keep_backup: bool) -> LayerMerge:
     wanted = _merged_weight(layer, names)
     truth = layer.read_weight().double()
     for name in names:
         if name in layer.adapters:
-            truth += layer.delta(name).to(truth.device)
+            # not in place: in float64 this is the weight itself
+            truth = truth + layer.delta(name).to(truth.device)
     backup = layer.backup_weight() if keep_backup else {}
     layer.write_weight(wanted)
-    layer.merged = Merged(tuple(n for n in names if n in layer.adapters), backup)
-    layer.activate(layer.active)
+    layer.merged = Merged(names, backup)
     error = layer.read_weight().double() - truth
     return LayerMerge(
         relative_error=_ratio(error.norm(), truth.norm()),
@@ -200,24 +248,9 @@ def _ratio(error: Tensor, truth: Tensor) -> float:
     return (error / truth).item() if truth else error.item()
 
 
-def _unmerge(layer: AdapterLayer) -> None:
-    assert layer.merged is not None
-    layer.restore_weight(layer.merged.backup)
-    layer.merged = None
-    layer.activate(layer.active)
-
-
 def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple[str, ...]:
-    already = merged_names(model)
-    if already:
-        raise AdapterError(f"{list(already)} is merged already: call unmerge_adapter(model) first")
-    if given is None:
-        active = [n for layer in adapter_layers(model).values() for n in layer.active]
-        copies = [p.active for p in parts(model) if isinstance(p, TrainableCopy) and p.active]
-        given = tuple(dict.fromkeys([*active, *copies]))
-    names = chosen_names(given)
-    if not all(part.enabled for part in parts(model)):
-        raise AdapterError("cannot merge while adapters are disabled: do it outside the disable_adapter block")
+    require_editable(model, "merge")
+    names = active_names(model) if given is None else chosen_names(given)
     if not names:
         raise AdapterError("merge_adapter: no adapter is active; name one, or call set_adapter(model, name) first")
     require_adapters(model, names)
@@ -226,11 +259,11 @@ def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple
 
 def _refuse_tied(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise AdapterError if a weight to be changed is used by another module too, which would change with it."""
-    tied = tied_to(model)
+    ties = Ties(model)
     for name, layer in adapter_layers(model).items():
         if not any(n in layer.adapters for n in names):
             continue
-        others = [o for o in tied.get(id(layer.weight), []) if o != f"{name}.base_layer.weight"]
+        others = [o for o in ties.of(layer.weight) if o != f"{name}.base_layer.weight"]
         if others:
             raise AdapterError(
                 f"cannot merge into {name}: its weight is tied to {', '.join(others)}, which would change too; untie "

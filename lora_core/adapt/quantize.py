@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lora_core.adapt.fast_path import settle_fast_paths
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
 from lora_core.adapt.target import matches, output_head
-from lora_core.adapt.walk import adapter_names, places, replace, tied_to
+from lora_core.adapt.walk import Ties, adapter_names, places, replace
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
+from lora_core.layers.linear import LoraLinear, LoraTransposedLinear
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.methods.nf4 import NF4Config
 from lora_core.quant.blockwise import check_input
@@ -20,7 +22,8 @@ def quantize_model(
     """Replace linear layers by frozen NF4 ones, in place.
 
     Left alone: the output head (unless skip_modules says otherwise), layers whose weight is tied to another module,
-    layers inside nn.MultiheadAttention, and what is quantised already.
+    layers inside nn.MultiheadAttention, what is quantised already, and, with a warning, layers with a forward, hooks or
+    a parametrisation of their own.
 
     Args:
         model: any module without adapters; its linear layers (nn.Linear, transformers' Conv1D) are replaced.
@@ -46,12 +49,20 @@ def quantize_model(
         raise ConfigError(f"quantize_model: skip_modules is the string {skip_modules!r}; want a list of names")
     where = places(model)
     chosen = {m: names for m, names in where.items() if _chosen(model, m, names, skip_modules)}
-    tied = tied_to(model)
-    chosen = {m: names for m, names in chosen.items() if id(m.weight) not in tied}
+    ties = Ties(model)
+    own = {m: names for m, names in chosen.items() if _is_used_otherwise(m)}
+    chosen = {m: names for m, names in chosen.items() if m not in own and not ties.of(m.weight)}
     if not chosen and not any(isinstance(m, NF4Linear) for m in where):
         raise TargetNotFoundError(
             f"quantize_model: no linear layer to quantise outside skip_modules={skip_modules!r}; want nn.Linear or "
             "transformers' Conv1D in floating point, which no other library has quantised"
+        )
+    if own:
+        warnings.warn(
+            f"quantize_model leaves {', '.join(names[0] for names in own.values())} in full precision: a forward, "
+            "hooks or a parametrisation of its own would be lost",
+            UserWarning,
+            stacklevel=2,
         )
     for module, names in chosen.items():
         _check(module.get_parameter("weight"), names[0], config.block_size)
@@ -65,6 +76,7 @@ def quantize_model(
             transposed=is_transposed_linear(module),
         )
         replace(model, names, new)
+    settle_fast_paths(model)
     return model
 
 
@@ -78,6 +90,12 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
     if skip is None:
         return module is not output_head(model)
     return not any(matches(name, skip) for name in names)
+
+
+def _is_used_otherwise(module: nn.Module) -> bool:
+    """Say whether a linear layer does more than x W^T + b, or computes its weight: an NF4 layer would not."""
+    plain = LoraTransposedLinear if is_transposed_linear(module) else LoraLinear
+    return not plain(module).is_as_written() or not isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
 def _check(weight: Tensor, name: str, block_size: int) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lora_core.adapt.configuration import config_to_peft
 from lora_core.adapt.files import folder_path, write_checkpoint
-from lora_core.adapt.keys import COMPILED, adapter_tensors, key, unwrapped
+from lora_core.adapt.keys import adapter_tensors, key, unwrapped
+from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.target import ALL_LINEAR, matches
-from lora_core.adapt.walk import adapter_layers, require_adapters, trainable_copies
+from lora_core.adapt.walk import adapter_layers, plain_name, require_adapters, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear
 from lora_core.methods.lora import LoraConfig
@@ -46,18 +47,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         )
     tensors, config = _plain_lora(model, adapter_name, tensors, config)
     config = _resolved(model, adapter_name, config)
+    warn_where_peft_differs(model, adapter_name)
     values = _with_base_name(model, config_to_peft(config))
     write_checkpoint(folder_path(folder), values, _on_cpu(tensors))
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig:
-    """Return the configuration an adapter was made from; one that only trains whole modules says which."""
+    """Return the configuration an adapter was made from."""
     for layer in adapter_layers(model).values():
         if adapter_name in layer.adapters:
             config: LoraConfig = layer.adapters[adapter_name].config
             return config
-    whole = [name for name, copies in trainable_copies(model).items() if adapter_name in copies.copies]
-    return LoraConfig(target_modules=[], modules_to_save=whole)
+    return next(c.configs[adapter_name] for c in trainable_copies(model).values() if adapter_name in c.configs)
 
 
 def _plain_lora(
@@ -65,12 +66,11 @@ def _plain_lora(
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """Return an adapter for the base weight as it was before the start took a part out of it."""
     layers = {n: m for n, m in adapter_layers(model).items() if adapter_name in m.adapters}
-    if not any(layer.adapters[adapter_name].start for layer in layers.values()):
+    if not any(adapter_name in layer.lora_start for layer in layers.values()):
         return tensors, config
     tensors = dict(tensors)
     for name, layer in layers.items():
-        start = layer.adapters[adapter_name].start
-        assert start is not None
+        start = layer.start_of(adapter_name)
         a, b = layer.lora_a[adapter_name].detach(), layer.lora_b[adapter_name].detach()
         start_a, start_b = start[0].to(a), start[1].to(b)
         tensors[key(name, layer.PEFT_A)] = torch.cat([a, start_a], dim=0)
@@ -92,7 +92,7 @@ def _plain_lora(
 def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
     """Name the targets where the rule that chose them may choose others when loading, here or in PEFT."""
     layers = adapter_layers(model)
-    targets = [n.replace(COMPILED, "") for n, m in layers.items() if adapter_name in m.adapters]
+    targets = [plain_name(n) for n, m in layers.items() if adapter_name in m.adapters]
     transposed = [isinstance(m, LoraTransposedLinear) for m in layers.values() if adapter_name in m.adapters]
     if transposed and all(transposed):
         config = dataclasses.replace(config, fan_in_fan_out=True)
@@ -110,7 +110,7 @@ def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraCo
 def _shortest(model: nn.Module, targets: list[str]) -> list[str]:
     """Return the last parts of the targets' names if these choose no other module, else the whole names."""
     inside = tuple(f"{n}." for n in [*adapter_layers(model), *trainable_copies(model)])
-    names = [n.replace(COMPILED, "") for n, _ in model.named_modules() if n and not n.startswith(inside)]
+    names = [plain_name(n) for n, _ in model.named_modules() if n and not n.startswith(inside)]
     suffixes = sorted({t.split(".")[-1] for t in targets})
     chosen = {n for n in names if matches(n, suffixes)}
     return suffixes if chosen == set(targets) else sorted(targets)

@@ -4,15 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora_core.adapt.walk import (
-    adapter_layers,
-    require_adapters,
-    require_unmerged,
-    trainable_copies,
-)
+from lora_core.adapt.walk import adapter_layers, parts, require_adapters, require_editable, trainable_copies
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
-from lora_core.layers.trainable_copy import TrainableCopy
 from lora_core.methods.lora import LoraConfig
 
 
@@ -26,14 +20,19 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
         model: a model with adapters.
         adapter_name: a name, or several whose updates are added; an empty list runs the base model.
     Raises:
-        AdapterError: if there is no such adapter, or one is merged.
+        AdapterError: if there is no such adapter, one is merged, or adapters are disabled for a while.
     """
     names = chosen_names(adapter_name)
     require_adapters(model, names)
-    require_unmerged(model, "switch adapters")
+    require_editable(model, "switch adapters")
+    activate(model, names)
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    """Run these adapters and no others, and freeze all else."""
     model.requires_grad_(False)
-    for part in parts(model):
-        part.activate(names)
+    for part in parts(model).values():
+        part.activate(tuple(names))
     for config in trained_configs(model, names):
         for bias in chosen_biases(model, config.bias).values():
             bias.requires_grad_(True)
@@ -55,18 +54,25 @@ def chosen_names(given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def parts(model: nn.Module) -> list[AdapterLayer | TrainableCopy]:
-    """Return all that adapters have put into a model."""
-    return [*adapter_layers(model).values(), *trainable_copies(model).values()]
+def active_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the adapters that a model runs, in the order of their parts."""
+    found: dict[str, None] = {}
+    for part in parts(model).values():
+        active = part.active if isinstance(part, AdapterLayer) else (part.active,)
+        found.update(dict.fromkeys(name for name in active if name is not None))
+    return tuple(found)
 
 
 def trained_configs(model: nn.Module, names: Sequence[str]) -> list[LoraConfig]:
     """Return the configurations of those adapters, of the named, that are being trained."""
     found: dict[str, LoraConfig] = {}
-    for layer in adapter_layers(model).values():
+    for part in parts(model).values():
         for name in names:
-            if name in layer.adapters and layer.adapters[name].trainable:
-                found[name] = layer.adapters[name].config
+            if isinstance(part, AdapterLayer):
+                if name in part.adapters and part.adapters[name].trainable:
+                    found[name] = part.adapters[name].config
+            elif part.trainable.get(name):
+                found[name] = part.configs[name]
     return list(found.values())
 
 

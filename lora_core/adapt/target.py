@@ -9,14 +9,17 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_core.adapt.kinds import SUPPORTED, adapted_kind, is_held_by_others, is_linear
-from lora_core.errors import ConfigError, TargetNotFoundError
+from lora_core.adapt.saved import saves
+from lora_core.adapt.walk import plain_name
+from lora_core.errors import ConfigError, DtypeError, TargetNotFoundError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
-from lora_core.methods.lora import LoraConfig
+from lora_core.methods.lora import LoraConfig, pattern_matches
 
 ALL_LINEAR = "all-linear"
 
@@ -24,6 +27,9 @@ ALL_LINEAR = "all-linear"
 CLASSIFIER_HEADS = ("classifier", "score")
 
 SHOWN_CANDIDATES = 12
+SHOWN_STACKED = 4
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -32,6 +38,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     Raises:
         TargetNotFoundError: if none matches, listing names that could, closest first.
         ConfigError: if a module matches that cannot be adapted.
+        DtypeError: if its weight is of a dtype that cannot be.
     """
     wanted = config.target_modules
     if wanted is None or len(wanted) == 0:
@@ -43,11 +50,14 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         head = output_head(model, config.task_type)
         found = [n for n, m in candidates.items() if is_linear(m) and m is not head and not _bypassed(model, n)]
+        _warn_of_experts(candidates)
     else:
-        found = [n for n in candidates if matches(n, wanted)]
-        _warn_of_unmatched(wanted, candidates)
-    found = [n for n in found if not _left_out(n, config)]
-    found = [n for n in found if _layer_chosen(n, config)]
+        found = [n for n in candidates if matches(plain_name(n), wanted)]
+        _warn_of_unmatched("target_modules", wanted, candidates)
+    found = [n for n in found if not _left_out(plain_name(n), config)]
+    found = [n for n in found if _layer_chosen(plain_name(n), config)]
+    _warn_of_unmatched("exclude_modules", config.exclude_modules or "", candidates)
+    _warn_of_idle_patterns(config, found)
     if not found:
         raise TargetNotFoundError(_nothing_found(config, candidates))
     for name in found:
@@ -60,11 +70,6 @@ def matches(name: str, wanted: Sequence[str] | str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == w or name.endswith(f".{w}") for w in wanted)
-
-
-def saves(name: str, wanted: Sequence[str]) -> bool:
-    """Say whether modules_to_save means a module: PEFT takes every name that ends so, with a dot before it or not."""
-    return any(name.endswith(w) for w in wanted)
 
 
 def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | None:
@@ -113,27 +118,67 @@ def _left_out(name: str, config: LoraConfig) -> bool:
     saved = config.modules_to_save or ()
     if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved):
         return True
+    parts = name.split(".")
+    if saved and any(saves(".".join(parts[:i]), saved) for i in range(1, len(parts) + 1)):
+        return True
     return bool(config.exclude_modules) and matches(name, config.exclude_modules or ())
 
 
 def _layer_chosen(name: str, config: LoraConfig) -> bool:
-    """Apply layers_to_transform: the first number in the name, or the one after layers_pattern."""
+    """Apply layers_to_transform: the first number in the name, or the one after layers_pattern.
+
+    Not to a module that target_modules gives by its whole name; and where a list of layers is the model's own child,
+    the first number behind another name goes first: both as in PEFT.
+    """
     chosen = config.layers_to_transform
     if chosen is None or (not isinstance(chosen, int) and len(chosen) == 0):
         return True
-    patterns = config.layers_pattern or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    hits = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)
+    if not isinstance(config.target_modules, str) and name in (config.target_modules or ()):
+        return True
+    if config.layers_pattern:
+        patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+        hits = [re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns]
+    else:
+        hits = [re.match(expression, name) for expression in (r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\.")]
     hit = next((h for h in hits if h), None)
     return hit is not None and int(hit.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
-def _warn_of_unmatched(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
+def _warn_of_unmatched(field: str, wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
     if isinstance(wanted, str):
         return
-    idle = [w for w in wanted if not any(matches(n, [w]) for n in candidates)]
-    if idle and len(idle) < len(wanted):
-        warnings.warn(f"target_modules: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=4)
+    idle = [w for w in wanted if not any(matches(plain_name(n), [w]) for n in candidates)]
+    # where nothing at all is targeted, an error follows
+    if idle and (field != "target_modules" or len(idle) < len(wanted)):
+        warnings.warn(f"{field}: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=5)
+
+
+def _warn_of_idle_patterns(config: LoraConfig, found: list[str]) -> None:
+    names = [plain_name(name) for name in found]
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        idle = [p for p in patterns if not any(pattern_matches(p, name) for name in names)]
+        if idle and found:
+            told = ", ".join(map(repr, idle))
+            warnings.warn(f"{field}: no adapted module matches {told}", UserWarning, stacklevel=5)
+
+
+def _warn_of_experts(candidates: dict[str, nn.Module]) -> None:
+    """Warn of weights that "all-linear" does not reach: a mixture's experts in one tensor of three dimensions."""
+    stacked = [
+        f"{name}.{key}"
+        for name, module in candidates.items()
+        if adapted_kind(module) is None
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
+    ]
+    if stacked:
+        more = f" and {len(stacked) - SHOWN_STACKED} more" if len(stacked) > SHOWN_STACKED else ""
+        warnings.warn(
+            f"target_modules 'all-linear' leaves stacked weights out, which are in no linear layer: "
+            f"{', '.join(stacked[:SHOWN_STACKED])}{more}",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _nothing_found(config: LoraConfig, candidates: dict[str, nn.Module]) -> str:
@@ -175,6 +220,13 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def _looks_up_otherwise(module: nn.Module) -> bool:
+    """Say whether an embedding has a forward of its own, as learned positions do; one that scales says by how much."""
+    if not isinstance(module, nn.Embedding) or hasattr(module, "embed_scale"):
+        return False
+    return type(module).forward is not nn.Embedding.forward
+
+
 def _refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
     if _bypassed(model, name):
         raise ConfigError(
@@ -183,6 +235,19 @@ def _refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
         )
     if isinstance(getattr(module, "weight", None), UninitializedParameter):
         raise ConfigError(f"{name} is a {type(module).__name__} without a shape yet: run the model once first")
+    kind = module if isinstance(module, AdapterLayer) else adapted_kind(module)
+    dtype = getattr(getattr(module, "weight", None), "dtype", None)
+    if kind is not None and dtype is not None and (dtype.is_floating_point or dtype.is_complex):
+        if dtype not in FLOATING:
+            raise DtypeError(
+                f"{name} has a weight of {dtype}; want one of {', '.join(map(str, FLOATING))}, or a layer of "
+                "quantize_model: leave it out with exclude_modules, or convert it"
+            )
+        if _looks_up_otherwise(module):
+            raise ConfigError(
+                f"{name} is a {type(module).__name__}, whose forward looks up other rows than it is given: an adapter "
+                "would look up the wrong ones; leave it out with exclude_modules"
+            )
     if is_held_by_others(module):
         raise ConfigError(
             f"{name} is a {type(module).__name__} whose weight another library has quantised: put PEFT's adapters on "

@@ -1,12 +1,26 @@
 """Finding and replacing modules inside a model."""
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
+
+# torch.compile puts this between a module and its parts
+COMPILED = "_orig_mod."
+
+
+def plain_name(name: str) -> str:
+    """Return a module's name without what torch.compile put into it."""
+    return name.replace(COMPILED, "")
+
+
+def parts(model: nn.Module) -> dict[str, AdapterLayer | TrainableCopy]:
+    """Return all that adapters have put into a model, by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (AdapterLayer, TrainableCopy))}
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -39,13 +53,20 @@ def require_adapters(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-def require_unmerged(model: nn.Module, verb: str) -> None:
-    """Raise AdapterError if an adapter is merged into the weights."""
-    merged = next((layer.merged.names for layer in adapter_layers(model).values() if layer.merged), None)
+def merged_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the adapters that are inside the weights."""
+    return next((part.merged.names for part in parts(model).values() if part.merged), ())
+
+
+def require_editable(model: nn.Module, verb: str) -> None:
+    """Raise AdapterError if an adapter is merged into the weights, or adapters are disabled for a while."""
+    merged = merged_names(model)
     if merged:
         raise AdapterError(
             f"cannot {verb} while {list(merged)} is merged into the weights: call unmerge_adapter(model) first"
         )
+    if not all(part.enabled for part in parts(model).values()):
+        raise AdapterError(f"cannot {verb} while adapters are disabled: do it outside the disable_adapter block")
 
 
 def places(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -63,11 +84,28 @@ def replace(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, new)
 
 
-def tied_to(model: nn.Module) -> dict[int, list[str]]:
-    """Return, by parameter id, the full names of each parameter that more than one module owns."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
-    return {key: names for key, names in owners.items() if len(names) > 1}
+class Ties:
+    """Which parameters of a model share their memory with another's: one object, or two over the same numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[object, list[str]] = {}
+        for name, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._owners.setdefault(_memory(parameter), []).append(f"{name}.{key}" if name else key)
+
+    def of(self, parameter: Any) -> list[str]:
+        """Return the full names under which this parameter is owned, if more than one module owns it."""
+        names = self._owners.get(_memory(parameter), []) if isinstance(parameter, Tensor) else []
+        return names if len(names) > 1 else []
+
+
+def _memory(parameter: Tensor) -> object:
+    """Return what two parameters have in common if a change of one changes the other."""
+    if parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    try:
+        return parameter.device, parameter.data_ptr()
+    except RuntimeError:
+        # a tensor that wraps others has no memory of its own
+        return id(parameter)

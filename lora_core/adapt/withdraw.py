@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from lora_core.adapt.fast_path import allow_fast_path
-from lora_core.adapt.walk import adapter_layers, places, replace
+from lora_core.adapt.checkpointing import keep_gradients_out
+from lora_core.adapt.fast_path import settle_fast_paths
+from lora_core.adapt.walk import parts, places, replace
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
 
@@ -21,11 +22,11 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
             module.remove(adapter_name)
             if not module.copies:
                 replace(model, names, module.original)
-    allow_fast_paths(model)
+    tidy(model)
 
 
-def allow_fast_paths(model: nn.Module) -> None:
-    """Let encoder layers read their weights directly again, once a model has no adapted layer."""
-    if not adapter_layers(model):
-        for module in model.modules():
-            allow_fast_path(module)
+def tidy(model: nn.Module) -> None:
+    """Undo what adapted layers asked of the modules around them, where none is left."""
+    settle_fast_paths(model)
+    if not parts(model):
+        keep_gradients_out(model)

@@ -5,8 +5,10 @@
 A subclass says which shapes A and B have, what their product adds to the base weight, and how to run them.
 """
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from lora_core.errors import AdapterError
 
 # adapters over a half-precision base are kept in fp32, as PEFT does: their small updates vanish in 8 bits of mantissa
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -27,8 +31,6 @@ class Adapter:
         dropout: probability of zeroing an element of x before A, in [0, 1).
         config: the configuration it was made from; kept to be saved.
         trainable: whether activating it makes its matrices require gradients.
-        start: A and B at the start where the initialisation changed the base weight (W <- W - s B A), so that
-            the change can be undone or saved; else None.
     """
 
     rank: int
@@ -36,19 +38,47 @@ class Adapter:
     dropout: float
     config: Any
     trainable: bool
-    start: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+
+class Start(nn.Module):
+    """A and B at the start, where the initialisation changed the base weight: W <- W - s B A.
+
+    They are part of the state dict, as the weight that they were taken out of is.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def __init__(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("lora_a", lora_a)
+        self.register_buffer("lora_b", lora_b)
 
 
 @dataclass
 class Merged:
-    """Which adapters are inside the base weight, and a CPU copy of what that weight was before."""
+    """Which adapters are inside a model's weights, and a CPU copy of what this layer's weight was before.
+
+    The copy is empty where none of them has a part in the layer: as long as they are merged, it runs no other.
+    """
 
     names: tuple[str, ...]
-    backup: dict[str, Tensor] = field(repr=False)
+    backup: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     @property
     def backup_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.backup.values())
+
+
+def reads_from_base(*names: str) -> Callable[[type[T]], type[T]]:
+    """Decorate an adapted layer: these attributes are the base layer's, where code around it looks for them."""
+
+    def add(cls: type[T]) -> type[T]:
+        for name in names:
+            setattr(cls, name, property(operator.attrgetter(f"base_layer.{name}")))
+        return cls
+
+    return add
 
 
 class AdapterLayer(nn.Module):
@@ -69,6 +99,7 @@ class AdapterLayer(nn.Module):
         self.base_layer = base_layer
         self.lora_a = nn.ParameterDict()
         self.lora_b = nn.ParameterDict()
+        self.lora_start = nn.ModuleDict()
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
@@ -85,8 +116,22 @@ class AdapterLayer(nn.Module):
         """Return B A in the shape of the base weight."""
         raise NotImplementedError
 
+    def response(self, x: Tensor, change: Tensor) -> Tensor:
+        """Return by how much the base layer's output at x changes when change, of its shape, is added to its weight."""
+        raise NotImplementedError
+
+    def sample_input(self) -> Tensor:
+        """Return a small random x that the base layer takes."""
+        raise NotImplementedError
+
+    def is_as_written(self) -> bool:
+        """Say whether calling the base layer means its class's own forward: no subclass, hook or patch in between."""
+        raise NotImplementedError
+
     def why_unmergeable(self) -> str:
         """Return why the base weight cannot hold an adapter, or "" if it can."""
+        if not isinstance(self.base_layer._parameters.get("weight"), nn.Parameter):
+            return "its weight is computed from other tensors (a parametrisation, weight norm, pruning)"
         return "it is on the meta device and has no values" if self.weight.is_meta else ""
 
     # the base weight, as modules around this one expect to find it
@@ -142,8 +187,9 @@ class AdapterLayer(nn.Module):
     def remove(self, name: str) -> None:
         """Forget an adapter, undoing what its initialisation did to the base weight."""
         adapter = self.adapters.pop(name)
-        if adapter.start is not None:
-            self.shift_weight(*adapter.start, adapter.scaling)
+        if name in self.lora_start:
+            self.shift_weight(*self.start_of(name), adapter.scaling)
+            del self.lora_start[name]
         del self.lora_a[name], self.lora_b[name]
         self.active = tuple(n for n in self.active if n != name)
 
@@ -159,10 +205,25 @@ class AdapterLayer(nn.Module):
         """Return the adapters that the next forward adds to the base layer's output."""
         return self.active if self.enabled and self.merged is None else ()
 
+    def start_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A and B at an adapter's start, which was taken out of the base weight."""
+        start: Any = self.lora_start[name]
+        return start.lora_a, start.lora_b
+
     def owed(self) -> list[tuple[Tensor, Tensor, float]]:
         """Return A, B and s of what dormant adapters' initialisation took out of the base weight, to be added back."""
         present = self.merged.names if self.merged else self.running()
-        return [(*a.start, a.scaling) for n, a in self.adapters.items() if a.start is not None and n not in present]
+        return [(*self.start_of(n), self.adapters[n].scaling) for n in self.lora_start if n not in present]
+
+    def original_weight(self) -> Tensor:
+        """Return the base weight as it was before any adapter's initialisation: itself, or in float32 or wider."""
+        weight = self.read_weight()
+        for name in self.lora_start:
+            lora_a, lora_b = self.start_of(name)
+            wide = torch.promote_types(torch.promote_types(weight.dtype, lora_a.dtype), torch.float32)
+            product = self.product(lora_a.to(wide), lora_b.to(wide))
+            weight = weight.to(wide) + self.adapters[name].scaling * product.to(weight.device)
+        return weight
 
     def delta(self, name: str) -> Tensor:
         """Return s B A, what the adapter adds to the base weight: float32 or wider, the weight's shape."""

@@ -9,16 +9,21 @@ channels back. Source: PEFT's checkpoint format; loralib folds the kernel into t
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core.errors import ConfigError
-from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.adapter import AdapterLayer, reads_from_base
+from lora_core.layers.linear import runs_as_written
 from lora_core.ops.checks import autocast_on
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d}
 
 
+@reads_from_base(
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+)
 class LoraConv(AdapterLayer):
     """A convolution with low-rank adapters.
 
@@ -49,6 +54,17 @@ class LoraConv(AdapterLayer):
 
     def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return (lora_b.flatten(1) @ lora_a.flatten(1)).view(self.weight.shape)
+
+    def response(self, x: Tensor, change: Tensor) -> Tensor:
+        return self.convolve(x, change)
+
+    def sample_input(self) -> Tensor:
+        base = self.base_layer
+        sides = [2 * d * (k - 1) + 2 * s for d, k, s in zip(base.dilation, base.kernel_size, base.stride, strict=True)]
+        return torch.randn(1, base.in_channels, *sides, dtype=self.weight.dtype, device=self.weight.device)
+
+    def is_as_written(self) -> bool:
+        return runs_as_written(self.base_layer, nn.Conv1d.forward if self.dimensions == 1 else nn.Conv2d.forward)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the base convolution's output with the running adapters added; shapes as the base layer's."""

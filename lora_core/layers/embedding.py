@@ -8,12 +8,17 @@ random, the other way round than in a linear layer. Source: loralib, and PEFT's 
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.adapter import AdapterLayer, reads_from_base
+from lora_core.layers.linear import runs_as_written
 
 
+@reads_from_base(
+    "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
+)
 class LoraEmbedding(AdapterLayer):
     """An embedding with low-rank adapters.
 
@@ -26,16 +31,8 @@ class LoraEmbedding(AdapterLayer):
     PEFT_A: ClassVar[str] = "lora_embedding_A"
     PEFT_B: ClassVar[str] = "lora_embedding_B"
 
-    @property
-    def num_embeddings(self) -> int:
-        return int(self.base_layer.num_embeddings)
-
-    @property
-    def embedding_dim(self) -> int:
-        return int(self.base_layer.embedding_dim)
-
     def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (rank, self.num_embeddings), (self.embedding_dim, rank)
+        return (rank, self.base_layer.num_embeddings), (self.base_layer.embedding_dim, rank)
 
     def why_unmergeable(self) -> str:
         if self.base_layer.max_norm is not None:
@@ -45,13 +42,25 @@ class LoraEmbedding(AdapterLayer):
     def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return (lora_b @ lora_a).T
 
+    def response(self, x: Tensor, change: Tensor) -> Tensor:
+        return F.embedding(x, change) * self.embed_scale
+
+    def sample_input(self) -> Tensor:
+        return torch.randint(self.base_layer.num_embeddings, (4,), device=self.weight.device)
+
+    def is_as_written(self) -> bool:
+        return runs_as_written(self.base_layer, nn.Embedding.forward)
+
+    @property
+    def embed_scale(self) -> Any:
+        """What some transformers embeddings multiply their output with; the adapter's share is scaled alike."""
+        return getattr(self.base_layer, "embed_scale", 1.0)
+
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the embeddings of tokens, integers of any shape [...], as [..., D] in the base's dtype."""
         y = self.base_layer(tokens, *args, **kwargs)
-        # some transformers embeddings scale their output; the adapter's share is scaled alike
-        embed_scale = getattr(self.base_layer, "embed_scale", 1.0)
         for name in self.running():
             hidden = F.embedding(tokens, self.lora_a[name].T, padding_idx=self.base_layer.padding_idx)
-            low_rank = (hidden @ self.lora_b[name].T) * (self.adapters[name].scaling * embed_scale)
+            low_rank = (hidden @ self.lora_b[name].T) * (self.adapters[name].scaling * self.embed_scale)
             y = y + low_rank.to(y.dtype)
         return y

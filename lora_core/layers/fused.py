@@ -84,7 +84,7 @@ class FusedLora(Fused):
     def term(self: Any, x: Tensor) -> Term | None:
         names = self.running()
         base = self.base_layer
-        if len(names) != 1 or self.owed() or not self.can_fuse() or not _is_frozen(base):
+        if len(names) != 1 or self.owed() or not self.is_as_written() or not _is_frozen(base):
             return None
         compute, bias = x.dtype, self.bias
         if isinstance(base, NF4Linear):

@@ -5,8 +5,10 @@
 Source: Hu et al. 2021, eq. 3.
 """
 
+import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_core.layers.adapter import AdapterLayer
@@ -49,6 +51,12 @@ class LoraLinear(AdapterLayer):
     def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return lora_b @ lora_a
 
+    def response(self, x: Tensor, change: Tensor) -> Tensor:
+        return x @ change.T
+
+    def sample_input(self) -> Tensor:
+        return torch.randn(2, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with the running adapters added.
 
@@ -59,7 +67,7 @@ class LoraLinear(AdapterLayer):
             Shape [..., N], the base output's dtype.
         """
         names = list(self.running())
-        if names and not args and not kwargs and self.can_fuse():
+        if names and not args and not kwargs and self.is_as_written():
             y = self.fused(x, names.pop(0))
         else:
             y = self.base_layer(x, *args, **kwargs)
@@ -70,8 +78,7 @@ class LoraLinear(AdapterLayer):
             y = y + start.to(y.dtype)
         return y
 
-    def can_fuse(self) -> bool:
-        """Say whether the op may stand in for calling the base layer."""
+    def is_as_written(self) -> bool:
         return runs_as_written(self.base_layer, nn.Linear.forward)
 
     def fused(self, x: Tensor, name: str) -> Tensor:
@@ -111,8 +118,12 @@ class LoraTransposedLinear(LoraLinear):
     def product(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return (lora_b @ lora_a).T
 
-    def can_fuse(self) -> bool:
-        return runs_as_written(self.base_layer, type(self.base_layer).forward)
+    def response(self, x: Tensor, change: Tensor) -> Tensor:
+        return x @ change
+
+    def is_as_written(self) -> bool:
+        # the base layer is of this class: its module is loaded
+        return runs_as_written(self.base_layer, sys.modules["transformers.pytorch_utils"].Conv1D.forward)
 
     def operand(self) -> Any:
         return self.weight.T

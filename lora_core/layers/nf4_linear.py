@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.layers.adapter import HALF_PRECISION
 from lora_core.layers.linear import LoraLinear, runs_as_written
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
@@ -83,6 +84,9 @@ class NF4Linear(nn.Module):
         """Return x W^T + b + s (drop(x) A^T) B^T, computed in compute_dtype, in the dtype of x."""
         compute = x if self.compute_dtype is None or autocast_on(x) else x.to(self.compute_dtype)
         bias = self.bias if self.bias is None or autocast_on(x) else self.bias.to(compute.dtype)
+        if lora_a is not None and lora_b is not None and not autocast_on(x) and lora_a.dtype in HALF_PRECISION:
+            # model.half() converts the matrices, and compute_dtype stays
+            lora_a, lora_b = lora_a.to(compute.dtype), lora_b.to(compute.dtype)
         y = nf4_lora_linear(compute, self.weight, bias, lora_a, lora_b, scaling, dropout, seed)
         return y if autocast_on(x) else y.to(x.dtype)
 
@@ -104,8 +108,15 @@ class LoraNF4Linear(LoraLinear):
 
     base_layer: NF4Linear
 
-    def can_fuse(self) -> bool:
+    def is_as_written(self) -> bool:
         return runs_as_written(self.base_layer, NF4Linear.forward)
+
+    def why_unmergeable(self) -> str:
+        return "it is on the meta device and has no values" if self.weight.is_meta else ""
+
+    def sample_input(self) -> Tensor:
+        dtype = self.base_layer.compute_dtype or self.weight.dtype
+        return torch.randn(2, self.in_features, dtype=dtype, device=self.weight.device)
 
     def fused(self, x: Tensor, name: str) -> Tensor:
         return self.base_layer.with_adapter(x, *self.operands(x, name))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_core.layers.adapter import Merged
+
 
 class TrainableCopy(nn.Module):
     """Runs the copy that belongs to the active adapter, or the original.
@@ -21,27 +23,31 @@ class TrainableCopy(nn.Module):
         self.original = original
         self.copies = nn.ModuleDict()
         self.trainable: dict[str, bool] = {}
+        self.configs: dict[str, Any] = {}
+        self.merged: Merged | None = None
         self.active: str | None = None
         self.enabled = True
         self.training = original.training
 
-    @property
-    def weight(self) -> Any:
-        return self.running().weight
+    def __getattr__(self, name: str) -> Any:
+        """Read what this wrapper lacks from the module that runs: weight, out_features, padding_idx, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in ("original", "copies"):
+                raise
+            return getattr(self.running(), name)
 
-    @property
-    def bias(self) -> Any:
-        return getattr(self.running(), "bias", None)
-
-    def add(self, name: str, trainable: bool) -> None:
-        """Copy the original for this adapter."""
+    def add(self, name: str, config: Any, trainable: bool) -> None:
+        """Copy the original for this adapter, whose configuration is kept to be saved."""
         self.copies[name] = copy.deepcopy(self.original)
+        self.configs[name] = config
         self.trainable[name] = trainable
 
     def remove(self, name: str) -> None:
         """Drop this adapter's copy, if it has one."""
         if name in self.copies:
-            del self.copies[name], self.trainable[name]
+            del self.copies[name], self.configs[name], self.trainable[name]
         if self.active == name:
             self.active = None
 
@@ -50,11 +56,12 @@ class TrainableCopy(nn.Module):
         self.active = next((n for n in names if n in self.copies), None)
         self.original.requires_grad_(False)
         for name, module in self.copies.items():
-            module.requires_grad_(self.trainable[name] and name == self.active)
+            module.requires_grad_(self.trainable[name] and name == self.active and self.merged is None)
 
     def running(self) -> nn.Module:
-        """Return the module that the next forward calls."""
-        return self.copies[self.active] if self.enabled and self.active is not None else self.original
+        """Return the module that the next forward calls: of what is merged the copy, as long as it is."""
+        name = next((n for n in self.merged.names if n in self.copies), None) if self.merged else self.active
+        return self.copies[name] if self.enabled and name is not None else self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.running()(*args, **kwargs)

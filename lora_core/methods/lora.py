@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lora_core.errors import ConfigError
-from lora_core.layers.adapter import AdapterLayer
+from lora_core.errors import ConfigError, NonFiniteError
+from lora_core.layers.adapter import AdapterLayer, Start
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods import olora, pissa
 from lora_core.methods.fields import checks_field_names
@@ -91,8 +91,13 @@ class LoraConfig:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"LoraConfig: the rank of {name!r} is {rank!r}; want a whole number of at least 1")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
                 raise ConfigError(f"LoraConfig: the alpha of {name!r} is {alpha!r}; want a finite number")
+            if alpha <= 0 and str(self.init_lora_weights).startswith("pissa"):
+                raise ConfigError(
+                    f"LoraConfig: the alpha of {name!r} is {alpha!r}, and init_lora_weights={self.init_lora_weights!r} "
+                    "divides by its root: want a positive one"
+                )
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"LoraConfig: lora_dropout is {self.lora_dropout!r}; want a probability in [0, 1)")
         if self.bias not in BIASES:
@@ -123,7 +128,15 @@ class LoraConfig:
             names = value is None or isinstance(value, str) or _all_of(value, str)
             if not names:
                 raise ConfigError(f"LoraConfig: {name} is {value!r}; want names: a list of strings, or one string")
+            if not isinstance(value, (str, list, tuple, set, frozenset, type(None))):
+                # a dict's keys, say: as a list they can be written
+                object.__setattr__(self, name, list(value))
         layers = self.layers_to_transform
+        if self.layers_pattern and layers is None:
+            raise ConfigError(
+                f"LoraConfig: layers_pattern is {self.layers_pattern!r} without layers_to_transform, the indices it is "
+                "for: set both, or neither"
+            )
         if not (layers is None or type(layers) is int or _all_of(layers, int)):
             raise ConfigError(f"LoraConfig: layers_to_transform is {layers!r}; want the indices of layers")
 
@@ -145,7 +158,7 @@ class LoraConfig:
 
 def check_initialisation(name: bool | str) -> None:
     """Raise ConfigError unless this library can start A and B that way."""
-    plain = name in (True, False, "gaussian", "pissa", "olora")
+    plain = isinstance(name, bool) or name in ("gaussian", "pissa", "olora")
     if not plain and not (isinstance(name, str) and pissa.FAST.fullmatch(name)):
         raise ConfigError(
             f"LoraConfig: init_lora_weights is {name!r}; want True, False, 'gaussian', 'pissa', "
@@ -169,9 +182,14 @@ def _listed(values: Sequence[str] | str | None) -> Sequence[str]:
     return [values] if isinstance(values, str) else values or ()
 
 
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Say whether a key of rank_pattern or alpha_pattern matches the end of a module's name, as in PEFT."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def _pattern_for(patterns: dict[str, Any], module: str) -> str:
-    """Return the first pattern that matches the end of a module's name, as PEFT does, or the name itself."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), module)
+    """Return the first pattern that matches a module's name, or the name itself."""
+    return next((p for p in patterns if pattern_matches(p, module)), module)
 
 
 @torch.no_grad()
@@ -201,7 +219,7 @@ def initialise(layer: AdapterLayer, name: str, how: bool | str) -> None:
 def start_from_weight(layer: AdapterLayer, name: str, split: pissa.Split) -> None:
     """Start A and B as a low-rank part of W, which `take_start` takes out of W, so that the sum stays W."""
     adapter = layer.adapters[name]
-    weight = layer.read_weight()
+    weight = layer.original_weight()
     if weight.dim() != 2 or isinstance(layer, LoraEmbedding):
         raise ConfigError(
             f"init_lora_weights={adapter.config.init_lora_weights!r} splits the weight of a linear layer; "
@@ -211,6 +229,17 @@ def start_from_weight(layer: AdapterLayer, name: str, split: pissa.Split) -> Non
         raise ConfigError(
             f"init_lora_weights={adapter.config.init_lora_weights!r} needs the weight's values, which a model on the "
             "meta device does not have: load the weights first, or use True"
+        )
+    reason = layer.why_unmergeable()
+    if reason:
+        raise ConfigError(
+            f"init_lora_weights={adapter.config.init_lora_weights!r} takes a part out of the weight of a "
+            f"{type(layer.base_layer).__name__}, and {reason}: use True or 'gaussian' there"
+        )
+    if not weight.isfinite().all():
+        raise NonFiniteError(
+            f"init_lora_weights={adapter.config.init_lora_weights!r} splits a weight that holds NaN or infinity: "
+            "repair it, or load the base again"
         )
     lora_a, lora_b = layer.lora_a[name], layer.lora_b[name]
     outward = layer.product(lora_a, lora_b).shape == (lora_b.shape[0], lora_a.shape[1])
@@ -236,6 +265,6 @@ def take_start(layer: AdapterLayer, name: str) -> None:
 
     The start is kept beside the adapter: without it neither the original weight nor an adapter for it could be had.
     """
-    adapter, lora_a, lora_b = layer.adapters[name], layer.lora_a[name].detach(), layer.lora_b[name].detach()
-    adapter.start = (lora_a.to("cpu", copy=True), lora_b.to("cpu", copy=True))
-    layer.shift_weight(lora_a, lora_b, -adapter.scaling)
+    lora_a, lora_b = layer.lora_a[name].detach(), layer.lora_b[name].detach()
+    layer.shift_weight(lora_a, lora_b, -layer.adapters[name].scaling)
+    layer.lora_start[name] = Start(lora_a.clone(), lora_b.clone())

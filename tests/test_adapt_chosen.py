@@ -1,0 +1,235 @@
+"""Which modules a configuration chooses, to adapt and to train whole, and what it is told of the rest."""
+
+import warnings
+
+import pytest
+import torch
+from models import TinyDecoder, randomise, tokens
+from torch import nn
+
+import lora_core as lc
+from lora_core.adapt.walk import adapter_layers, trainable_copies
+
+
+def adapt(model, **config):
+    return lc.add_adapter(model, lc.LoraConfig(**{"r": 2, **config}))
+
+
+def trained(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+class Classifier(nn.Module):
+    """A body and a head of two layers, as RoBERTa's."""
+
+    def __init__(self, head="classifier"):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.add_module(head, nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
+
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("SEQ_CLS", "classifier"), ("SEQ_CLS", "score"), ("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")],
+)
+def test_head_of_a_task_is_trained_whole_and_saved(task, head, tmp_path):
+    model = adapt(Classifier(head), target_modules="all-linear", task_type=task)
+    assert list(adapter_layers(model)) == ["body.0", "body.1"]
+    assert list(trainable_copies(model)) == [head]
+    assert any(name.startswith(f"{head}.copies.default") for name in trained(model))
+    randomise(model)
+    lc.save_adapter(model, tmp_path)
+    other = Classifier(head)
+    other.load_state_dict(lc.merge_and_unload(model).state_dict())
+    assert lc.load_adapter(other, tmp_path) is other
+
+
+def test_head_is_left_alone_where_the_task_is_another_or_the_model_has_none():
+    assert not trainable_copies(adapt(Classifier(), target_modules=["0"], task_type="CAUSAL_LM"))
+    assert not trainable_copies(adapt(Classifier("top"), target_modules=["0"], task_type="SEQ_CLS"))
+
+
+def test_what_is_trained_whole_is_not_adapted_too():
+    """modules_to_save means every name that ends so, without a dot before it, and all inside."""
+    model = adapt(TinyDecoder(), target_modules=["lm_head", "q_proj"], modules_to_save=["head"])
+    assert list(trainable_copies(model)) == ["lm_head"]
+    assert list(adapter_layers(model)) == [f"layers.{i}.attn.q_proj" for i in range(3)]
+
+
+def test_container_is_not_trained_whole():
+    with pytest.raises(lc.ConfigError, match="layers, a ModuleList, which is never called itself"):
+        adapt(TinyDecoder(), target_modules=["lm_head"], modules_to_save=["layers"])
+
+
+def test_quantised_module_is_not_trained_whole():
+    model = lc.quantize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), skip_modules=[])
+    with pytest.raises(lc.ConfigError, match="modules_to_save names 1, which is quantised"):
+        adapt(model, target_modules=["0"], modules_to_save=["1"])
+    assert not adapter_layers(model)
+
+
+@pytest.mark.peer
+def test_module_that_bitsandbytes_quantised_is_not_trained_whole():
+    import bitsandbytes as bnb
+
+    model = nn.Sequential(nn.Linear(64, 64), bnb.nn.Linear4bit(64, 64)).to("cpu")
+    with pytest.raises(lc.ConfigError, match="modules_to_save names 1, which is quantised"):
+        adapt(model, target_modules=["0"], modules_to_save=["1"])
+    assert not adapter_layers(model)
+
+
+def test_failing_start_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight.data[0, 0] = torch.inf
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(lc.NonFiniteError):
+        adapt(model, target_modules=["0", "1"], init_lora_weights="olora")
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrapped_model_is_adapted_by_the_names_inside(wrap, tmp_path):
+    plain = TinyDecoder()
+    state = {k: v.clone() for k, v in plain.state_dict().items()}
+    config = {"target_modules": r"layers\.\d\.attn\.q_proj", "rank_pattern": {r"^layers\.0\.attn\.q_proj": 3}}
+    model = adapt(wrap(plain), **config)
+    assert [layer.adapters["default"].rank for layer in adapter_layers(plain).values()] == [3, 2, 2]
+    randomise(plain)
+    lc.save_adapter(model, tmp_path)
+    other = TinyDecoder()
+    other.load_state_dict(state)
+    assert torch.equal(lc.load_adapter(other, tmp_path)(tokens()), plain(tokens()))
+
+
+def test_part_that_is_compiled_is_adapted_by_its_plain_name(tmp_path):
+    model = TinyDecoder()
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    adapt(model, target_modules=["layers.0.attn.q_proj"], rank_pattern={r"^layers\.0\.attn\.q_proj": 3})
+    (layer,) = adapter_layers(model).values()
+    assert layer.adapters["default"].rank == 3
+    lc.save_adapter(model, tmp_path)
+    lc.load_adapter(TinyDecoder(), tmp_path)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("targets", "layers", "pattern"),
+    [
+        (["model.layers.0.self_attn.q_proj", "v_proj"], [1], None),
+        (["q_proj"], [1], None),
+        (["q_proj"], 0, "layers"),
+        (["w1"], [1], None),
+        (["w1"], [1], ["layers"]),
+    ],
+)
+def test_layers_to_transform_choose_what_peft_chooses(targets, layers, pattern):
+    import peft
+
+    def block():
+        return nn.ModuleDict(
+            {
+                "self_attn": nn.ModuleDict({n: nn.Linear(4, 4) for n in ("q_proj", "v_proj")}),
+                "experts": nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(4, 4)}) for _ in range(3)),
+            }
+        )
+
+    def build(where):
+        layers = nn.ModuleList(block() for _ in range(2))
+        return (
+            nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})}) if where else nn.ModuleDict({"layers": layers})
+        )
+
+    for where in ("model", ""):
+        fields = {"r": 2, "target_modules": targets, "layers_to_transform": layers, "layers_pattern": pattern}
+        try:
+            theirs = peft.inject_adapter_in_model(peft.LoraConfig(**fields), build(where))
+            wanted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+        except ValueError:
+            wanted = set()
+        if not wanted:
+            # a list of layers that is the model's own child has no number for PEFT
+            continue
+        assert set(adapter_layers(lc.add_adapter(build(where), lc.LoraConfig(**fields)))) == wanted
+
+
+def test_stacked_experts_that_all_linear_leaves_out_are_named():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(4, 8, 8))
+
+    model = nn.ModuleDict({"experts": Experts(), "fc": nn.Linear(8, 8)})
+    with pytest.warns(UserWarning, match=r"'all-linear' leaves stacked weights out.*experts\.gate_up_proj"):
+        adapt(model, target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rank_pattern": {"k_proj": 4}}, "rank_pattern: no adapted module matches 'k_proj'"),
+        ({"alpha_pattern": {"^q_proj": 4}}, r"alpha_pattern: no adapted module matches '\^q_proj'"),
+        ({"exclude_modules": ["k_proj"]}, "exclude_modules: no module is called 'k_proj'"),
+    ],
+)
+def test_entries_that_choose_nothing_are_warned_of(config, message):
+    with pytest.warns(UserWarning, match=message):
+        adapt(TinyDecoder(), target_modules=["q_proj"], **config)
+
+
+def test_names_in_any_collection_can_be_saved(tmp_path):
+    model = adapt(TinyDecoder(), target_modules={"q_proj": 1, "v_proj": 2}.keys())
+    lc.save_adapter(model, tmp_path)
+    lc.load_adapter(TinyDecoder(), tmp_path)
+
+
+def test_layer_reached_by_two_names_is_told_of_when_saving_and_loading(tmp_path):
+    def build():
+        shared = nn.Linear(8, 8)
+        return nn.ModuleDict({"first": shared, "second": shared})
+
+    model = adapt(build(), target_modules=["first"])
+    for verb, given in ((lc.save_adapter, model), (lc.load_adapter, build())):
+        with pytest.warns(UserWarning, match="first is second too, one module: PEFT adapts it under its first name"):
+            verb(given, tmp_path)
+
+
+def test_convolution_that_pads_otherwise_is_told_of_when_saving(tmp_path):
+    model = adapt(nn.ModuleDict({"c": nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect")}), target_modules=["c"])
+    with pytest.warns(UserWarning, match="c pads by 'reflect': PEFT pads with zeros"):
+        lc.save_adapter(model, tmp_path)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_gradients_are_let_in_once_and_kept_out_again(by_transformers):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **size))
+    model.gradient_checkpointing_enable()
+    if not by_transformers:
+        model.disable_input_require_grads()
+    embedding = model.get_input_embeddings()
+    before = len(embedding._forward_hooks)
+    for name in ("a", "b", "c"):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["q_proj"]), name)
+    assert len(embedding._forward_hooks) == 1
+    for name in ("a", "b", "c"):
+        lc.delete_adapter(model, name)
+    assert len(embedding._forward_hooks) == before
+
+
+def test_nothing_is_warned_of_without_need(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = adapt(
+            TinyDecoder(), target_modules="all-linear", rank_pattern={"q_proj": 3}, exclude_modules=["up_proj"]
+        )
+        lc.save_adapter(model, tmp_path)
+        lc.load_adapter(TinyDecoder(), tmp_path)

@@ -12,7 +12,8 @@ Source: bitsandbytes 0.50, QuantState.as_dict(packed=True).
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,8 @@ STATE_KEY = "quant_state.bitsandbytes__"
 # the uniform codebook is this project's own, under a key that bitsandbytes does not take for one of its own
 OWN_STATE_KEY = "quant_state.lora_core__"
 SHARED_TYPES = ("nf4", "fp4")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LONGEST_SHOWN = 60
 
 
 def write(weight: "QuantizedWeight", prefix: str) -> dict[str, Tensor]:
@@ -79,18 +82,21 @@ def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
         for k, v in state.items()
         if k == prefix or k.startswith(prefix + ".")
     }
+    for key, tensor in mine.items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise CheckpointError(
+                f"{_full(prefix, key)} is on the meta device and has no values: load the file's own tensors"
+            )
     about = _about(mine, prefix)
     kind, block_size, shape = about["quant_type"], about["blocksize"], torch.Size(about["shape"])
     codes, absmax, levels = (_tensor(mine, key, prefix) for key in ("", "absmax", "quant_map"))
-    if about.get("packing_format_for_cpu"):
+    if about.get("packing_format_for_cpu") or _looks_repacked(codes, absmax):
         raise CheckpointError(
             f"{prefix}: these bytes were repacked for CPU inference, which loses the nested scales; save the model "
             "before its first forward in eval mode, or from a GPU"
         )
     if not torch.equal(levels.float().cpu(), codebook(kind).levels):
-        raise CheckpointError(f"{prefix}.quant_map is not the {kind} codebook: {levels.tolist()}")
-    if block_size not in BLOCK_SIZES:
-        raise CheckpointError(f"{prefix}: blocksize {block_size}; want one of {BLOCK_SIZES}")
+        raise CheckpointError(f"{prefix}.quant_map is not the {kind} codebook; want the levels of bitsandbytes' {kind}")
     n = shape.numel()
     blocks = -(-n // block_size)
     codes = _bytes(codes, prefix).reshape(-1, 1)
@@ -102,15 +108,26 @@ def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
         "nested_absmax": None,
         "nested_offset": None,
         "shape": shape,
-        "dtype": _dtype(about["dtype"], prefix),
+        "dtype": getattr(torch, about["dtype"]),
         "quant_type": kind,
         "block_size": block_size,
     }
-    if "nested_offset" not in about:
-        if absmax.dtype != torch.float32:
-            raise CheckpointError(f"{prefix}.absmax is {absmax.dtype}; want torch.float32 where it is not nested")
-        return found
-    return found | _nested(mine, about, found["absmax"], prefix)
+    if "nested_offset" in about:
+        found |= _nested(mine, about, found["absmax"], prefix)
+    elif absmax.dtype != torch.float32:
+        raise CheckpointError(f"{prefix}.absmax is {absmax.dtype}; want torch.float32 where it is not nested")
+    for key, tensor in found.items():
+        if isinstance(tensor, Tensor) and tensor.device != codes.device:
+            raise CheckpointError(
+                f"{prefix}: {key} is on {tensor.device}, the codes on {codes.device}: want one device"
+            )
+    return found
+
+
+def keys(quant_type: str, nested: bool) -> set[str]:
+    """Return the suffixes that a weight has in a state dict, the packed codes' left out."""
+    state = (STATE_KEY if quant_type in SHARED_TYPES else OWN_STATE_KEY) + quant_type
+    return {"absmax", "quant_map", state, *(("nested_absmax", "nested_quant_map") if nested else ())}
 
 
 def _nested(mine: dict[str, Tensor], about: dict[str, Any], absmax: Tensor, prefix: str) -> dict[str, Any]:
@@ -128,6 +145,38 @@ def _nested(mine: dict[str, Tensor], about: dict[str, Any], absmax: Tensor, pref
     return {"nested_absmax": scales, "nested_offset": offset, "nested_block_size": size}
 
 
+def _looks_repacked(codes: Tensor, absmax: Tensor) -> bool:
+    """Say whether bitsandbytes laid a weight out for its CPU product: rows of codes, and scales by block and row.
+
+    Its state dict does not say so. Source: bitsandbytes 0.50, _convert_weight_packed_for_cpu.
+    """
+    return absmax.dim() == 2 or (codes.dim() == 2 and codes.shape[1] > 1)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+# what the JSON object has to say, as a test and in words
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "quant_type": (lambda v: v in ("nf4", "fp4", "int4"), "nf4 or fp4, or this library's int4"),
+    "blocksize": (lambda v: type(v) is int and v in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
+    "dtype": (
+        lambda v: isinstance(v, str) and getattr(torch, v, None) in FLOATS,
+        ", ".join(str(d).removeprefix("torch.") for d in FLOATS),
+    ),
+    "shape": (
+        lambda v: isinstance(v, list) and all(_is_count(side, 0) for side in v) and math.prod(v) < 2**63,
+        "a list of whole numbers",
+    ),
+    "nested_blocksize": (lambda v: _is_count(v, 1), "a whole number of at least 1"),
+    "nested_offset": (
+        lambda v: type(v) in (int, float) and abs(v) <= torch.finfo(torch.float32).max,
+        "a finite number",
+    ),
+}
+
+
 def _about(mine: dict[str, Tensor], prefix: str) -> dict[str, Any]:
     """Return the JSON object, checked to have what a weight needs."""
     keys = [k for k in mine if k.startswith((STATE_KEY, OWN_STATE_KEY))]
@@ -139,23 +188,37 @@ def _about(mine: dict[str, Tensor], prefix: str) -> dict[str, Any]:
         )
     try:
         about = json.loads(bytes(mine[keys[0]].cpu().to(torch.uint8).tolist()))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{prefix}.{keys[0]} is no JSON text: {error}; the file is damaged") from None
     wanted = {"quant_type", "blocksize", "dtype", "shape"}
     if isinstance(about, dict) and "nested_offset" in about:
-        wanted |= {"nested_blocksize"}
+        wanted |= {"nested_blocksize", "nested_offset"}
     missing = sorted(wanted - set(about if isinstance(about, dict) else ()))
     if missing:
         raise CheckpointError(f"{prefix}.{keys[0]} does not say {', '.join(missing)}; the file is damaged")
-    if about["quant_type"] not in ("nf4", "fp4", "int4"):
-        raise CheckpointError(f"{prefix}: quant_type {about['quant_type']!r}; want nf4 or fp4")
+    for name in sorted(wanted):
+        sound, words = FIELDS[name]
+        if not sound(about[name]):
+            raise CheckpointError(
+                f"{prefix}.{keys[0]}: {name} {_short(about[name])}; want {words}: the file is damaged, or of another "
+                "format"
+            )
     return about
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+
+
 def _tensor(mine: dict[str, Tensor], key: str, prefix: str) -> Tensor:
-    if key not in mine:
-        raise CheckpointError(f"{prefix}.{key} is missing beside {prefix}".replace(". is", " is"))
+    if not isinstance(mine.get(key), Tensor):
+        raise CheckpointError(f"{_full(prefix, key)} is missing beside {prefix}, or no tensor")
     return mine[key].detach()
+
+
+def _full(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if key else prefix
 
 
 def _bytes(codes: Tensor, prefix: str) -> Tensor:
@@ -171,10 +234,3 @@ def _bytes(codes: Tensor, prefix: str) -> Tensor:
 def _check_size(what: str, tensor: Tensor, wanted: int) -> None:
     if tensor.numel() != wanted:
         raise CheckpointError(f"{what} has {tensor.numel()} elements, want {wanted}: the file is damaged or truncated")
-
-
-def _dtype(name: str, prefix: str) -> torch.dtype:
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{prefix}: dtype {name!r} is none of PyTorch's")
-    return dtype

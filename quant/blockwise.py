@@ -6,8 +6,11 @@ Blocks run over the flattened tensor in row-major order and may straddle rows; t
 spoils its own block only. Source: Dettmers et al. 2022 (arXiv 2110.02861), section 2.1.
 """
 
+import operator
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_core.errors import ConfigError, DtypeError, NonFiniteError
 from lora_core.quant.codebook import Codebook
@@ -59,7 +62,7 @@ def check_input(x: Tensor, block_size: int) -> None:
     """Raise unless x can be quantised in blocks of this size.
 
     Raises:
-        DtypeError: if x is not float32, float16 or bfloat16.
+        DtypeError: if x is not float32, float16 or bfloat16, or sparse.
         ConfigError: if block_size is no power of two from 32 to 4096.
         NonFiniteError: if x holds NaN or infinity, naming the first place.
     """
@@ -68,7 +71,9 @@ def check_input(x: Tensor, block_size: int) -> None:
         raise DtypeError(
             f"cannot quantise {x.dtype}: want {', '.join(map(str, DTYPES))}; cast the weight first, e.g. with .float()"
         )
-    if x.is_meta or not x.numel():
+    if x.layout != torch.strided:
+        raise DtypeError(f"cannot quantise a tensor of layout {x.layout}: want a dense one, e.g. weight.to_dense()")
+    if x.is_meta or isinstance(x, FakeTensor) or not x.numel():
         return
     # both pass on NaN
     low, high = x.aminmax()
@@ -82,7 +87,16 @@ def check_input(x: Tensor, block_size: int) -> None:
         )
 
 
-def check_block_size(block_size: int) -> None:
-    """Raise ConfigError unless block_size is a power of two from 32 to 4096."""
-    if block_size not in BLOCK_SIZES:
+def check_block_size(block_size: object) -> int:
+    """Return block_size as an int.
+
+    Raises:
+        ConfigError: unless it is a power of two from 32 to 4096; 64.0 is none.
+    """
+    try:
+        whole = operator.index(block_size)  # type: ignore[arg-type]
+    except TypeError:
+        whole = 0
+    if whole not in BLOCK_SIZES:
         raise ConfigError(f"block_size is {block_size!r}; want one of {', '.join(map(str, BLOCK_SIZES))}")
+    return whole

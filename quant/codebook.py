@@ -69,6 +69,10 @@ class Codebook:
     sign_bit: int = 0
     ties_to_even: bool = False
 
+    def __post_init__(self) -> None:
+        # what is derived from the levels is real where they are
+        _ = self.midpoints, self.zero
+
     @functools.cached_property
     def _order(self) -> Tensor:
         """Codes by rising level; of sign-and-magnitude codes the non-negative half."""
@@ -111,16 +115,15 @@ class Codebook:
         return self.levels.to(codes.device)[codes.int()]
 
 
-@functools.cache
 def codebook(name: str) -> Codebook:
     """Return the codebook of this name.
 
     Raises:
         ConfigError: if there is none.
     """
-    if name not in _MAKERS:
-        raise ConfigError(f"no codebook {name!r}: want one of {', '.join(_MAKERS)}")
-    return _MAKERS[name]()
+    if not isinstance(name, str) or name not in _BOOKS:
+        raise ConfigError(f"no codebook {name!r}: want one of {', '.join(_BOOKS)}")
+    return _BOOKS[name]
 
 
 def dynamic_map(signed: bool) -> Tensor:
@@ -159,11 +162,15 @@ def _fp4() -> Codebook:
     return Codebook("fp4", torch.cat([magnitudes, -magnitudes]), sign_bit=8)
 
 
-_MAKERS = {
-    "nf4": lambda: Codebook("nf4", _tensor(NF4_LEVELS)),
-    "fp4": _fp4,
-    # sixteen even steps; no level is zero
-    "int4": lambda: Codebook("int4", torch.linspace(-1, 1, 16, dtype=torch.float32, device="cpu")),
-    "dynamic": lambda: Codebook("dynamic", dynamic_map(signed=True), ties_to_even=True),
-    "dynamic_unsigned": lambda: Codebook("dynamic_unsigned", dynamic_map(signed=False), ties_to_even=True),
+# Made when imported, all of each: made at their first use, inside torch.export say, they would be fake for good.
+_BOOKS = {
+    book.name: book
+    for book in (
+        Codebook("nf4", _tensor(NF4_LEVELS)),
+        _fp4(),
+        # sixteen even steps; no level is zero
+        Codebook("int4", torch.linspace(-1, 1, 16, dtype=torch.float32, device="cpu")),
+        Codebook("dynamic", dynamic_map(signed=True), ties_to_even=True),
+        Codebook("dynamic_unsigned", dynamic_map(signed=False), ties_to_even=True),
+    )
 }

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.errors import CheckpointError, DtypeError
+from lora_core.errors import CheckpointError, ConfigError, DtypeError
 from lora_core.quant import bitsandbytes
-from lora_core.quant.blockwise import check_input, dequantize_blocks, quantize_blocks
+from lora_core.quant.blockwise import check_block_size, check_input, dequantize_blocks, quantize_blocks
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset
 from lora_core.quant.packing import pack, unpack
+from lora_core.quant.parts import check_parts
 
 FOUR_BIT = ("nf4", "fp4", "int4")
 
@@ -32,6 +33,8 @@ class QuantizedWeight(nn.Module):
         quant_type: "nf4", "fp4" or "int4".
         block_size: elements sharing one scale.
         nested_block_size: scales sharing one second-level scale.
+    Raises:
+        ShapeError, DtypeError, DeviceError, ConfigError: if the parts do not belong together.
     """
 
     codes: Tensor
@@ -53,6 +56,10 @@ class QuantizedWeight(nn.Module):
         nested_block_size: int = NESTED_BLOCK_SIZE,
     ) -> None:
         super().__init__()
+        check_parts(
+            "QuantizedWeight", codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size
+        )
+        _check_four_bit(quant_type)
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.register_buffer("nested_absmax", nested_absmax)
@@ -70,6 +77,13 @@ class QuantizedWeight(nn.Module):
     @property
     def requires_grad(self) -> bool:
         return False
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        if wanted:
+            raise ConfigError(
+                "a 4-bit weight takes no gradient: train an adapter on it, or the weight before quantising"
+            )
 
     @property
     def is_meta(self) -> bool:
@@ -194,11 +208,17 @@ class QuantizedWeight(nn.Module):
         try:
             read = bitsandbytes.read({"weight": mine["packed"], **state}, "weight")
         except CheckpointError as error:
-            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+            error_msgs.append(f"{prefix.rstrip('.') or 'weight'}: {error}")
+            return
+        if read["quant_type"] != self.quant_type:
+            error_msgs.append(
+                f"{prefix.rstrip('.') or 'weight'}: the checkpoint's weight is {read['quant_type']}, this one "
+                f"{self.quant_type}: quantise the model as it was when it was saved"
+            )
             return
         if read["shape"] != self.shape:
             error_msgs.append(
-                f"{prefix.rstrip('.')}: the checkpoint's weight has shape {tuple(read['shape'])}, this one "
+                f"{prefix.rstrip('.') or 'weight'}: the checkpoint's weight has shape {tuple(read['shape'])}, this one "
                 f"{tuple(self.shape)}"
             )
             return
@@ -211,7 +231,7 @@ class QuantizedWeight(nn.Module):
             setattr(self, key, value)
         for key, value in read.items():
             setattr(self, key, value)
-        expected = bitsandbytes.entries(self)
+        expected = bitsandbytes.keys(self.quant_type, self.double_quant)
         unexpected_keys.extend(prefix + k for k in mine if k != "packed" and k not in expected and strict)
 
     def extra_repr(self) -> str:
@@ -228,11 +248,12 @@ def quantize(
 
     Args:
         weight: float32, float16 or bfloat16 of any shape and strides; not changed.
-        quant_type: "nf4", "fp4" or "int4".
+        quant_type: "nf4", "fp4" or "int4". No level of "int4" is zero: beside quantised scales a block of zeros comes
+            back near zero, not as zero.
         block_size: elements sharing one scale; a power of two from 32 to 4096.
         double_quant: quantise the scales too.
     Raises:
-        DtypeError: if the weight is of another dtype.
+        DtypeError: if the weight is of another dtype, or sparse.
         NonFiniteError: if it holds NaN or infinity.
         ConfigError: if quant_type or block_size is none of the above.
     Source: Dettmers et al. 2023, section 3.
@@ -240,7 +261,8 @@ def quantize(
     if not isinstance(weight, Tensor):
         raise DtypeError(f"cannot quantise a {type(weight).__name__}: want a torch.Tensor")
     weight = weight.detach()
-    book = codebook(quant_type)
+    _check_four_bit(quant_type)
+    book, block_size = codebook(quant_type), check_block_size(block_size)
     check_input(weight, block_size)
     if quant_type == "nf4":
         packed, absmax = torch.ops.lora_core.nf4_quantize(weight, block_size)
@@ -261,6 +283,11 @@ def quantize(
         quant_type=quant_type,
         block_size=block_size,
     )
+
+
+def _check_four_bit(quant_type: object) -> None:
+    if quant_type not in FOUR_BIT:
+        raise ConfigError(f"quant_type is {quant_type!r}; want one of {', '.join(FOUR_BIT)}")
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:

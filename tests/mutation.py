@@ -217,6 +217,43 @@ MUTATIONS = (
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),
     Mutation(PLAIN, "scales[at + whole // block_size]", "scales[at]", IN_CPU_DECODE),
+    Mutation(
+        "lora_core/ops/nf4_lora_linear.py",
+        "    ctx.format = (shape, block_size, nested_block_size)\n",
+        "    ctx.format = (shape, block_size, nested_block_size)\n"
+        "    ctx.kept = Packed(*packed, *ctx.format).dense(x.dtype)\n",
+        "test_ops_modes.py::test_no_dense_weight_outlives",
+    ),
+    Mutation(
+        "lora_core/cpu/lora_linear.py",
+        "if need_weight and x is not None else None",
+        "if x is not None else None",
+        "test_ops_modes.py::test_backward_of_a_frozen_weight_forms_no_gradient",
+    ),
+    Mutation(
+        "quant/parts.py",
+        "if tensor.numel() != size:",
+        "if tensor.numel() < size:",
+        "test_quant_parts.py::test_parts_that_do_not_belong_together",
+    ),
+    Mutation(
+        "quant/weight.py",
+        "value.to(device, copy=True)",
+        "value.to(device)",
+        "test_quant_parts.py::test_loading_a_state_keeps_nothing",
+    ),
+    Mutation(
+        "lora_core/adapt/merge.py",
+        "truth = truth + layer.delta(name)",
+        "truth += layer.delta(name)",
+        "test_adapt_merge.py::test_unmerging_restores",
+    ),
+    Mutation(
+        "lora_core/adapt/merge.py",
+        "part.merged = part.merged or Merged(names)",
+        "part.merged = part.merged",
+        "test_adapt_merge_named.py::test_merging_named_adapters_runs",
+    ),
 )
 
 

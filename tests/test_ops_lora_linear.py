@@ -318,7 +318,7 @@ def test_what_is_no_tensor_and_no_number_is_refused():
     x, weight, a, b = torch.randn(2, 4), torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)
     with pytest.raises(lc.DtypeError, match="lora_linear: x is a list; want a torch.Tensor"):
         lora_linear([1.0], weight, None, a, b, 1.0)
-    with pytest.raises(lc.ConfigError, match="scaling is '2'; want a number"):
+    with pytest.raises(lc.ConfigError, match="scaling is '2'; want a finite number"):
         lora_linear(x, weight, None, a, b, "2")
 
 

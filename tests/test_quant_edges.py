@@ -208,7 +208,7 @@ def test_quant_more_than_2_to_the_31_elements_have_the_right_shapes():
     [
         ({"codes": torch.zeros(3, 1, dtype=torch.uint8)}, lc.ShapeError, "codes has 3 elements"),
         ({"absmax": torch.zeros(1)}, lc.ShapeError, "absmax has 1 elements"),
-        ({"absmax": torch.zeros(37, dtype=torch.uint8)}, lc.DtypeError, "absmax torch.float32"),
+        ({"absmax": torch.zeros(37, dtype=torch.uint8)}, lc.DtypeError, "absmax is torch.uint8; want torch.float32"),
         ({"nested_absmax": torch.zeros(1)}, lc.ShapeError, "go together"),
         ({"absmax": torch.zeros(37, device="meta")}, lc.DeviceError, "absmax is on meta"),
         ({"dtype": torch.int8}, lc.DtypeError, "torch.int8"),

@@ -11,9 +11,8 @@ from lora_core.cpu.chunks import CHUNK, GRAIN, run
 from lora_core.cpu.plain import nf4 as plain
 from lora_core.cpu.scales import Scales
 from lora_core.ops.nf4_dequantize import op
-from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.double import NESTED_BLOCK_SIZE
-from lora_core.reference import nf4 as reference
+from lora_core.quant.parts import check_parts
 
 
 def nf4_dequantize(
@@ -27,10 +26,8 @@ def nf4_dequantize(
     nested_block_size: int = NESTED_BLOCK_SIZE,
 ) -> Tensor:
     """Return what the reference returns, bit for bit, with 8 bytes an element, at most 2 MiB, of scratch a thread."""
-    if block_size not in BLOCK_SIZES:
-        return reference.nf4_dequantize(
-            codes, absmax, nested_absmax, nested_offset, shape, dtype, block_size, nested_block_size
-        )
+    # loops by the byte would read past an end
+    check_parts("nf4_dequantize", codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     # the largest first: what follows must not take a piece of the freed memory it fits in
     dense = empty(shape, dtype)
     flat, packed = dense.view(-1), codes.flatten().contiguous().numpy()

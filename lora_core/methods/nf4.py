@@ -6,6 +6,7 @@ import torch
 
 from lora_core.errors import ConfigError
 from lora_core.methods.fields import checks_field_names
+from lora_core.quant.blockwise import check_block_size
 
 
 @checks_field_names
@@ -27,8 +28,10 @@ class NF4Config:
     compute_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-            raise ConfigError(f"NF4Config: block_size is {self.block_size!r}; want a power of two from 32 to 4096")
+        try:
+            object.__setattr__(self, "block_size", check_block_size(self.block_size))
+        except ConfigError as error:
+            raise ConfigError(f"NF4Config: {error}") from None
         if not isinstance(self.double_quant, bool):
             raise ConfigError(f"NF4Config: double_quant is {self.double_quant!r}; want True or False")
         compute = self.compute_dtype

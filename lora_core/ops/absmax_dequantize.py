@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lora_core.errors import ShapeError
+from lora_core.errors import DtypeError, ShapeError
 from lora_core.ops.absmax_quantize import check
+from lora_core.ops.checks import check_devices, check_tensors
 from lora_core.quant import double as reference
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
@@ -32,14 +33,18 @@ def absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size
     Returns:
         float32 [b].
     Raises:
-        DtypeError, ShapeError, ConfigError: if the operands do not fit together.
+        DtypeError, ShapeError, DeviceError, ConfigError: if the operands do not fit together.
     Source: Dettmers et al. 2023, section 3.
     """
     check(codes, offset, block_size, "absmax_dequantize")
+    check_tensors("absmax_dequantize", {"absmax2": absmax2})
+    check_devices("absmax_dequantize", {"codes": codes, "absmax2": absmax2})
+    if absmax2.dtype != torch.float32:
+        raise DtypeError(f"absmax_dequantize: absmax2 is {absmax2.dtype}; want torch.float32")
     if absmax2.shape != (-(-codes.numel() // block_size),):
         raise ShapeError(
             f"absmax_dequantize: {codes.numel()} codes in blocks of {block_size} want "
             f"{-(-codes.numel() // block_size)} second-level scales; got {tuple(absmax2.shape)}"
         )
-    absmax: Tensor = op(codes, absmax2, offset, block_size)
+    absmax: Tensor = op(codes, absmax2.detach(), offset.detach(), block_size)
     return absmax

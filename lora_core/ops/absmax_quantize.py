@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError, ShapeError
+from lora_core.ops.checks import check_devices, check_tensors
 from lora_core.quant import double as reference
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
@@ -31,18 +32,20 @@ def absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLO
     Returns:
         codes uint8 [b], absmax2 float32 [ceil(b / block_size)].
     Raises:
-        DtypeError, ShapeError, ConfigError: if the operands do not fit together.
+        DtypeError, ShapeError, DeviceError, ConfigError: if the operands do not fit together.
     Source: Dettmers et al. 2023, section 3.
     """
     check(absmax, offset, block_size, "absmax_quantize")
-    codes, absmax2 = op(absmax, offset, block_size)
+    codes, absmax2 = op(absmax.detach(), offset.detach(), block_size)
     return codes, absmax2
 
 
 def check(scales: Tensor, offset: Tensor, block_size: int, name: str) -> None:
     """Raise unless the operands that both directions share are sound."""
-    if block_size < 1:
-        raise ConfigError(f"{name}: block_size is {block_size}; want a whole number of at least 1, as a rule 256")
+    check_tensors(name, {"scales": scales, "offset": offset})
+    check_devices(name, {"scales": scales, "offset": offset})
+    if type(block_size) is not int or block_size < 1:
+        raise ConfigError(f"{name}: block_size is {block_size!r}; want a whole number of at least 1, as a rule 256")
     if offset.numel() != 1 or scales.dim() != 1:
         raise ShapeError(
             f"{name}: want scales [b] and an offset of one element; got {tuple(scales.shape)} and {tuple(offset.shape)}"

@@ -1,20 +1,37 @@
 """What the ops check before they run, and how autocast reaches them."""
 
+import contextlib
+import numbers
+import sys
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
+
+LARGEST = sys.float_info.max
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_kinds(op: str, tensors: dict[str, object], scaling: object) -> None:
-    """Raise DtypeError unless all are tensors, and ConfigError unless scaling is a number."""
+def check_tensors(op: str, tensors: dict[str, object]) -> None:
+    """Raise DtypeError unless all are tensors."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{op}: {name} is a {type(tensor).__name__}; want a torch.Tensor")
-    if not isinstance(scaling, (int, float)):
-        raise ConfigError(f"{op}: scaling is {scaling!r}; want a number, alpha / r")
+
+
+def check_kinds(op: str, tensors: dict[str, object], bias: object, scaling: object) -> float:
+    """Return scaling as a float; raise DtypeError unless all are tensors, and ConfigError unless it is a number."""
+    check_tensors(op, tensors)
+    if bias is not None and not isinstance(bias, Tensor):
+        raise DtypeError(f"{op}: bias is a {type(bias).__name__}; want a torch.Tensor or None")
+    number = scaling if isinstance(scaling, (int, float)) or not isinstance(scaling, numbers.Real) else float(scaling)
+    # NaN is within no bounds; a number that torch.compile traces must not be asked for its value
+    if not isinstance(number, (int, float)) or not -LARGEST <= number <= LARGEST:
+        raise ConfigError(f"{op}: scaling is {scaling!r}; want a finite number, alpha / r")
+    return number
 
 
 def check_shapes(
@@ -24,6 +41,7 @@ def check_shapes(
     fits = (
         x.dim() >= 1
         and len(weight) == 2
+        and 0 not in weight
         and lora_a.dim() == lora_b.dim() == 2
         and x.shape[-1] == weight[1] == lora_a.shape[1]
         and lora_b.shape == (weight[0], lora_a.shape[0])
@@ -41,6 +59,8 @@ def _misfit(x: Tensor, weight: tuple[int, ...], bias: Tensor | None, lora_a: Ten
     """Return which operand does not fit, and what would."""
     if len(weight) != 2:
         return f"weight has {len(weight)} dimensions, want 2"
+    if 0 in weight:
+        return "weight has a side of 0, and there is nothing to multiply"
     n, k = weight
     if x.dim() < 1 or x.shape[-1] != k:
         return f"the last dimension of x has to be that of weight, {k}"
@@ -79,16 +99,16 @@ def check_devices(op: str, tensors: dict[str, Tensor | None]) -> None:
 
 def check_dropout(op: str, dropout: float, seed: Tensor | None) -> None:
     """Raise ConfigError unless dropout is a probability below 1, with a seed where it is positive."""
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{op}: dropout is {dropout}; want a probability in [0, 1)")
-    if dropout and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
-        got = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
+    if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
+        raise ConfigError(f"{op}: dropout is {dropout!r}; want a probability in [0, 1)")
+    if dropout and (not isinstance(seed, Tensor) or seed.numel() != 1 or seed.dtype != torch.int64):
+        got = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
         raise ConfigError(f"{op}: dropout {dropout} needs a seed, an int64 tensor of one element; got {got}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast, if it is on for x's device, wants linear layers to compute in."""
-    if x.dtype != torch.float64 and autocast_on(x):
+    if x.dtype != torch.float64 and x.is_floating_point() and autocast_on(x):
         return torch.get_autocast_dtype(x.device.type)
     return None
 
@@ -96,3 +116,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def autocast_on(x: Tensor) -> bool:
     """Say whether autocast is on for x's device; the meta device has none."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def outside_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which autocast is off for x's device: a backward computes in the dtypes of its forward."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else contextlib.nullcontext()
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Raise ConfigError under forward-mode differentiation, which would take the result for a constant."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise ConfigError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, forward_ad): use reverse mode, or the plain formula "
+            "in lora_core.reference"
+        )

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_kinds, check_shapes
+from lora_core.ops.checks import (
+    autocast_dtype,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_kinds,
+    check_shapes,
+    outside_autocast,
+    refuse_tangents,
+)
 from lora_core.reference import lora as reference
 
 
@@ -103,7 +112,8 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
     if d_y is None:
         d_y = weight.new_zeros(*ctx.lead, weight.shape[0])
     needs = ctx.needs_input_grad[:5]
-    grads = backward_op(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
+    with outside_autocast(d_y):
+        grads = backward_op(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *wanted, None, None, None
 
@@ -139,17 +149,21 @@ def lora_linear(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if dropout is no probability, or has no seed.
+        ConfigError: if scaling is no finite number, dropout no probability or without a seed, or under forward-mode
+            differentiation.
     Source: Hu et al. 2021, eq. 3.
     """
-    check_kinds("lora_linear", {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}, scaling)
+    tensors: dict[str, object] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    scaling = check_kinds("lora_linear", tensors, bias, scaling)
     cast = autocast_dtype(x)
     if cast is not None:
         x, weight, lora_a, lora_b = x.to(cast), weight.to(cast), lora_a.to(cast), lora_b.to(cast)
         bias = None if bias is None else bias.to(cast)
     check_shapes("lora_linear", x, weight.shape, bias, lora_a, lora_b)
     check_dtypes("lora_linear", {"x": x, "weight": weight, "bias": bias}, lora_a, lora_b)
-    check_devices("lora_linear", {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b})
     check_dropout("lora_linear", dropout, seed)
+    on_device = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    check_devices("lora_linear", on_device | {"seed": seed if dropout else None})
+    refuse_tangents("lora_linear", *on_device.values())
     y, _ = op(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)
     return y

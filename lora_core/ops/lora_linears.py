@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError
-from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_shapes
+from lora_core.ops.checks import (
+    autocast_dtype,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_kinds,
+    check_shapes,
+    check_tensors,
+    outside_autocast,
+    refuse_tangents,
+)
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
 from lora_core.reference import lora_linears as reference
 
@@ -164,7 +174,8 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
     ]
     needs = (ctx.need_x, ctx.need_pairs)
     adapter = (lora_as, lora_bs, hidden, ctx.scalings, ctx.dropouts, seeds)
-    d_x, d_lora_a, *d_lora_bs = backward_op(d_ys, x, tensors, ctx.formats, *adapter, *needs)
+    with outside_autocast(hidden):
+        d_x, d_lora_a, *d_lora_bs = backward_op(d_ys, x, tensors, ctx.formats, *adapter, *needs)
     none = [None] * n
     pairs = (list(d_lora_a.split([a.shape[0] for a in lora_as])), d_lora_bs) if ctx.need_pairs else (none, none)
     frozen = ([None] * ctx.parts, None, none)
@@ -191,8 +202,10 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
             seed.
     Source: Hu et al. 2021, eq. 3.
     """
+    check_tensors("lora_linears", {"x": x})
     if not layers:
         raise ConfigError("lora_linears: layers is empty: want at least one")
+    layers = [_sound(f"lora_linears, layer {i}", layer) for i, layer in enumerate(layers)]
     cast = autocast_dtype(x)
     if cast is not None:
         x = x.to(cast)
@@ -213,6 +226,16 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     return list(op(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)[:-1])
 
 
+def _sound(name: str, layer: Layer) -> Layer:
+    """Return the layer with its scaling as a float; raise unless all in it is of the right kind."""
+    if not isinstance(layer, Layer):
+        raise ConfigError(f"{name} is a {type(layer).__name__}; want a lora_linears.Layer")
+    if not isinstance(layer.weight, (Tensor, Packed)):
+        raise DtypeError(f"{name}: weight is a {type(layer.weight).__name__}; want a torch.Tensor, or Packed.of(q)")
+    tensors: dict[str, object] = {"lora_a": layer.lora_a, "lora_b": layer.lora_b}
+    return layer._replace(scaling=check_kinds(name, tensors, layer.bias, layer.scaling))
+
+
 def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
     return layer._replace(
         weight=layer.weight.to(dtype) if isinstance(layer.weight, Tensor) else layer.weight,
@@ -228,8 +251,10 @@ def _check(name: str, x: Tensor, layer: Layer) -> None:
     compute = {"x": x, "weight": w, "bias": bias} if isinstance(w, Tensor) else {"x": x, "bias": bias}
     check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
     check_dtypes(name, compute, lora_a, lora_b)
-    check_devices(name, {"x": x, "weight": on_device, "bias": bias, "lora_a": lora_a, "lora_b": lora_b})
     check_dropout(name, dropout, seed)
+    tensors = {"x": x, "weight": on_device, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    check_devices(name, tensors | {"seed": seed if dropout else None})
+    refuse_tangents(name, x, bias, lora_a, lora_b)
     trained = [key for key, t in (("weight", on_device), ("bias", bias)) if t is not None and t.requires_grad]
     if trained and torch.is_grad_enabled():
         raise ConfigError(

@@ -1,15 +1,14 @@
 """The operation lora_core::nf4_dequantize: a dense weight from codes and plain or double-quantised scales."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lora_core.errors import DeviceError, DtypeError, ShapeError
-from lora_core.ops.checks import FLOATS
-from lora_core.quant.blockwise import check_block_size
+from lora_core.errors import DtypeError
+from lora_core.ops.checks import FLOATS, refuse_tangents
 from lora_core.quant.double import NESTED_BLOCK_SIZE
+from lora_core.quant.parts import check_parts
 from lora_core.reference import nf4 as reference
 
 
@@ -72,30 +71,9 @@ def nf4_dequantize(
         ShapeError, DtypeError, DeviceError, ConfigError: if the operands do not fit together.
     Source: Dettmers et al. 2023, eq. 5 and 6.
     """
-    check_block_size(block_size)
-    nested = nested_absmax is not None
-    n = math.prod(shape)
-    blocks = -(-n // block_size)
-    if nested != (nested_offset is not None):
-        raise ShapeError("nf4_dequantize: nested_absmax and nested_offset go together; got only one of them")
-    wanted = {"codes": (codes, -(-n // 2)), "absmax": (absmax, blocks)}
-    if nested_absmax is not None and nested_offset is not None:
-        wanted |= {
-            "nested_absmax": (nested_absmax, -(-blocks // nested_block_size)),
-            "nested_offset": (nested_offset, 1),
-        }
-    for name, (tensor, size) in wanted.items():
-        if tensor.numel() != size:
-            raise ShapeError(
-                f"nf4_dequantize: {name} has {tensor.numel()} elements; a weight of shape {tuple(shape)} in blocks of "
-                f"{block_size} wants {size}"
-            )
-        if tensor.device != codes.device:
-            raise DeviceError(f"nf4_dequantize: {name} is on {tensor.device}, codes on {codes.device}: want one device")
-    types = (codes.dtype, absmax.dtype)
-    if types != (torch.uint8, torch.uint8 if nested else torch.float32) or dtype not in FLOATS:
-        raise DtypeError(
-            f"nf4_dequantize: want codes torch.uint8, absmax {'torch.uint8' if nested else 'torch.float32'} and a "
-            f"floating dtype to return; got {types[0]}, {types[1]} and {dtype}"
-        )
+    name = "nf4_dequantize"
+    check_parts(name, codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    if dtype not in FLOATS:
+        raise DtypeError(f"{name}: cannot return {dtype}; want one of {', '.join(map(str, FLOATS))}")
+    refuse_tangents(name, absmax, nested_absmax, nested_offset)
     return op(codes, absmax, nested_absmax, nested_offset, shape, dtype, block_size, nested_block_size)

@@ -9,8 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.errors import ConfigError
-from lora_core.ops.checks import autocast_dtype, check_devices, check_dropout, check_dtypes, check_kinds, check_shapes
+from lora_core.errors import ConfigError, ShapeError
+from lora_core.ops.checks import (
+    autocast_dtype,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_kinds,
+    check_shapes,
+    outside_autocast,
+    refuse_tangents,
+)
 from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
 from lora_core.reference import lora as reference
@@ -148,7 +157,8 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
     if d_y is None:
         d_y = hidden.new_zeros(*ctx.lead, ctx.format[0][0])
     adapter = (lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed)
-    grads = backward_op(d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
+    with outside_autocast(d_y):
+        grads = backward_op(d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
     d_x, d_bias, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, *[None] * 7, d_bias, d_lora_a, d_lora_b, None, None, None
 
@@ -184,7 +194,8 @@ def nf4_lora_linear(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if q is not NF4, A comes without B, or dropout is no probability or has no seed.
+        ConfigError: if q is not NF4, A comes without B, scaling is no finite number, dropout no probability or without
+            a seed, or under forward-mode differentiation.
     Source: Dettmers et al. 2023 (arXiv 2305.14314), eq. 5.
     """
     if not isinstance(q, QuantizedWeight) or q.quant_type != "nf4":
@@ -208,9 +219,11 @@ def packed_lora_linear(
     """Return what nf4_lora_linear returns, for a weight given by its parts, whoever holds them."""
     if (lora_a is None) != (lora_b is None):
         raise ConfigError("nf4_lora_linear: lora_a and lora_b go together; got only one of them")
-    check_kinds(
-        "nf4_lora_linear", {"x": x} if lora_a is None else {"x": x, "lora_a": lora_a, "lora_b": lora_b}, scaling
-    )
+    name = "nf4_lora_linear"
+    tensors = {"x": x} if lora_a is None else {"x": x, "lora_a": lora_a, "lora_b": lora_b}
+    scaling = check_kinds(name, tensors, bias, scaling)
+    if len(w.shape) != 2:
+        raise ShapeError(f"{name}: want a weight of shape [N, K]; got one of shape {tuple(w.shape)}")
     cast = autocast_dtype(x)
     if cast is not None:
         x = x.to(cast)
@@ -218,9 +231,11 @@ def packed_lora_linear(
     if lora_a is None or lora_b is None:
         # an adapter of rank 0 adds nothing
         lora_a, lora_b = x.new_empty(0, w.shape[-1]), x.new_empty(*w.shape[:1], 0)
-    check_shapes("nf4_lora_linear", x, tuple(w.shape), bias, lora_a, lora_b)
-    check_dtypes("nf4_lora_linear", {"x": x, "bias": bias}, lora_a, lora_b)
-    check_devices("nf4_lora_linear", {"x": x, "q": w.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b})
-    check_dropout("nf4_lora_linear", dropout, seed)
+    check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
+    check_dtypes(name, {"x": x, "bias": bias}, lora_a, lora_b)
+    check_dropout(name, dropout, seed)
+    on_device = {"x": x, "q": w.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    check_devices(name, on_device | {"seed": seed if dropout else None})
+    refuse_tangents(name, x, bias, lora_a, lora_b)
     y, _ = op(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)
     return y

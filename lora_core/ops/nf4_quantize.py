@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lora_core.quant.blockwise import check_input
+from lora_core.ops.checks import check_tensors
+from lora_core.quant.blockwise import check_block_size, check_input
 from lora_core.reference import nf4 as reference
 
 
@@ -30,11 +31,13 @@ def nf4_quantize(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     Returns:
         Packed codes, uint8 [(n + 1) // 2, 1], and absmax, float32 [ceil(n / block_size)].
     Raises:
-        DtypeError: if weight is of another dtype.
+        DtypeError: if weight is of another dtype, or sparse.
         ConfigError: if block_size is not one of the above.
         NonFiniteError: if weight holds NaN or infinity.
     Source: Dettmers et al. 2023, section 3.
     """
+    check_tensors("nf4_quantize", {"weight": weight})
     check_input(weight, block_size)
-    codes, absmax = op(weight, block_size)
+    # detached: a custom operation marks what comes of a trained weight as differentiable
+    codes, absmax = op(weight.detach(), check_block_size(block_size))
     return codes, absmax

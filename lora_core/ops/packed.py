@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_core.errors import ConfigError
 from lora_core.ops.nf4_dequantize import op as dequantize
 from lora_core.quant import QuantizedWeight
 
@@ -33,7 +34,13 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, q: QuantizedWeight) -> "Packed":
-        """Return the parts of an NF4 weight of two dimensions, sharing its memory."""
+        """Return the parts of an NF4 weight of two dimensions, sharing its memory.
+
+        Raises:
+            ConfigError: if it is quantised as something else.
+        """
+        if q.quant_type != "nf4":
+            raise ConfigError(f"the weight is quantised as {q.quant_type!r}; want 'nf4': use q.dequantize() instead")
         return cls(q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size)
 
     def dense(self, dtype: torch.dtype) -> Tensor:

@@ -19,13 +19,14 @@ W is frozen: dL/dW = G^T x, another 2 M N K operations and N K numbers, is never
 trained. All that is kept between the passes is x, S and the parameters.
 
 Where A and B are kept in float32 over a half-precision W, the low-rank path runs in float32 and the sum is rounded to
-the dtype of x.
+the dtype of x; over a float64 W the sum is made in float64.
 
 Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3; dropout before A as in the authors' loralib.
 """
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -97,7 +98,8 @@ def shrink(x: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None 
 def expand(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """Return y = x W^T + b + s S B^T; the update is added in place, by a matrix product that accumulates."""
     y = F.linear(x, weight, bias)
-    return y.to(lora_b.dtype).addmm_(hidden, lora_b.T, alpha=scaling).to(x.dtype)
+    wide = torch.promote_types(y.dtype, lora_b.dtype)
+    return y.to(wide).addmm_(hidden.to(wide), lora_b.T.to(wide), alpha=scaling).to(x.dtype)
 
 
 def backward(
@@ -135,9 +137,10 @@ def backward(
     if need_a and x is not None:
         d_lora_a = d_s.T @ drop(x.to(lora_a.dtype), dropout, seed)
     if need_x and weight is not None:
-        d_x = (d_y @ weight).to(lora_a.dtype)
+        wide = torch.promote_types(d_y.dtype, lora_a.dtype)
+        d_x = (d_y @ weight).to(wide)
         # the mask depends on position alone, so it is applied to the gradient as to x
-        d_x = d_x.addmm_(d_s, lora_a) if dropout == 0 else d_x.add_(drop(d_s @ lora_a, dropout, seed))
+        d_x = d_x.addmm_(d_s.to(wide), lora_a.to(wide)) if dropout == 0 else d_x.add_(drop(d_s @ lora_a, dropout, seed))
         d_x = d_x.to(d_y.dtype)
     if need_bias:
         d_bias = d_y.sum(0)

@@ -94,11 +94,12 @@ def backward(
         for g, w in zip(d_ys, weights, strict=True):
             d_x = g @ w if d_x is None else d_x.addmm_(g, w)
     if d_x is not None:
-        wide = d_x.to(d_s.dtype)
+        dtype = torch.promote_types(d_x.dtype, d_s.dtype)
+        wide = d_x.to(dtype)
         if any(dropouts):
             for part, a, p, seed in parts:
                 wide += drop(part @ a, p, seed)
         else:
-            wide = wide.addmm_(d_s, torch.cat(tuple(lora_as)))
+            wide = wide.addmm_(d_s.to(dtype), torch.cat(tuple(lora_as)).to(dtype))
         d_x = wide.to(d_x.dtype)
     return d_x, d_lora_a, d_lora_bs

@@ -99,6 +99,6 @@ def encode(values: np.ndarray, codes: np.ndarray, absmax: np.ndarray, block_size
 @functools.cache
 def _pairs() -> np.ndarray:
     """Return the two float32 levels of every byte, the high half's first, as int64 of shape [256]."""
-    byte = torch.arange(256, dtype=torch.uint8)
+    byte = torch.arange(256, dtype=torch.uint8, device="cpu")
     levels = codebook("nf4").decode(torch.stack([byte >> 4, byte & 15], dim=1))
     return levels.numpy().view(np.int64).reshape(-1)

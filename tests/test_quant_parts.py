@@ -1,0 +1,286 @@
+"""Parts of a 4-bit weight that do not belong together, damaged states, and what a test of values cannot see."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import lora_core as lc
+from lora_core.cpu import compiled
+from lora_core.cpu.plain import nf4 as plain
+from lora_core.ops.absmax_dequantize import absmax_dequantize
+from lora_core.ops.absmax_quantize import absmax_quantize
+from lora_core.ops.nf4_quantize import nf4_quantize
+from lora_core.ops.packed import Packed
+from lora_core.quant import QuantizedWeight
+from lora_core.quant.codebook import codebook
+from lora_core.quant.weight import quantize
+
+
+def parts(**changes):
+    q = lc.quantize_nf4(torch.randn(512, 512))
+    given = {k: getattr(q, k) for k in ("codes", "absmax", "nested_absmax", "nested_offset", "shape", "dtype")}
+    return given | {"block_size": 64, "nested_block_size": 256} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"codes": torch.zeros(10, 1, dtype=torch.uint8)}, lc.ShapeError, "codes has 10 elements.*wants 131072"),
+        ({"absmax": torch.zeros(10, dtype=torch.uint8)}, lc.ShapeError, "absmax has 10 elements.*wants 4096"),
+        ({"nested_absmax": torch.zeros(15)}, lc.ShapeError, "nested_absmax has 15 elements.*wants 16"),
+        ({"nested_offset": None}, lc.ShapeError, "go together; got only one"),
+        ({"nested_absmax": None, "nested_offset": None}, lc.DtypeError, "absmax is torch.uint8; want torch.float32"),
+        ({"nested_absmax": torch.zeros(16, dtype=torch.float64)}, lc.DtypeError, "nested_absmax is torch.float64"),
+        ({"nested_offset": torch.zeros((), dtype=torch.int64)}, lc.DtypeError, "nested_offset is torch.int64"),
+        ({"nested_offset": 0.5}, lc.DtypeError, "nested_offset is a float; want a torch.Tensor"),
+        ({"shape": (2048, 2048)}, lc.ShapeError, r"codes has 131072 elements; a weight of shape \(2048, 2048\)"),
+        ({"shape": (-512, -512)}, lc.ShapeError, "has a negative side"),
+        ({"block_size": 32}, lc.ShapeError, "in blocks of 32 wants 8192"),
+        ({"block_size": 48}, lc.ConfigError, "block_size is 48; want one of 32, 64"),
+        ({"nested_block_size": 0}, lc.ConfigError, "nested_block_size is 0"),
+        ({"absmax": torch.zeros(4096, dtype=torch.uint8, device="meta")}, lc.DeviceError, "absmax is on meta"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(changes, error, message):
+    """Not read past their end: by the class, the operation, and the CPU's loops below it."""
+    given = parts(**changes)
+    with pytest.raises(error, match=message):
+        QuantizedWeight(**given)
+    order = ("codes", "absmax", "nested_absmax", "nested_offset", "shape", "dtype", "block_size", "nested_block_size")
+    # PyTorch itself answers for parts on several devices, and for what is no tensor
+    if error is not lc.DeviceError and all(not isinstance(given[k], float) for k in order[:4]):
+        with pytest.raises(lc.LoraCoreError, match=message):
+            torch.ops.lora_core.nf4_dequantize(*(given[k] for k in order))
+
+
+@pytest.mark.parametrize("quant_type", ["dynamic", "dynamic_unsigned", ["nf4"], None, "nf5"])
+def test_what_is_no_four_bit_type_is_refused(quant_type):
+    with pytest.raises(lc.ConfigError, match="want one of nf4, fp4, int4"):
+        quantize(torch.randn(4, 64), quant_type)
+    with pytest.raises(lc.ConfigError, match="want one of nf4, fp4, int4"):
+        QuantizedWeight(**parts(), quant_type=quant_type)
+
+
+def test_operations_on_nf4_take_no_other_codes():
+    with pytest.raises(lc.ConfigError, match="quantised as 'fp4'; want 'nf4'"):
+        Packed.of(quantize(torch.randn(4, 64), "fp4"))
+
+
+def test_block_sizes_are_whole_numbers(tmp_path):
+    q = lc.quantize_nf4(torch.randn(4, 64), np.int64(64))
+    assert type(q.block_size) is int
+    torch.save(q.state_dict(), tmp_path / "state")
+    assert type(lc.NF4Config(block_size=np.int64(128)).block_size) is int
+    for given in (64.0, "64", None, True):
+        with pytest.raises(lc.ConfigError, match=f"block_size is {given!r}"):
+            lc.quantize_nf4(torch.randn(4, 64), given)
+
+
+def test_sparse_weight_is_refused():
+    with pytest.raises(lc.DtypeError, match="layout torch.sparse_coo: want a dense one"):
+        lc.quantize_nf4(torch.eye(64).to_sparse())
+
+
+def test_quantised_weight_takes_no_gradient():
+    q = lc.quantize_nf4(nn.Parameter(torch.randn(4, 64)))
+    q.requires_grad = False
+    with pytest.raises(lc.ConfigError, match="takes no gradient"):
+        q.requires_grad = True
+    weight = nn.Parameter(torch.randn(4, 64))
+    codes, absmax = nf4_quantize(weight)
+    scale, nested = absmax_quantize(absmax, absmax.mean())
+    assert not any(t.requires_grad for t in (codes, absmax, scale, nested))
+    copy.deepcopy(QuantizedWeight(codes, absmax, None, None, shape=weight.shape, dtype=weight.dtype)).dequantize()
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_codebooks_stay_real_whatever_they_were_first_used_in(mode):
+    with mode():
+        books = [codebook(name) for name in ("nf4", "fp4", "int4", "dynamic", "dynamic_unsigned")]
+        if mode is FakeTensorMode:
+            lc.quantize_nf4(torch.randn(4, 64)).dequantize()
+    for book in books:
+        assert not any(isinstance(t, FakeTensor) or t.is_meta for t in (book.levels, book.midpoints))
+    assert not isinstance(quantize(torch.randn(4, 64), "fp4").dequantize(), FakeTensor)
+
+
+def state(**about):
+    """A state dict of 40 x 128 whose JSON says other things."""
+    written = lc.quantize_nf4(torch.randn(40, 128)).to_bitsandbytes()
+    key = next(k for k in written if "quant_state" in k)
+    values = json.loads(bytes(written[key].tolist())) | about
+    written[key] = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+    return written
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"blocksize": 0}, "blocksize 0; want one of"),
+        ({"blocksize": 64.0}, "blocksize 64.0; want one of"),
+        ({"blocksize": "64"}, "blocksize '64'"),
+        ({"blocksize": None}, "blocksize None"),
+        ({"nested_blocksize": 0}, "nested_blocksize 0; want a whole number of at least 1"),
+        ({"nested_blocksize": "256"}, "nested_blocksize '256'"),
+        ({"nested_blocksize": 256.0}, "nested_blocksize 256.0"),
+        ({"nested_offset": "x"}, "nested_offset 'x'; want a finite number"),
+        ({"nested_offset": None}, "nested_offset None"),
+        ({"nested_offset": float("nan")}, "nested_offset nan"),
+        ({"nested_offset": 1e300}, "nested_offset 1e"),
+        ({"shape": None}, "shape None; want a list of whole numbers"),
+        ({"shape": "ab"}, "shape 'ab'"),
+        ({"shape": 5120}, "shape 5120"),
+        ({"shape": [40.0, 128]}, r"shape \[40.0, 128\]"),
+        ({"shape": [-40, -128]}, r"shape \[-40, -128\]"),
+        ({"shape": [True, 5120]}, r"shape \[True, 5120\]"),
+        ({"shape": [2**40, 2**40]}, "shape"),
+        ({"shape": "x" * 1000}, r"shape 'xxx.*xxx\.\.\.; want"),
+        ({"dtype": "int8"}, "dtype 'int8'; want float32, float16, bfloat16, float64"),
+        ({"dtype": "complex64"}, "dtype 'complex64'"),
+        ({"dtype": 5}, "dtype 5"),
+        ({"quant_type": "int3"}, "quant_type 'int3'; want nf4 or fp4"),
+        ({"quant_type": ["nf4"]}, "quant_type"),
+    ],
+)
+def test_damaged_state_is_refused_saying_what_it_holds(about, message):
+    given = state(**about)
+    with pytest.raises(lc.CheckpointError, match=message):
+        QuantizedWeight.from_bitsandbytes(given)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "\x00"])
+def test_state_that_is_no_object_is_refused(text):
+    given = state()
+    key = next(k for k in given if "quant_state" in k)
+    given[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    with pytest.raises(lc.CheckpointError, match="no JSON text|does not say"):
+        QuantizedWeight.from_bitsandbytes(given)
+
+
+@pytest.mark.parametrize("key", ["weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"])
+def test_state_without_values_is_refused_and_nothing_is_loaded(key):
+    given = state()
+    given[key] = given[key].to("meta")
+    with pytest.raises(lc.CheckpointError, match=f"{key} is on the meta device and has no values"):
+        QuantizedWeight.from_bitsandbytes(given)
+    q = lc.quantize_nf4(torch.randn(40, 128))
+    before = {k: v.clone() for k, v in q.state_dict().items()}
+    own = q.state_dict()
+    own["absmax"] = own["absmax"].to("meta")
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match="has no values"):
+            q.load_state_dict(own, assign=assign)
+        assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
+
+
+def test_state_of_another_type_is_refused_by_the_layer_it_is_for():
+    model = lc.quantize_model(nn.Sequential(nn.Linear(64, 8)), skip_modules=[])
+    other = quantize(torch.randn(8, 64), "fp4").to_bitsandbytes(prefix="0.weight")
+    with pytest.raises(RuntimeError, match="the checkpoint's weight is fp4, this one nf4"):
+        model.load_state_dict(other | {"0.bias": torch.zeros(8)})
+    model(torch.randn(2, 64))
+
+
+def test_loading_a_state_keeps_nothing_of_the_callers_memory():
+    q, other = lc.quantize_nf4(torch.randn(40, 128)), lc.quantize_nf4(torch.randn(40, 128))
+    given = {k: v.clone() for k, v in other.state_dict().items()}
+    q.load_state_dict(given)
+    before = q.dequantize()
+    for tensor in given.values():
+        tensor.zero_()
+    assert torch.equal(q.dequantize(), before)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("nested", [False, True])
+def test_weight_repacked_by_bitsandbytes_itself_is_refused(nested):
+    """Its state dict says nothing of it; scales by block and row, and rows of codes, do."""
+    import bitsandbytes as bnb
+    import bitsandbytes.functional as functional
+
+    packed, about = functional.quantize_4bit(
+        torch.randn(64, 128), blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
+    packed, about = functional._convert_weight_packed_for_cpu(packed, about)
+    given = {"weight": packed} | {f"weight.{k}": v for k, v in about.as_dict(packed=True).items()}
+    with pytest.raises(lc.CheckpointError, match="repacked for CPU inference"):
+        QuantizedWeight.from_bitsandbytes(given)
+    assert bnb.__version__
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_maps_are_those_of_bitsandbytes(signed):
+    import bitsandbytes.functional as functional
+
+    assert torch.equal(
+        codebook("dynamic" if signed else "dynamic_unsigned").levels, functional.create_dynamic_map(signed=signed)
+    )
+
+
+def test_zero_blocks_as_bitsandbytes_writes_them_on_a_gpu_decode_as_they_say():
+    """Its codes are 0x00, the level -1: beside quantised scales that is minus the scale as recovered."""
+    weight = torch.randn(4, 64)
+    weight[1] = 0
+    q = lc.quantize_nf4(weight)
+    assert torch.equal(q.codes[32:64], torch.full((32, 1), 0x77, dtype=torch.uint8))
+    q.codes[32:64] = 0
+    assert torch.equal(q.dequantize()[1], -q.dense_absmax()[1].expand(64))
+    assert not q.dequantize()[1].eq(0).any()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_negative_zero_beside_other_weights_becomes_zero(kind, dtype):
+    weight = torch.linspace(-1, 1, 64, dtype=dtype)
+    weight[5] = -0.0
+    q = quantize(weight, kind, double_quant=False)
+    assert q.dequantize()[5] == 0
+    if kind == "nf4":
+        assert q.codes[2].item() & 15 == 7
+
+
+LOOPS = [plain, *([loaded] if (loaded := compiled.load("nf4")) else [])]
+
+
+@pytest.mark.parametrize("loops", LOOPS, ids=lambda module: module.__name__.split(".")[-2])
+@pytest.mark.parametrize("start", [2**31 - 64, 2**31, 2**32 + 128])
+def test_weights_beyond_two_to_the_31st_are_decoded_where_they_lie(loops, start):
+    """Of arrays that long only the touched pages are ever there."""
+    q = lc.quantize_nf4(torch.randn(192), double_quant=False)
+    codes = np.zeros((start + 192) // 2, np.uint8)
+    codes[start // 2 :] = q.codes.flatten().numpy()
+    scales = np.zeros((start + 192) // 64, np.float32)
+    scales[start // 64 :] = q.absmax.numpy()
+    got = np.full(192, np.nan, np.float32)
+    loops.decode(codes, scales, got, 64, start, start + 192)
+    assert torch.equal(torch.from_numpy(got), q.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: nf4_quantize([1.0]), lc.DtypeError, "weight is a list"),
+        (lambda: absmax_quantize([1.0], torch.zeros(())), lc.DtypeError, "scales is a list"),
+        (lambda: absmax_quantize(torch.ones(3), torch.zeros(()), "256"), lc.ConfigError, "block_size is '256'"),
+        (lambda: absmax_quantize(torch.ones(3), torch.zeros((), device="meta")), lc.DeviceError, "offset on meta"),
+        (
+            lambda: absmax_dequantize(torch.zeros(3, dtype=torch.uint8), torch.ones(1, device="meta"), torch.zeros(())),
+            lc.DeviceError,
+            "absmax2 on meta",
+        ),
+        (
+            lambda: absmax_dequantize(torch.zeros(3, dtype=torch.uint8), torch.ones(1).double(), torch.zeros(())),
+            lc.DtypeError,
+            "absmax2 is torch.float64",
+        ),
+    ],
+)
+def test_operations_on_scales_refuse_what_does_not_fit(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -939,3 +939,18 @@ def test_resumed_start_from_the_weight_is_saved_for_the_original_weight(tmp_path
     x = torch.randn(3, 16)
     with lc.disable_adapter(first), lc.disable_adapter(second):
         assert torch.equal(first(x), second(x))
+
+
+def test_adapter_that_is_not_finite_is_warned_of(tmp_path):
+    model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
+    model[0].lora_b["default"].data[1, 1] = torch.nan
+    lc.save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="holds NaN or infinity in 1 tensors, the first base_model.model.0.lora_B"):
+        lc.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", {}], ids=str)
+def test_what_is_no_module_is_refused(model, tmp_path):
+    for verb in (lambda m: lc.add_adapter(m, lc.LoraConfig()), lambda m: lc.save_adapter(m, tmp_path)):
+        with pytest.raises(lc.ConfigError, match=f"model is a {type(model).__name__}; want a torch.nn.Module"):
+            verb(model)

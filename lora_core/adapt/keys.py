@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lora_core.adapt.walk import adapter_layers, plain_name, trainable_copies
-from lora_core.errors import CheckpointError
+from lora_core.errors import CheckpointError, ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods.lora import LoraConfig
@@ -26,7 +26,13 @@ NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.[^.]+$")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile's and data parallelism's wrappers, whose names are not in a checkpoint."""
+    """Return the model inside torch.compile's and data parallelism's wrappers, whose names are not in a checkpoint.
+
+    Raises:
+        ConfigError: if this is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; want a torch.nn.Module")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

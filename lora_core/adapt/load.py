@@ -74,6 +74,7 @@ def load_adapter(
     except Exception:
         withdraw(inner, adapter_name)
         raise
+    _warn_of_broken(Path(folder), given)
     _fill({canonical(name): slot for name, slot in own.items()}, given)
     _fill_base({name: slot for name, slot in base.items() if name in given}, given)
     set_adapter(inner, adapter_name)
@@ -134,6 +135,17 @@ def _check(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], base:
             + _listed("unexpected in the file", [n + h for n, h in zip(unexpected, near, strict=True)])
             + _listed("of the wrong shape or type", wrong)
             + "\nWant the base model this adapter was made for, and its own adapter_config.json; the model is unchanged"
+        )
+
+
+def _warn_of_broken(folder: Path, given: dict[str, Tensor]) -> None:
+    broken = [name for name, tensor in given.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        warnings.warn(
+            f"{folder / WEIGHTS} holds NaN or infinity in {len(broken)} tensors, the first {broken[0]}: its training "
+            "diverged, or the file is damaged",
+            UserWarning,
+            stacklevel=3,
         )
 
 

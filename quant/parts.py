@@ -9,6 +9,8 @@ from torch import Tensor
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from lora_core.quant.blockwise import check_block_size
 
+FOUR_BIT = ("nf4", "fp4", "int4")
+
 
 def check_parts(
     owner: str,
@@ -64,3 +66,9 @@ def check_parts(
             raise DtypeError(f"{owner}: {name} is {tensor.dtype}; want {dtype}")
         if tensor.device != codes.device:
             raise DeviceError(f"{owner}: {name} is on {tensor.device}, codes on {codes.device}: want one device")
+
+
+def check_four_bit(quant_type: object) -> None:
+    """Raise ConfigError unless a weight can be quantised as this."""
+    if quant_type not in FOUR_BIT:
+        raise ConfigError(f"quant_type is {quant_type!r}; want one of {', '.join(FOUR_BIT)}")

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 
 from lora_core.errors import CheckpointError, ConfigError, DtypeError
 from lora_core.quant import bitsandbytes
-from lora_core.quant.blockwise import check_block_size, check_input, dequantize_blocks, quantize_blocks
+from lora_core.quant.blockwise import dequantize_blocks
 from lora_core.quant.codebook import codebook
-from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset
-from lora_core.quant.packing import pack, unpack
-from lora_core.quant.parts import check_parts
-
-FOUR_BIT = ("nf4", "fp4", "int4")
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+from lora_core.quant.packing import unpack
+from lora_core.quant.parts import check_four_bit, check_parts
 
 
 class QuantizedWeight(nn.Module):
@@ -59,7 +57,7 @@ class QuantizedWeight(nn.Module):
         check_parts(
             "QuantizedWeight", codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size
         )
-        _check_four_bit(quant_type)
+        check_four_bit(quant_type)
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.register_buffer("nested_absmax", nested_absmax)
@@ -239,57 +237,3 @@ class QuantizedWeight(nn.Module):
             f"shape={tuple(self.shape)}, {self.quant_type}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}, {self.bits_per_parameter:.3f} bits/parameter, dtype={self.dtype}"
         )
-
-
-def quantize(
-    weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
-) -> QuantizedWeight:
-    """Return a weight in 4 bits.
-
-    Args:
-        weight: float32, float16 or bfloat16 of any shape and strides; not changed.
-        quant_type: "nf4", "fp4" or "int4". No level of "int4" is zero: beside quantised scales a block of zeros comes
-            back near zero, not as zero.
-        block_size: elements sharing one scale; a power of two from 32 to 4096.
-        double_quant: quantise the scales too.
-    Raises:
-        DtypeError: if the weight is of another dtype, or sparse.
-        NonFiniteError: if it holds NaN or infinity.
-        ConfigError: if quant_type or block_size is none of the above.
-    Source: Dettmers et al. 2023, section 3.
-    """
-    if not isinstance(weight, Tensor):
-        raise DtypeError(f"cannot quantise a {type(weight).__name__}: want a torch.Tensor")
-    weight = weight.detach()
-    _check_four_bit(quant_type)
-    book, block_size = codebook(quant_type), check_block_size(block_size)
-    check_input(weight, block_size)
-    if quant_type == "nf4":
-        packed, absmax = torch.ops.lora_core.nf4_quantize(weight, block_size)
-    else:
-        codes, absmax = quantize_blocks(weight, book, block_size)
-        packed = pack(codes, book.zero)[:, None]
-    absmax2 = offset = None
-    if double_quant:
-        offset = absmax_offset(absmax)
-        absmax, absmax2 = torch.ops.lora_core.absmax_quantize(absmax, offset, NESTED_BLOCK_SIZE)
-    return QuantizedWeight(
-        packed,
-        absmax,
-        absmax2,
-        offset,
-        shape=weight.shape,
-        dtype=weight.dtype,
-        quant_type=quant_type,
-        block_size=block_size,
-    )
-
-
-def _check_four_bit(quant_type: object) -> None:
-    if quant_type not in FOUR_BIT:
-        raise ConfigError(f"quant_type is {quant_type!r}; want one of {', '.join(FOUR_BIT)}")
-
-
-def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
-    """Return a weight in NF4; see quantize."""
-    return quantize(weight, "nf4", block_size, double_quant)

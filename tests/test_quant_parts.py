@@ -18,7 +18,7 @@ from lora_core.ops.nf4_quantize import nf4_quantize
 from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
 from lora_core.quant.codebook import codebook
-from lora_core.quant.weight import quantize
+from lora_core.quant.quantize import quantize
 
 
 def parts(**changes):

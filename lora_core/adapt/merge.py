@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapt.mergeable import mergeable_layers, merged_weight
 from lora_core.adapt.switch import active_names, chosen_names
 from lora_core.adapt.walk import (
-    Ties,
     adapter_layers,
     merged_names,
     parts,
@@ -24,13 +24,10 @@ from lora_core.adapt.walk import (
     require_editable,
 )
 from lora_core.adapt.withdraw import tidy
-from lora_core.errors import AdapterError, NonFiniteError
+from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer, Merged
 from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
-
-# roundings of an output's size between two outputs, each a sum of many products; generous, as a tenth is looked for
-OUTPUT_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def merge_and_unload(model: nn.Module, adapter_names: str | Sequence[str] | None
         unmerge_adapter(model)
         adapter_names = already
     names = _merging_names(model, adapter_names)
-    _checked(model, names)
+    mergeable_layers(model, names)
     for layer in adapter_layers(model).values():
         for other in [n for n in layer.adapters if n not in names]:
             layer.remove(other)
@@ -149,7 +146,7 @@ def merge_and_unload(model: nn.Module, adapter_names: str | Sequence[str] | None
 
 def _merge(model: nn.Module, adapter_names: str | Sequence[str] | None, *, keep_backup: bool) -> MergeReport:
     names = _merging_names(model, adapter_names)
-    layers = _checked(model, names)
+    layers = mergeable_layers(model, names)
     report = {name: _merge_layer(layer, names, keep_backup) for name, layer in layers.items()}
     active = active_names(model)
     for part in parts(model).values():
@@ -160,74 +157,9 @@ def _merge(model: nn.Module, adapter_names: str | Sequence[str] | None, *, keep_
     return MergeReport(names, report, held)
 
 
-def _checked(model: nn.Module, names: tuple[str, ...]) -> dict[str, AdapterLayer]:
-    """Return the layers to merge into; all are checked before one is changed: a refusal leaves the model as it was."""
-    _refuse_tied(model, names)
-    layers = {n: m for n, m in adapter_layers(model).items() if any(a in m.adapters for a in names)}
-    for name, layer in layers.items():
-        reason = layer.why_unmergeable()
-        if reason:
-            raise AdapterError(f"cannot merge into {name}: {reason}; keep the adapter unmerged")
-        _refuse_non_finite(name, layer, names)
-        if not layer.is_as_written():
-            _refuse_other_use(name, layer, names)
-    return layers
-
-
-def _merged_weight(layer: AdapterLayer, names: tuple[str, ...]) -> Tensor:
-    """Return W + sum s B A in float32 or wider."""
-    weight = layer.read_weight()
-    for name in names:
-        if name in layer.adapters:
-            delta = layer.delta(name).to(weight.device)
-            weight = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
-    return weight
-
-
-def _refuse_non_finite(name: str, layer: AdapterLayer, names: tuple[str, ...]) -> None:
-    if not layer.read_weight().isfinite().all():
-        raise NonFiniteError(
-            f"the base weight of {name} holds NaN or infinity already, whatever is merged into it: repair it, or load "
-            "the base again; nothing was changed"
-        )
-    if not torch.isfinite(_merged_weight(layer, names).to(layer.weight.dtype)).all():
-        raise NonFiniteError(
-            f"merging {', '.join(names)} into {name} gives NaN or infinity in {layer.weight.dtype}: the adapter is "
-            "broken, or its update too large for the dtype; nothing was changed"
-        )
-
-
-@torch.no_grad()
-def _refuse_other_use(name: str, layer: AdapterLayer, names: tuple[str, ...]) -> None:
-    """Raise AdapterError if the base layer's output does not follow its weight as a plain one's does: try it."""
-    backup, before = layer.backup_weight(), layer.read_weight().clone()
-    with torch.random.fork_rng(devices=[layer.weight.device] if layer.weight.device.type == "cuda" else []):
-        x = layer.sample_input()
-    try:
-        plain = layer.base_layer(x)
-        layer.write_weight(_merged_weight(layer, names))
-        changed = (layer.base_layer(x) - plain).double()
-        wide = x.double() if x.is_floating_point() else x
-        wanted = layer.response(wide, layer.read_weight().double() - before.double())
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise AdapterError(
-            f"cannot merge into {name}: whether its forward, which is its own, follows its weight could not be tried "
-            f"({type(error).__name__}: {error}); keep the adapter unmerged"
-        ) from error
-    finally:
-        layer.restore_weight(backup)
-    # both outputs are rounded; a tenth of the update is far above that, and far below what a wrong use makes of it
-    noise = OUTPUT_ROUNDINGS * torch.finfo(plain.dtype).eps * plain.double().norm()
-    if (changed - wanted).norm() > wanted.norm() / 10 + noise:
-        raise AdapterError(
-            f"cannot merge into {name}: a forward or hook of its own uses the weight in another way than its class "
-            "does, and the update with it; keep the adapter unmerged"
-        )
-
-
 @torch.no_grad()
 def _merge_layer(layer: AdapterLayer, names: tuple[str, ...], keep_backup: bool) -> LayerMerge:
-    wanted = _merged_weight(layer, names)
+    wanted = merged_weight(layer, names)
     truth = layer.read_weight().double()
     for name in names:
         if name in layer.adapters:
@@ -255,17 +187,3 @@ def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple
         raise AdapterError("merge_adapter: no adapter is active; name one, or call set_adapter(model, name) first")
     require_adapters(model, names)
     return names
-
-
-def _refuse_tied(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise AdapterError if a weight to be changed is used by another module too, which would change with it."""
-    ties = Ties(model)
-    for name, layer in adapter_layers(model).items():
-        if not any(n in layer.adapters for n in names):
-            continue
-        others = [o for o in ties.of(layer.weight) if o != f"{name}.base_layer.weight"]
-        if others:
-            raise AdapterError(
-                f"cannot merge into {name}: its weight is tied to {', '.join(others)}, which would change too; untie "
-                "them (give one a clone of the weight), or keep the adapter unmerged"
-            )

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lora_core.adapt.fast_path import settle_fast_paths
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
-from lora_core.adapt.target import matches, output_head
+from lora_core.adapt.names import matches
+from lora_core.adapt.target import output_head
 from lora_core.adapt.walk import Ties, adapter_names, places, replace
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.linear import LoraLinear, LoraTransposedLinear

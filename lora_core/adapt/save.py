@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lora_core.adapt.configuration import config_to_peft
 from lora_core.adapt.files import folder_path, write_checkpoint
 from lora_core.adapt.keys import adapter_tensors, key, unwrapped
+from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.peft_differs import warn_where_peft_differs
-from lora_core.adapt.target import ALL_LINEAR, matches
 from lora_core.adapt.walk import adapter_layers, plain_name, require_adapters, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear

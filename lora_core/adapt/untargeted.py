@@ -1,0 +1,92 @@
+"""What a configuration names and does not choose: warnings, and the message where it chooses nothing."""
+
+import difflib
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_core.adapt.kinds import adapted_kind
+from lora_core.adapt.names import ALL_LINEAR, matches
+from lora_core.adapt.walk import plain_name
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.methods.lora import LoraConfig, pattern_matches
+
+SHOWN_CANDIDATES = 12
+SHOWN_STACKED = 4
+
+
+def warn_of_unmatched(field: str, wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
+    if isinstance(wanted, str):
+        return
+    idle = [w for w in wanted if not any(matches(plain_name(n), [w]) for n in candidates)]
+    # where nothing at all is targeted, an error follows
+    if idle and (field != "target_modules" or len(idle) < len(wanted)):
+        warnings.warn(f"{field}: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=5)
+
+
+def warn_of_idle_patterns(config: LoraConfig, found: list[str]) -> None:
+    names = [plain_name(name) for name in found]
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        idle = [p for p in patterns if not any(pattern_matches(p, name) for name in names)]
+        if idle and found:
+            told = ", ".join(map(repr, idle))
+            warnings.warn(f"{field}: no adapted module matches {told}", UserWarning, stacklevel=5)
+
+
+def warn_of_experts(candidates: dict[str, nn.Module]) -> None:
+    """Warn of weights that "all-linear" does not reach: a mixture's experts in one tensor of three dimensions."""
+    stacked = [
+        f"{name}.{key}"
+        for name, module in candidates.items()
+        if adapted_kind(module) is None
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
+    ]
+    if stacked:
+        more = f" and {len(stacked) - SHOWN_STACKED} more" if len(stacked) > SHOWN_STACKED else ""
+        warnings.warn(
+            f"target_modules 'all-linear' leaves stacked weights out, which are in no linear layer: "
+            f"{', '.join(stacked[:SHOWN_STACKED])}{more}",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def nothing_found(config: LoraConfig, candidates: dict[str, nn.Module]) -> str:
+    able = [n for n, m in candidates.items() if isinstance(m, AdapterLayer) or adapted_kind(m)]
+    suffixes = list(dict.fromkeys(n.split(".")[-1] if not n.split(".")[-1].isdigit() else n for n in able))
+    wanted = config.target_modules or ""
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+
+    def distance(suffix: str) -> float:
+        return -max((difflib.SequenceMatcher(None, suffix, w).ratio() for w in asked), default=0.0)
+
+    closest = sorted(suffixes, key=distance)[:SHOWN_CANDIDATES]
+    limits = [
+        f"{key}={value!r}"
+        for key, value in (
+            ("exclude_modules", config.exclude_modules),
+            ("layers_to_transform", config.layers_to_transform),
+            ("layers_pattern", config.layers_pattern),
+        )
+        if value
+    ]
+    limited = f" with {', '.join(limits)}" if limits else ""
+    told = f"no module matches target_modules={config.target_modules!r}{limited}"
+    if isinstance(wanted, str) and wanted in suffixes:
+        return f"{told}: a string is a regular expression for whole names; write [{wanted!r}] for all that end so"
+    if limits and (wanted == ALL_LINEAR or any(matches(n, wanted) for n in able)):
+        numbers = sorted({int(part) for n in able for part in n.split(".") if part.isdigit()})
+        layers = (
+            f"; the layers here are {_ranges(numbers)}" if numbers and config.layers_to_transform is not None else ""
+        )
+        return f"{told}: these limits leave nothing of what target_modules matches{layers}; widen them"
+    return f"{told}; want one of: {', '.join(closest) or 'none, this model has no layer that can be adapted'}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return rising numbers as text, runs shortened: "0 to 31"."""
+    if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))

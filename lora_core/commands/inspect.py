@@ -1,5 +1,6 @@
 """`lora-core inspect`: what a checkpoint holds."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -99,7 +100,7 @@ def _show(report: Any, limit: int | None) -> None:
         console.print("no problems found")
 
 
-def _table(console: Any, title: str, columns: list[Any], rows: list[tuple[str, ...]], limit: int | None) -> None:
+def _table(console: Any, title: str, columns: list[Any], rows: Sequence[tuple[str, ...]], limit: int | None) -> None:
     from lora_core.terminal import print_table
 
     if not rows:

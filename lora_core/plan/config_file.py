@@ -84,7 +84,8 @@ def _rotary_decoder(name: str, settings: dict[str, Any], source: str) -> ModelSh
 def _gpt2(name: str, settings: dict[str, Any], source: str) -> ModelShape:
     if _flag(settings, "add_cross_attention", source):
         raise ConfigError(f"{source} asks for add_cross_attention, whose layers are not counted here; want a decoder")
-    hidden, inner = settings["n_embd"], settings.get("n_inner")
+    hidden = settings["n_embd"]
+    inner: Any = settings.get("n_inner")
     if inner is None and isinstance(hidden, int):
         inner = 4 * hidden
     return ModelShape(

@@ -6,14 +6,12 @@ import sys
 from typing import Any
 
 from lora_core.errors import LoraCoreError
-from lora_core.terminal import printable
+from lora_core.terminal import INTERRUPTED, printable
 
 # the module lora_core.commands.<name> holds a function of the same name
 COMMANDS = ("demo", "doctor", "memory", "inspect", "bench")
 
 FAILED, USAGE_ERROR = 1, 2
-# the shell's status for a program ended by Ctrl-C
-INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.console import Console
 
+# the shell's status for a program ended by Ctrl-C
+INTERRUPTED = 130
+
 Kind = Literal["label", "number", "prose", "name"]
 # a name longer than this may be broken over lines, so that a table of long names is still a table
 SHORTEST_FOLD = 16

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-# the shell's status for a program ended by Ctrl-C
-INTERRUPTED = 130
+from lora_core.terminal import INTERRUPTED
 
 
 def demo(

@@ -63,12 +63,15 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     def forbid(place: Path) -> None:
         def guarded(call: Callable[..., object]) -> Callable[..., object]:
             def guard(path: object = ".", *arguments: object, **keywords: object) -> object:
-                if isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(place):
+                inside = isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(place)
+                # that the place itself is there anybody may know who may read its folder
+                if inside and not (call is stat and Path(str(path)) == place):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
                 return call(path, *arguments, **keywords)
 
             return guard
 
+        stat = os.stat
         for module, name in ((os, "stat"), (os, "scandir"), (os, "listdir"), (os, "mkdir"), (os, "open"), (io, "open")):
             monkeypatch.setattr(module, name, guarded(getattr(module, name)))
 

@@ -120,6 +120,7 @@ def opened(paths: list[Path]) -> Iterator[Tensors]:
 
     Raises:
         CheckpointError: if one is truncated or no safetensors file.
+        OSError: if one cannot be read; safetensors says of every such file that it does not exist.
     """
     from contextlib import ExitStack
 
@@ -128,13 +129,13 @@ def opened(paths: list[Path]) -> Iterator[Tensors]:
     with ExitStack() as stack:
         files = {}
         for path in paths:
+            path.open("rb").close()
             try:
                 files[path] = stack.enter_context(safe_open(path, "pt"))
             except (SafetensorError, OSError) as error:
-                size = f" ({path.stat().st_size:,} bytes)" if path.exists() else ""
                 raise CheckpointError(
-                    f"{path}{size} cannot be read as safetensors: {error}. It is truncated or foreign: copy or save it "
-                    "again"
+                    f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. It is truncated "
+                    "or foreign: copy or save it again"
                 ) from None
         yield Tensors(files)
 

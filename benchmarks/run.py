@@ -42,9 +42,14 @@ COLUMNS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmarks asked for; return 0, or 1 if this library failed a check or a claim."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, program: str = "python -m benchmarks.run") -> int:
+    """Run the benchmarks asked for; return 0, or 1 if this library failed a check or a claim.
+
+    Args:
+        arguments: of the command line; by default those of the process.
+        program: what the messages call it.
+    """
+    options = _parser(program).parse_args(arguments)
     # the profiler that counts memory prints trace points otherwise; the hub is not asked for anything
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if suite == "static":
         from benchmarks import static
 
-        return static.main([part for name in options.op or [] for part in ("--kernel", name)])
+        return static.main([part for name in options.op or [] for part in ("--kernel", name)], program)
     options.device = "cuda" if suite == "gpu" else "cpu"
     if suite == "gpu" and not _has_gpu():
-        sys.stderr.write("benchmarks.run: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
+        sys.stderr.write(f"{program}: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
         return FAILED
     if options.sweep:
         jobs = [(op, shape) for op, shape in shapes.sweep(options.sweep, suite) if op in (options.op or [op])]
@@ -106,8 +111,14 @@ def cases_of(op: str, shape: dict[str, int], device: str) -> Iterator[Case]:
     yield from importlib.import_module(f"benchmarks.cases.{op}").cases(shape, device)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; want a whole number of at least 1")
+    return int(text)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--op", action="append", choices=case_names(), help="which benchmark; repeat for more; all by default"
     )
@@ -120,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--provider", action="append", help="measure these only, and this library; repeat for more")
     parser.add_argument("--mode", choices=record.MODES, help="forward, backward or both; all by default")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="rounds of interleaved samples, at most")
+    parser.add_argument("--samples", type=_count, default=SAMPLES, help="rounds of interleaved samples, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder the rows are appended in")
     return parser

@@ -101,9 +101,9 @@ class Prediction:
     binds: str | None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = COMMAND) -> int:
     """Compile, predict, print, and write the table and the rows where all kernels were asked for."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", action="append", choices=kernel_names(), help="repeat for more; all by default")
     parser.add_argument("--results", type=Path, default=RESULTS / "static", help="folder of the rows")
     parser.add_argument("--page", type=Path, default=PERFORMANCE, help="the file whose table is written")

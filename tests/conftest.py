@@ -1,6 +1,10 @@
 """Shared set-up of the test suite: interpreter mode, NaN-poisoned allocations, GPU tests left out without a GPU."""
 
+import errno
+import io
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +54,28 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr("numpy.empty", _poisoned_empty)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a path, and all below it, answer as one without permission does: to root nothing is forbidden."""
+
+    def forbid(place: Path) -> None:
+        def guarded(call: Callable[..., object]) -> Callable[..., object]:
+            def guard(path: object = ".", *arguments: object, **keywords: object) -> object:
+                inside = isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(place)
+                # that the place itself is there anybody may know who may read its folder
+                if inside and not (call is stat and Path(str(path)) == place):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return call(path, *arguments, **keywords)
+
+            return guard
+
+        stat = os.stat
+        for module, name in ((os, "stat"), (os, "scandir"), (os, "listdir"), (os, "mkdir"), (os, "open"), (io, "open")):
+            monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+
+    return forbid
 
 
 @pytest.fixture(autouse=True)

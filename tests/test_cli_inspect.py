@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import pickle
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,6 +40,15 @@ def write_adapter(folder, config=CONFIGURATION, metadata=None, **changes):
     return tensors
 
 
+def exit_status(*arguments):
+    """The program's exit status for these arguments."""
+    try:
+        main([*arguments])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
 def test_inspect_reads_a_sound_adapter(tmp_path):
     tensors = write_adapter(tmp_path / "a")
     report = inspect_path(tmp_path / "a")
@@ -59,7 +72,7 @@ def test_inspect_says_that_an_adapter_was_never_trained(tmp_path, capsys):
     model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16))
     lc.add_adapter(model, lc.LoraConfig(r=4, target_modules=["0"]))
     save_adapter(model, tmp_path / "fresh")
-    main(["inspect", str(tmp_path / "fresh")])
+    assert exit_status("inspect", str(tmp_path / "fresh")) == 1
     assert "adapter never trained" in capsys.readouterr().out
 
 
@@ -130,7 +143,7 @@ def test_inspect_reports_values_that_are_not_finite(tmp_path):
 
 def test_inspect_json_is_json_even_with_a_nan(tmp_path, capsys):
     write_adapter(tmp_path, up__lora_A=torch.full((4, 16), math.nan))
-    main(["inspect", str(tmp_path), "--json"])
+    assert exit_status("inspect", str(tmp_path), "--json") == 1
     values = json.loads(capsys.readouterr().out)
     assert values["kind"] == "adapter"
     assert {p["module"]: p["update_norm"] for p in values["pairs"]}["up"] is None
@@ -174,16 +187,213 @@ def test_inspect_reads_a_folder_of_shards(tmp_path):
 def test_inspect_reports_a_quantised_weight_that_does_not_add_up(tmp_path):
     path = tmp_path / "model.safetensors"
     quantised_file(path, weight__absmax=torch.zeros(3, dtype=torch.uint8))
-    assert any("layer.weight.absmax has 3 elements" in p for p in inspect_path(path).problems)
+    assert any(re.search(r"layer\.weight\.absmax .*has 3 elements", p) for p in inspect_path(path).problems)
     quantised_file(path, weight__absmax=None)
     assert any("layer.weight.absmax is missing" in p for p in inspect_path(path).problems)
 
 
-def test_inspect_reports_packed_bytes_stored_as_floats(tmp_path):
+def test_inspect_reports_packed_bytes_cast_to_floats(tmp_path):
     path = tmp_path / "model.safetensors"
     codes = torch.zeros((48 * 67 + 1) // 2, 1, dtype=torch.bfloat16)
     quantised_file(path, weight=codes)
-    assert any("stored as bfloat16" in p for p in inspect_path(path).problems)
+    assert any("layer.weight" in p and "has 3216 elements, want 1608" in p for p in inspect_path(path).problems)
+
+
+def test_inspect_reads_packed_bytes_kept_in_another_dtype(tmp_path):
+    """bitsandbytes' quant_storage: the same bytes, named as bfloat16."""
+    path = tmp_path / "model.safetensors"
+    packed = lc.quantize_nf4(torch.randn(48, 67)).to_bitsandbytes(prefix="weight")["weight"]
+    quantised_file(path, weight=packed.view(-1).view(torch.bfloat16)[:, None])
+    report = inspect_path(path)
+    assert report.problems == [] and report.quantised[0].shape == (48, 67)
+
+
+def about(changes):
+    """A quant_state as a file holds it, with some of its values changed, or the text itself."""
+    value = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [48, 67]}
+    value |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+    text = changes if isinstance(changes, str) else json.dumps(value | changes)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+STATE = "weight__quant_state__bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"blocksize": value} for value in (0, "64x", None, -64, 1e300)),
+        *({"nested_blocksize": value} for value in (0, None, "x")),
+        *({"shape": value} for value in ("ab", None, {"a": 1}, [math.inf, 2], [1e300, 1e300], [64.7, 128], [3, 3])),
+        *({"quant_type": value} for value in ("int3", None, [])),
+        *({"dtype": value} for value in ("wat", None, "Tensor")),
+        {"nested_offset": "x"},
+        "[" * 100_000,
+        '{"quant_type": "nf4"',
+        "null",
+    ],
+)
+def test_inspect_reports_a_damaged_quantised_weight(tmp_path, changes):
+    path = tmp_path / "model.safetensors"
+    weight = lc.quantize_nf4(torch.randn(48, 67))
+    state = {f"layer.{k}": v for k, v in weight.to_bitsandbytes(prefix="weight").items()}
+    state["layer.weight.quant_state.bitsandbytes__nf4"] = about(changes)
+    save_file(state, path)
+    report = inspect_path(path)
+    assert len(report.problems) == 1 and "layer.weight" in report.problems[0] and report.quantised == []
+    assert exit_status("inspect", str(path)) == 1
+
+
+@pytest.mark.parametrize("part", ["quant_map", "nested_quant_map", "quant_state.bitsandbytes__nf4", "absmax"])
+def test_inspect_reports_a_part_of_a_quantised_weight_that_is_missing(tmp_path, part):
+    path = tmp_path / "model.safetensors"
+    state = lc.quantize_nf4(torch.randn(48, 67)).to_bitsandbytes(prefix="weight")
+    del state[f"weight.{part}"]
+    save_file(state, path)
+    (problem,) = inspect_path(path).problems
+    assert part in problem
+
+
+def test_inspect_reads_the_weights_of_a_model_that_is_not_bitsandbytes(tmp_path):
+    held = nn.ModuleDict({"a": lc.quant.quantize(torch.randn(8, 64), quant_type="int4")})
+    save_file(held.state_dict(), tmp_path / "model.safetensors")
+    report = inspect_path(tmp_path)
+    assert (report.problems, report.plain) == ([], [])
+    assert (report.quantised[0].name, report.quantised[0].quant_type) == ("a", "int4")
+
+
+def shards(folder, index):
+    save_file({"a": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+    return inspect_path(folder).problems
+
+
+ONE, TWO = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+def test_inspect_follows_the_index_of_a_sharded_model(tmp_path):
+    assert shards(tmp_path, {"weight_map": {"a": ONE}}) == []
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ({"weight_map": {"a": ONE, "b": TWO}}, f"names {TWO}, not in the folder"),
+        ({"weight_map": {"a": ONE, "b": ONE}}, "places b in a file without it"),
+        ({"weight_map": {"a": 3}}, "has no weight_map"),
+        ({"weight_map": []}, "has no weight_map"),
+        ({}, "has no weight_map"),
+        ("{", "is no JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "holds a list"),
+    ],
+)
+def test_inspect_reports_an_index_that_cannot_be_followed(tmp_path, index, told):
+    (problem,) = shards(tmp_path, index)
+    assert told in problem
+
+
+def test_inspect_reports_a_file_without_tensors(tmp_path):
+    save_file({}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(CONFIGURATION))
+    assert any("there is no tensor in it" in p for p in inspect_path(tmp_path).problems)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.int32])
+def test_inspect_reports_a_pair_that_is_not_of_floating_numbers(tmp_path, dtype):
+    write_adapter(tmp_path, up__lora_A=torch.ones(4, 16, dtype=dtype))
+    assert any("want floating numbers" in p and "up: A is" in p for p in inspect_path(tmp_path).problems)
+
+
+def test_inspect_reads_a_pair_of_eight_bit_floats(tmp_path):
+    narrow = torch.float8_e4m3fn
+    changes = {name: tensor.to(narrow) for name, tensor in (("up__lora_A", A), ("up__lora_B", B))}
+    write_adapter(tmp_path, **changes)
+    report = inspect_path(tmp_path)
+    assert report.problems == [] and report.pairs[1].dtype == "float8_e4m3fn"
+    assert report.pairs[1].update_norm == pytest.approx(2 * (B @ A).norm().item())
+
+
+A, B = torch.full((4, 16), 0.5), torch.full((24, 4), 2.0)
+
+
+@pytest.mark.parametrize("targets", [None, {"up": 1}, [], "", 7])
+def test_inspect_reports_targets_that_are_no_names(tmp_path, targets):
+    write_adapter(tmp_path, {**CONFIGURATION, "target_modules": targets})
+    assert any("target_modules" in p and "want" in p for p in inspect_path(tmp_path).problems)
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 10**400}, {"r": 10**400}, {"alpha_pattern": {"up": 10**400}}])
+def test_inspect_reports_a_number_beyond_all_floats(tmp_path, changes):
+    write_adapter(tmp_path, {**CONFIGURATION, **changes})
+    assert inspect_path(tmp_path).problems != []
+    assert exit_status("inspect", str(tmp_path)) == exit_status("inspect", str(tmp_path), "--json") == 1
+
+
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_inspect_refuses_a_configuration_that_is_nested_too_deeply(tmp_path, depth):
+    write_adapter(tmp_path)
+    (tmp_path / CONFIG).write_text('{"r": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        inspect_path(tmp_path)
+
+
+def test_inspect_says_where_a_link_leads_nowhere(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            inspect_path(path)
+
+
+def test_inspect_refuses_what_is_neither_file_nor_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
+        inspect_path(os.devnull)
+
+
+@pytest.mark.parametrize("what", ["", WEIGHTS, CONFIG])
+def test_inspect_says_that_permission_is_denied(tmp_path, what, unreadable):
+    write_adapter(tmp_path)
+    unreadable(tmp_path / what)
+    with pytest.raises(CheckpointError, match="permission denied"):
+        inspect_path(tmp_path)
+
+
+@pytest.mark.parametrize("columns", ["40", "120"])
+def test_inspect_lets_no_file_steer_the_terminal(tmp_path, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    harm = "\x1b]0;x\x07\x9b2J\ud800\r"
+    write_adapter(tmp_path, {**CONFIGURATION, "task_type": None, "base_model_name_or_path": harm, harm: harm})
+    save_file({f"base_model.model.{harm[:6]}.lora_A.weight": A, "x\x1b[2J": B}, tmp_path / WEIGHTS)
+    assert exit_status("inspect", str(tmp_path)) == 1
+    shown = capsys.readouterr().out
+    assert r"\x1b]0;x\x07\x9b2J\ud800\r" in "".join(shown.split())
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": harm}))
+    exit_status("inspect", str(tmp_path))
+    assert all(c.isprintable() or c == "\n" for c in "".join(capsys.readouterr()))
+
+
+def test_inspect_calls_nothing_a_pickle_that_does_not_look_like_one(tmp_path):
+    (tmp_path / "rand.bin").write_bytes(b"\x11\x22\x33 random")
+    with pytest.raises(CheckpointError, match="by its name a pickle"):
+        inspect_path(tmp_path / "rand.bin")
+
+
+def test_program_ends_with_a_line_where_its_output_is_full(tmp_path):
+    write_adapter(tmp_path)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "lora_core", "inspect", str(tmp_path)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "lora-core: no space left on device\n")
+
+
+def test_program_interrupted_while_it_loads_ends_with_a_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_core.cli.importlib.import_module", interrupted)
+    assert exit_status("memory") == 130
+    assert capsys.readouterr().err == "lora-core: interrupted\n"
 
 
 def test_inspect_refuses_a_truncated_file(tmp_path):

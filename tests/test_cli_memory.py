@@ -5,6 +5,8 @@ import json
 import pytest
 
 from lora_core import cli
+from lora_core.commands import memory as command
+from lora_core.plan.config_file import MODEL_TYPES
 
 
 def run(capsys, *arguments):
@@ -28,6 +30,30 @@ def test_memory_says_what_fits(capsys, monkeypatch):
     fits = {plan["setup"]["method"]: plan["fit"] for plan in data["plans"]}
     assert [fits[method]["fits"] for method in ("full", "lora", "qlora")] == [False, True, True]
     assert "none fits" in shown and f"{fits['qlora']['largest_rank']:,}" in shown
+
+
+def whole_words(shown):
+    return {word for line in shown.splitlines() for word in line.replace("│", " ").split()}
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80"])
+def test_memory_is_whole_on_a_narrow_terminal(columns, capsys, monkeypatch):
+    arguments = ("--gpu-gb", "24")
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = run(capsys, *arguments)
+    monkeypatch.setenv("COLUMNS", columns)
+    narrow = run(capsys, *arguments)
+    assert {w for w in whole_words(wide) if any(c.isdigit() for c in w)} <= whole_words(narrow)
+    for label in ("optimiser states", "trained parameters", "longest sequence", "6,738,415,616", "114.68", "1,668"):
+        assert label in narrow
+
+
+def test_memory_models_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = run(capsys, "--list-models")
+    for model in json.loads(run(capsys, "--list-models", "--json")):
+        assert model["name"] in shown.splitlines()
+        assert {f"{model[size]:,}" for size in ("parameters", "hidden", "vocabulary")} <= whole_words(shown)
 
 
 def test_memory_json_adds_up(capsys):
@@ -68,6 +94,15 @@ def test_memory_shows_figures_and_models(capsys, monkeypatch):
         (["--gpu-gb", "0"], "gpu-gb is 0"),
         (["--gpu-gb", "nan"], "gpu-gb is nan"),
         (["--block-size", "48"], "block_size is 48"),
+        (
+            ["--gpu-gb", "1e300"],
+            "gpu-gb is 1e+300; want the card's memory in GB, more than 0 and at most 1,000,000,000",
+        ),
+        (["--rank", str(10**400)], "rank is 1000"),
+        (["--batch", str(10**400)], "batch is 1000"),
+        (["--model", "x" * 300], "is known; did you mean"),
+        (["--model", "x" * 300 + "/config.json"], "cannot be read: file name too long"),
+        (["--model", ""], "no model '' is known"),
     ],
 )
 def test_memory_refuses_what_it_cannot_plan(arguments, message, capsys):
@@ -75,3 +110,30 @@ def test_memory_refuses_what_it_cannot_plan(arguments, message, capsys):
         cli.main(["memory", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_memory_with_the_largest_sizes_is_still_a_number(capsys):
+    size = str(2**32)
+    run(capsys, "--rank", size, "--batch", size, "--seq", size, "--gpu-gb", "1e9", "--optimizer", "adamw_8bit")
+
+
+def test_memory_with_an_empty_name_reads_no_config_of_the_current_folder(capsys, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["memory", "--model", ""])
+    assert "no model '' is known" in capsys.readouterr().err
+
+
+def test_memory_says_that_permission_is_denied(capsys, tmp_path, unreadable):
+    (tmp_path / "config.json").write_text("{}")
+    unreadable(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["memory", "--model", str(path)])
+        assert stop.value.code == 2
+        assert "permission denied" in capsys.readouterr().err
+
+
+def test_memory_help_names_the_model_types_it_reads():
+    assert command.MODEL_TYPES.replace(" or ", ", ").split(", ") == list(MODEL_TYPES)

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_core.demo.base import SHIPPED, load_base
 from lora_core.demo.corpus import CODE_LIMIT_BYTES, HELD_OUT_ONE_IN, digest, load_corpus
 from lora_core.demo.data import nats_per_byte, token_stream, training_batch
 from lora_core.demo.model import GPT, GPTConfig
-from lora_core.demo.pretrain import PretrainSettings, pretrain
+from lora_core.demo.pretrain import PretrainSettings, _resume, pretrain
 from lora_core.demo.schedule import learning_rate_at
 from lora_core.demo.tokenizer import Tokenizer, train_tokenizer
 from lora_core.errors import CheckpointError
@@ -176,6 +177,52 @@ def test_demo_base_refuses_a_broken_folder(tmp_path, harm):
         Tokenizer([(97, 98)]).save(tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError, match="want"):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("parameters", None),
+        ("steps", "many"),
+        ("held_out_nats_per_byte", math.nan),
+        ("prose_sha256", 7),
+    ],
+)
+@pytest.mark.parametrize("absent", [False, True])
+def test_demo_base_refuses_a_record_that_a_run_could_not_report(tmp_path, base, field, value, absent):
+    record = {k: v for k, v in base.record.items() if k != field} | ({} if absent else {field: value})
+    broken_base(tmp_path, base.state, record)
+    with pytest.raises(CheckpointError, match=field):
+        load_base(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_demo_base_refuses_weights_that_are_not_finite(tmp_path, base, value):
+    state = {name: tensor.clone() for name, tensor in base.state.items()}
+    state["norm.weight"][3] = value
+    broken_base(tmp_path, state, base.record)
+    with pytest.raises(CheckpointError, match="norm.weight in .* holds NaN or infinity"):
+        load_base(tmp_path)
+
+
+def broken_base(folder, state, record):
+    save_file(state, folder / "base.safetensors", metadata={"record": json.dumps(record)})
+    (folder / "tokenizer.json").write_bytes((SHIPPED / "tokenizer.json").read_bytes())
+
+
+@pytest.mark.parametrize("harm", ["foreign", "truncated", "another model", "no file"])
+def test_demo_pretraining_names_a_checkpoint_that_it_cannot_go_on_from(tmp_path, harm):
+    scratch = tmp_path / "unfinished-4-3.safetensors"
+    save_file({"step": torch.tensor(2), "norm.weight": torch.ones(3)}, scratch)
+    if harm == "foreign":
+        scratch.write_bytes(b"not a checkpoint")
+    elif harm == "truncated":
+        scratch.write_bytes(scratch.read_bytes()[:-3])
+    elif harm == "no file":
+        scratch.unlink()
+    model = GPT(TINY)
+    with pytest.raises(CheckpointError, match=r"unfinished-4-3\.safetensors is no checkpoint.*remove it"):
+        _resume(model, torch.optim.AdamW(model.parameters()), scratch)
 
 
 def test_demo_pretraining_goes_on_from_a_checkpoint_with_the_same_result(tmp_path, corpus, monkeypatch):

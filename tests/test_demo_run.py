@@ -7,12 +7,14 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_core.adapt.files import STALE_SECONDS
 from lora_core.adapt.load import load_adapter
 from lora_core.cli import main
 from lora_core.demo import run as demo_run
@@ -21,7 +23,7 @@ from lora_core.demo.agreement import Agreement
 from lora_core.demo.base import load_base
 from lora_core.demo.files import write_atomically
 from lora_core.demo.run import run_demo, write_results
-from lora_core.demo.settings import METHODS, DemoSettings, choose_device
+from lora_core.demo.settings import METHODS, DemoSettings, check_output, choose_device
 from lora_core.demo.table import cells, print_results
 from lora_core.demo.text import load_text
 from lora_core.errors import ConfigError, DeviceError, LoraCoreError
@@ -243,6 +245,9 @@ def test_demo_interrupted_while_writing_leaves_whole_files(finished, tmp_path, m
         (["--base", "/nowhere"], "base.safetensors cannot be read"),
         (["--output", __file__], "is a file; want a folder"),
         (["--pretrain", "--steps", "-3"], "steps is -3; want a whole number from 1"),
+        (["--pretrain", "--quick"], "--pretrain does not go with --quick"),
+        (["--pretrain", "--device", "cuda"], "--pretrain does not go with --device cuda"),
+        (["--pretrain", "--base", "x"], "--pretrain does not go with --base x"),
     ],
 )
 def test_demo_command_refuses_bad_input(arguments, told, capsys, tmp_path):
@@ -252,6 +257,90 @@ def test_demo_command_refuses_bad_input(arguments, told, capsys, tmp_path):
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def training_is_an_error(monkeypatch):
+    """An output that cannot be written has to be found before anything takes time."""
+
+    def trained(*arguments):
+        pytest.fail("the run went on")
+
+    monkeypatch.setattr(demo_run, "load_base", trained)
+    monkeypatch.setattr("lora_core.demo.pretrain.load_corpus", trained)
+
+
+@pytest.mark.usefixtures("training_is_an_error")
+@pytest.mark.parametrize("file", [*sorted(FILES), "qlora-adapter/adapter_config.json"])
+def test_demo_finds_a_folder_in_a_files_place_before_training(tmp_path, file):
+    (tmp_path / file).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"{file} is a folder; want no folder where a file is written"):
+        run_demo(tmp_path, DemoSettings.quick(), CPU)
+
+
+@pytest.mark.usefixtures("training_is_an_error")
+def test_demo_finds_a_file_in_the_adapters_place_before_training(tmp_path):
+    (tmp_path / "qlora-adapter").write_text("")
+    with pytest.raises(ConfigError, match="qlora-adapter is a file; want a folder"):
+        run_demo(tmp_path, DemoSettings.quick(), CPU)
+
+
+@pytest.mark.usefixtures("training_is_an_error")
+@pytest.mark.parametrize("locked", ["", "new", "qlora-adapter"])
+def test_demo_finds_a_folder_without_permission_before_training(tmp_path, locked, unreadable, capsys):
+    output = tmp_path / "new" if locked == "new" else tmp_path
+    if locked == "qlora-adapter":
+        (tmp_path / locked).mkdir()
+    unreadable(tmp_path / locked)
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--device", "cpu", "--output", str(output)])
+    assert ended.value.code == 2
+    assert "cannot be written: permission denied; want another folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("training_is_an_error")
+def test_demo_pretraining_finds_a_folder_in_a_files_place_before_training(tmp_path):
+    (tmp_path / "base.json").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--pretrain", "--output", str(tmp_path)])
+    assert ended.value.code == 2
+
+
+def test_demo_checking_the_output_leaves_nothing_in_it(tmp_path):
+    check_output(tmp_path / "new", demo_run.FILES)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_demo_run_checks_for_the_files_it_writes(finished):
+    folder, _ = finished
+    assert set(demo_run.FILES) == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_demo_write_atomically_sweeps_what_a_killed_process_left(tmp_path):
+    kept = ["index.html", ".index.9.png", ".index.x.html", ".index.7.html"]
+    for name in (*kept, ".index.12.html"):
+        (tmp_path / name).write_text("")
+    long_ago = time.time() - STALE_SECONDS - 1
+    for name in (".index.9.png", ".index.x.html", ".index.12.html"):
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    write_atomically(tmp_path / "index.html", lambda path: path.write_text("new"))
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_demo_page_ranks_no_step_time_and_says_where_its_figures_come_from(finished):
+    folder, results = finished
+    html = (folder / "index.html").read_text("utf-8")
+    body = html[html.index("<tbody>") : html.index("</tbody>")]
+    marked = re.findall(r'<td class="best">([^<]*)</td>', body)
+    assert len(marked) >= 4 and not any(cell.endswith(" ms") for cell in marked)
+    assert "but for the base's size, steps and own loss, which are those of its record" in html.replace("&#x27;", "'")
+
+
+def test_demo_page_scrolls_what_a_phone_is_too_narrow_for(finished):
+    html = (finished[0] / "index.html").read_text("utf-8")
+    wide = re.findall(r'<div class="card scroll"([^>]*)>(?:<table|<picture)', html)
+    assert len(wide) == 4 and all('tabindex="0"' in attributes for attributes in wide)
+    assert html.count("<picture>") == 3 and re.search(r"\.scroll img \{ min-width: \d+rem; \}", html)
 
 
 def test_demo_says_what_is_missing_without_matplotlib(tmp_path, monkeypatch):

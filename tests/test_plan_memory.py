@@ -186,6 +186,34 @@ def test_fit_finds_the_edge_of_every_size():
             assert plan_memory(shape, replace(setup, **{name: most + 1})).total_bytes > budget
 
 
+def takes(shape, setup, rank):
+    return plan_memory(shape, replace(setup, rank=rank)).total_bytes
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["k_proj", "down_proj"]])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_fit_finds_the_largest_rank_that_trying_all_of_them_finds(optimizer, targets):
+    """With 8-bit states a higher rank may take less: 4,096 elements have smaller states than 4,095."""
+    shape = ModelShape(name="x", layers=3, hidden=96, intermediate=160, heads=4, kv_heads=2, vocabulary=30)
+    setup = Setup(method="qlora", targets=targets, sequence=4, optimizer=optimizer)
+    widest = max(min(layer.rows, layer.columns) for layer in shape.targets(targets))
+    costs = [takes(shape, setup, rank) for rank in range(1, widest + 1)]
+    assert (costs != sorted(costs)) == (optimizer == "adamw_8bit")
+    for budget in {c + d for c in costs for d in (-1, 0)}:
+        most = max((rank for rank, cost in enumerate(costs, 1) if cost <= budget), default=0)
+        assert fit(shape, setup, budget).largest_rank == most
+
+
+def test_fit_finds_a_rank_beyond_ranks_that_do_not_fit():
+    shape = ModelShape(
+        name="x", layers=24, hidden=1300, intermediate=1300, heads=10, kv_heads=10, vocabulary=1000
+    )  # fmt: skip
+    setup = Setup(method="qlora", targets=["q_proj"], sequence=16, optimizer="adamw_8bit")
+    budget = 170_058_368
+    assert takes(shape, setup, 3) > budget == takes(shape, setup, 4) < takes(shape, setup, 5)
+    assert fit(shape, setup, budget).largest_rank == 4
+
+
 def test_fit_says_where_nothing_fits_and_where_everything_does():
     shape = find_shape("Llama-2-7B")
     none = fit(shape, Setup(method="full"), 24 * 10**9)
@@ -206,6 +234,7 @@ def test_fit_says_where_nothing_fits_and_where_everything_does():
         ({"rank": 0}, "rank is 0"),
         ({"batch": 1.5}, "batch is 1.5"),
         ({"sequence": -1}, "sequence is -1"),
+        ({"rank": 10**400}, "rank is 1000.*000; want a whole number of at most 4,294,967,296"),
         ({"block_size": 48}, "block_size is 48"),
     ],
 )

@@ -87,7 +87,7 @@ QUOTED = {
 # the same for figures that are published to so many decimals
 ROUNDED = {
     "GPT-3: times fewer parameters": (10_000, 9251, 0),
-    "GPT-3: times less memory": (3, 8.0, 1),
+    "GPT-3: times less memory": (3, 3.4, 1),
     "adapter file": (50, 34, 0),
     "65B LoRA: adapters": (0.08, 0.08, 2),
     "65B LoRA: gradients": (0.08, 0.08, 2),
@@ -115,6 +115,32 @@ def test_figures_are_those_published():
             assert (figure.said, round(figure.right, decimals)) == (said, right)
     every = [(f.said, f.right) for f in found if f.subject == "... all parameters"]
     assert every == ALL
+
+
+# numbers beside those: what they are, their values as published, decimals
+BESIDE = {
+    "LoRA on 64 x 64, r = 8": {"dense": (4096, 0)},
+    "GPT-3: times fewer parameters": {"Llama-2-7B, q,k,v,o, r = 16": (402, 0)},
+    "GPT-3: times less memory": {"states alone, computed": (8.0, 1)},
+    "adapter file": {"all-linear in fp32": (160, 0)},
+    "65B LoRA: adapters": {"q,k,v,o": (0.168, 3), "all-linear": (0.40, 2)},
+    "65B QLoRA: weights": {"bits": (4.127, 3), "without double quantisation": (36.6, 1), "codes alone": (32.5, 1)},
+    "prefix of 20, 7B": {"Llama-3-8B": (1_310_720, 0)},
+    "Houlsby adapters of 64, 7B": {"with norms": (34_082_816, 0)},
+    "IA3, 7B": {"Llama-3-8B": (524_288, 0)},
+}
+
+
+def test_figures_beside_the_quoted_ones_are_those_published_and_told():
+    named = {figure.subject: figure for figure in figures() if figure.beside}
+    assert named.keys() == BESIDE.keys()
+    for subject, numbers in BESIDE.items():
+        found = named[subject].beside
+        assert {what: round(value, numbers[what][1]) for what, value in found.items()} == {
+            what: value for what, (value, _) in numbers.items()
+        }
+        for value, decimals in numbers.values():
+            assert f"{value:,.{decimals}f}" in named[subject].why
 
 
 def test_quoted_formulas_give_the_quoted_numbers():

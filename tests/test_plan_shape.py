@@ -7,7 +7,7 @@ from models import transformers_config
 
 from lora_core.errors import ConfigError
 from lora_core.plan.catalogue import SHAPES, find_shape
-from lora_core.plan.config_file import read_shape
+from lora_core.plan.config_file import MODEL_TYPES, read_shape
 from lora_core.plan.shape import ModelShape
 
 # parameters of the released weights; GPT-3's count is only published rounded
@@ -78,6 +78,97 @@ def test_config_file_reads_a_head_size_of_its_own(tmp_path):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     assert read_shape(tmp_path).parameters == sum(p.numel() for p in on_meta(config).parameters())
+
+
+def tiny_config(kind, **more):
+    import transformers
+
+    gpt2 = {"n_layer": 2, "n_embd": 48, "n_head": 4, "n_positions": 32, "vocab_size": 64}
+    rotary = {
+        "num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    return transformers.AutoConfig.for_model(kind, **(gpt2 if kind == "gpt2" else rotary), **more)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(kind, {"tie_word_embeddings": tied}) for kind in MODEL_TYPES for tied in (False, True)]
+    + [("llama", {"attention_bias": True}), ("gpt2", {"n_inner": 80}), ("mistral", {"head_dim": 20})],
+)
+def test_config_file_counts_what_transformers_builds(kind, more, tmp_path):
+    config = tiny_config(kind, **more)
+    config.save_pretrained(tmp_path)
+    assert read_shape(tmp_path).parameters == sum(p.numel() for p in on_meta(config).parameters())
+
+
+@pytest.mark.peer
+def test_config_file_of_a_model_with_other_parts_gives_its_text_model(tmp_path):
+    import transformers
+
+    text = tiny_config("llama")
+    transformers.LlavaConfig(text_config=text).save_pretrained(tmp_path)
+    shape = read_shape(tmp_path)
+    assert shape.parameters == sum(p.numel() for p in on_meta(text).parameters())
+    assert shape.source == f"text_config of {tmp_path / 'config.json'}"
+
+
+def test_gpt2_with_a_head_of_its_own_has_one_table_more(tmp_path):
+    sizes = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "tie_word_embeddings": False, **sizes}))
+    assert read_shape(tmp_path).parameters == 163_037_184
+
+
+def test_config_file_may_start_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8-sig")
+    assert read_shape(tmp_path).hidden == 8
+
+
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2,
+    "vocab_size": 4,
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 4, "vocab_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**LLAMA, "head_dim": 0}, "head_size of .* is 0; want a whole number of at least 1"),
+        ({**LLAMA, "head_dim": 2.5}, "head_size of .* is 2.5"),
+        ({**LLAMA, "num_key_value_heads": 0}, "kv_heads of .* is 0"),
+        ({**LLAMA, "tie_word_embeddings": "false"}, "tie_word_embeddings of .* is 'false'; want true or false"),
+        ({**LLAMA, "attention_bias": 1}, "attention_bias of .* is 1; want true or false"),
+        ({**LLAMA, "hidden_size": 10**400}, "hidden of .* is 10000.*; want a whole number of at most"),
+        ({**LLAMA, "hidden_size": {"a": "\ud800"}}, "hidden of .* is {'a': .*}; want a whole number"),
+        ({**LLAMA, "model_type": "qwen2", "attention_bias": True}, "attention_bias in a llama alone"),
+        ({**GPT2, "n_embd": None}, "hidden of .* is None"),
+        ({**GPT2, "n_inner": 0}, "intermediate of .* is 0"),
+        ({**GPT2, "n_positions": -1}, "positions of .* is -1; want a whole number of at least 0"),
+        ({**GPT2, "n_positions": None}, "positions of .* is None"),
+        ({**GPT2, "add_cross_attention": True}, "add_cross_attention, whose layers are not counted"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "text_config of .* does not state"),
+        ({"model_type": "llava", "text_config": {"model_type": "phi3"}}, "model_type of .* is 'llava'"),
+    ],
+)
+def test_config_file_with_a_value_that_cannot_be_says_which(settings, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=message):
+        read_shape(tmp_path)
+
+
+def test_config_file_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read_shape(tmp_path)
+
+
+def test_config_file_without_permission_is_refused(tmp_path, unreadable):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    unreadable(tmp_path)
+    with pytest.raises(ConfigError, match="permission denied"):
+        read_shape(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(

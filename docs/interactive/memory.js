@@ -74,23 +74,30 @@ const memory = (() => {
     return { trained, rows, total: sum(rows) };
   }
 
-  /** The largest n up to end for which holds(n), true up to some n and false beyond; 0 if none. */
-  function largest(holds, end) {
-    let low = 0, high = end + 1;
-    while (high - low > 1) {
-      const middle = Math.floor((low + high) / 2);
-      if (holds(middle)) low = middle; else high = middle;
+  /** The largest n up to end for which holds(n), 0 if none; from one of falls to the next true up to some n. */
+  function largest(holds, end, falls = []) {
+    let high = end + 1;
+    for (const start of [1, ...falls.filter((n) => n > 1 && n <= end)].sort((a, b) => b - a)) {
+      let low = start - 1;
+      while (high - low > 1) {
+        const middle = Math.floor((low + high) / 2);
+        if (holds(middle)) low = middle; else high = middle;
+      }
+      if (low >= start) return low;
+      high = start;
     }
-    return low;
+    return 0;
   }
 
   /** The largest rank and batch that fit a budget in bytes, all else equal. */
   function fit(m, s, budget) {
     const holds = (change) => plan(m, { ...s, ...change }).total <= budget;
+    // at these ranks a matrix is large enough for 8-bit states, and takes less than one row fewer does
+    const falls = targets(m, s.targets).flatMap((layer) => [up(SMALLEST_8BIT, layer.rows), up(SMALLEST_8BIT, layer.columns)]);
     const widest = Math.max(...targets(m, s.targets).map((layer) => Math.min(layer.rows, layer.columns)));
     return {
       fits: holds({}),
-      rank: s.method === "full" ? null : largest((rank) => holds({ rank }), widest),
+      rank: s.method === "full" ? null : largest((rank) => holds({ rank }), widest, falls),
       batch: largest((batch) => holds({ batch }), 2 ** 20),
     };
   }

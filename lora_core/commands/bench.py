@@ -29,7 +29,7 @@ def bench(
         if value is not None:
             arguments += [f"--{name}", str(value)]
     sys.path.insert(0, str(root))
-    raise typer.Exit(importlib.import_module("benchmarks.run").main(arguments))
+    raise typer.Exit(importlib.import_module("benchmarks.run").main(arguments, "lora-core bench"))
 
 
 def checkout_root() -> Path:

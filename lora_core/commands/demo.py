@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-# the shell's status for a program ended by Ctrl-C
-INTERRUPTED = 130
+from lora_core.terminal import INTERRUPTED
 
 
 def demo(
@@ -21,6 +20,7 @@ def demo(
     """Adapt a small GPT to Python source code: full fine-tuning, LoRA, rsLoRA and QLoRA, measured side by side."""
     try:
         if pretrain:
+            _refuse_beside_pretrain(device, quick, base)
             _pretrain(output, seed, steps)
         else:
             _demo(output, seed, device, steps, quick, base)
@@ -52,16 +52,28 @@ def _demo(output: Path, seed: int, device: str, steps: int | None, quick: bool, 
         raise typer.Exit(1)
 
 
+def _refuse_beside_pretrain(device: str, quick: bool, base: Path | None) -> None:
+    from lora_core.errors import ConfigError
+
+    for given, why in (
+        (device not in ("auto", "cpu"), f"--device {device}: pre-training runs on the CPU"),
+        (quick, "--quick: give fewer --steps"),
+        (base is not None, f"--base {base}: pre-training makes a base, in --output"),
+    ):
+        if given:
+            raise ConfigError(f"--pretrain does not go with {why}; leave one of the two out")
+
+
 def _pretrain(output: Path, seed: int, steps: int | None) -> None:
     from lora_core.demo.model import GPTConfig
-    from lora_core.demo.pretrain import DEFAULT_STEPS, PretrainSettings, pretrain
+    from lora_core.demo.pretrain import DEFAULT_STEPS, FILES, PretrainSettings, pretrain
     from lora_core.demo.settings import check_output, check_seed, check_steps
 
     steps = DEFAULT_STEPS if steps is None else steps
     check_seed(seed)
     check_steps(steps)
-    check_output(output)
     scratch = output / f"unfinished-{steps}-{seed}.safetensors"
+    check_output(output, (*FILES, scratch.name))
     record = pretrain(output, PretrainSettings(steps=steps, seed=seed), GPTConfig(), scratch)
     scratch.unlink(missing_ok=True)
     typer.echo(f"{record['held_out_nats_per_byte']:.4f} nats/byte on held-out prose; the base is in {output}")

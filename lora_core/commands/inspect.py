@@ -1,5 +1,6 @@
 """`lora-core inspect`: what a checkpoint holds."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Show every row of long tables.")] = False,
 ) -> None:
-    """Show the method, rank, scaling, targets, norms and bits per parameter of a checkpoint; nothing is unpickled."""
+    """Show the method, rank, scaling, targets, norms and bits per parameter of a checkpoint; nothing is unpickled.
+
+    Exit status 1 if something is wrong with it.
+    """
     import dataclasses
     import json
 
@@ -22,8 +26,10 @@ def inspect(
     report = inspect_path(path)
     if as_json:
         typer.echo(json.dumps(finite(dataclasses.asdict(report)), indent=2))
-        return
-    _show(report, None if every else SHOWN_ROWS)
+    else:
+        _show(report, None if every else SHOWN_ROWS)
+    if report.problems:
+        raise typer.Exit(1)
 
 
 def finite(value: Any) -> Any:
@@ -37,17 +43,18 @@ def finite(value: Any) -> Any:
 
 def _show(report: Any, limit: int | None) -> None:
     from rich.console import Console
-    from rich.markup import escape
+
+    from lora_core.terminal import Column, print_text
 
     console = Console()
     sizes = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in report.files.items())
-    console.print(f"[bold]{escape(report.path)}[/bold]: {report.kind}; {escape(sizes)}", highlight=False)
+    print_text(console, f"{report.path}: {report.kind}; {sizes}", styled=len(report.path))
     for name, value in report.settings.items():
-        console.print(f"  {name}: {escape(str(value))}", highlight=False)
+        print_text(console, f"{name}: {value}", indent="  ")
     _table(
         console,
         "low-rank updates",
-        ("module", "rank", "scaling", "A", "B", "dtype", "|s B A|"),
+        [Column("module", "name"), *map(Column, ("rank", "scaling", "A", "B", "dtype")), Column("|s B A|", "prose")],
         [
             (
                 p.module,
@@ -65,7 +72,11 @@ def _show(report: Any, limit: int | None) -> None:
     _table(
         console,
         "quantised weights",
-        ("weight", "type", "shape", "from", "block", "double", "bits/parameter"),
+        [
+            Column("weight", "name"),
+            *map(Column, ("type", "shape", "from", "block", "double")),
+            Column("bits/parameter"),
+        ],
         [
             (
                 q.name,
@@ -81,27 +92,20 @@ def _show(report: Any, limit: int | None) -> None:
         limit,
     )
     rows = [(t.name, _sizes(t.shape), t.dtype) for t in report.plain]
-    _table(console, "other tensors", ("tensor", "shape", "dtype"), rows, limit)
-    for text in report.problems:
-        console.print(f"[red]problem:[/red] {escape(text)}", highlight=False)
-    for text in report.notes:
-        console.print(f"[yellow]note:[/yellow] {escape(text)}", highlight=False)
+    _table(console, "other tensors", [Column("tensor", "name"), Column("shape"), Column("dtype")], rows, limit)
+    for kind, colour, texts in (("problem:", "red", report.problems), ("note:", "yellow", report.notes)):
+        for text in texts:
+            print_text(console, f"{kind} {text}", style=colour, styled=len(kind))
     if not report.problems:
         console.print("no problems found")
 
 
-def _table(console: Any, title: str, heads: tuple[str, ...], rows: list[Any], limit: int | None) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+def _table(console: Any, title: str, columns: list[Any], rows: Sequence[tuple[str, ...]], limit: int | None) -> None:
+    from lora_core.terminal import print_table
 
     if not rows:
         return
-    table = Table(title=f"{title} ({len(rows)})", title_justify="left")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows[:limit]:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    print_table(console, columns, rows[:limit], f"{title} ({len(rows)})")
     if limit is not None and len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more; --all shows them")
 

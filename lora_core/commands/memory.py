@@ -5,10 +5,16 @@ from typing import Annotated, Any
 import typer
 
 GIGA = 10**9
+# an exabyte: more than any machine has, and its bytes are still a whole number as a float
+LARGEST_GB = 10**9
+# lora_core.plan.config_file.MODEL_TYPES, which is loaded only when it is needed
+MODEL_TYPES = "llama, mistral, qwen2 or gpt2"
 
 
 def memory(
-    model: Annotated[str, typer.Option(help="A known model (--list-models), or a config.json.")] = "Llama-2-7B",
+    model: Annotated[
+        str, typer.Option(help=f"A known model (--list-models), or a config.json of type {MODEL_TYPES}.")
+    ] = "Llama-2-7B",
     method: Annotated[str, typer.Option(help="full, lora, qlora, or all side by side.")] = "all",
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     targets: Annotated[str, typer.Option(help="all-linear, attention, or names with commas between.")] = "all-linear",
@@ -36,8 +42,8 @@ def memory(
     if list_models:
         _print_json(_models()) if as_json else show.show_models()
         return
-    if gpu_gb is not None and not 0 < gpu_gb < float("inf"):
-        raise ConfigError(f"gpu-gb is {gpu_gb:g}; want the card's memory in GB, more than 0")
+    if gpu_gb is not None and not 0 < gpu_gb <= LARGEST_GB:
+        raise ConfigError(f"gpu-gb is {gpu_gb:g}; want the card's memory in GB, more than 0 and at most {LARGEST_GB:,}")
     from lora_core.plan.setup import METHODS
 
     if method not in (*METHODS, "all"):
@@ -69,6 +75,7 @@ def _targets(text: str) -> str | list[str]:
 
 
 def _plan(model: str, methods: tuple[str, ...], settings: dict[str, Any]) -> list[Any]:
+    import os
     from pathlib import Path
 
     from lora_core.plan.catalogue import find_shape
@@ -76,8 +83,9 @@ def _plan(model: str, methods: tuple[str, ...], settings: dict[str, Any]) -> lis
     from lora_core.plan.memory import plan_memory
     from lora_core.plan.setup import Setup
 
-    path = Path(model)
-    shape = read_shape(path) if path.exists() or path.suffix == ".json" else find_shape(model)
+    # a name that cannot be a path, too long or empty, does not exist either
+    is_path = os.path.exists(model) or os.sep in model or model.endswith(".json")
+    shape = read_shape(Path(model)) if is_path else find_shape(model)
     return [plan_memory(shape, Setup(method=method, **settings)) for method in methods]
 
 

@@ -1,6 +1,7 @@
 """The pre-trained base: reading it and building fresh models from it."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.methods.nf4 import NF4Config
 
 SHIPPED = Path(__file__).parent
+# what a run reports of the base, and its kinds
+RECORD: dict[str, tuple[type, ...]] = {
+    "parameters": (int,),
+    "steps": (int,),
+    "held_out_nats_per_byte": (float, int),
+    "prose_sha256": (str,),
+}
 # QLoRA's own setting (Dettmers et al. 2023, section 3)
 QLORA = NF4Config(block_size=64, double_quant=True)
 
@@ -56,7 +64,7 @@ def load_base(folder: Path = SHIPPED) -> Base:
     Args:
         folder: holds base.safetensors and tokenizer.json.
     Raises:
-        CheckpointError: if a file is missing, truncated or of another shape.
+        CheckpointError: if a file is missing, truncated, of another shape or not finite, or its record lacks a field.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -80,4 +88,18 @@ def load_base(folder: Path = SHIPPED) -> Base:
             f"{folder} holds a tokenizer of {len(base.tokenizer)} tokens and a model of {config.vocabulary}; want the "
             "three files of one pre-training run"
         )
+    _check_values(path, base)
     return base
+
+
+def _check_values(path: Path, base: Base) -> None:
+    """Raises CheckpointError where a run would fail on the base after all its training."""
+    for name, kinds in RECORD.items():
+        value = base.record.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, float) and not math.isfinite(value)):
+            raise CheckpointError(
+                f"the record in {path} has {name} = {value!r}, which a run reports; want a file that --pretrain wrote"
+            )
+    for name, tensor in base.state.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} in {path} holds NaN or infinity; want a base whose training did not diverge")

@@ -45,8 +45,7 @@ def require_matplotlib() -> None:
 
 def draw_charts(results: Results, theme: Theme) -> dict[str, bytes]:
     """Each chart's PNG by file name."""
-    drawings = {"loss_curves": _loss_curves, "quantization_error": _quantization_error, "singular_values": _spectra}
-    return {f"{name}.png": _draw(drawing, results, theme) for name, drawing in drawings.items()}
+    return {f"{name}.png": _draw(drawing, results, theme) for name, drawing in DRAWINGS.items()}
 
 
 def _draw(drawing: Any, results: Results, theme: Theme) -> bytes:
@@ -119,3 +118,6 @@ def _spectra(results: Results, figure: "Figure", theme: Theme) -> None:
     axes.set_ylim(1e-3, 1.3)
     axes.set_xlim(0, max(len(spectrum.singular_values) for spectrum in results.spectra))
     axes.legend(ncols=2)
+
+
+DRAWINGS = {"loss_curves": _loss_curves, "quantization_error": _quantization_error, "singular_values": _spectra}

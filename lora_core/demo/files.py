@@ -1,8 +1,12 @@
 """Files that are either whole or not there."""
 
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from lora_core.adapt.files import STALE_SECONDS
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -19,3 +23,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _remove_stale(path)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what killed processes left; a younger file may belong to another process that is writing."""
+    left = re.compile(rf"\.{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}")
+    for file in path.parent.iterdir():
+        try:
+            if left.fullmatch(file.name) and time.time() - file.stat().st_mtime > STALE_SECONDS:
+                file.unlink()
+        except FileNotFoundError:
+            continue

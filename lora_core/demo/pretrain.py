@@ -17,8 +17,11 @@ from lora_core.demo.model import GPT, GPTConfig
 from lora_core.demo.progress import progress_bars
 from lora_core.demo.schedule import learning_rate_at
 from lora_core.demo.tokenizer import Tokenizer, train_tokenizer
+from lora_core.errors import CheckpointError
 
 DEFAULT_STEPS = 6000
+# all that pre-training writes
+FILES = ("tokenizer.json", "base.safetensors", "base.json")
 CHECKPOINT_SECONDS = 180.0
 
 
@@ -152,11 +155,17 @@ def _checkpoint(model: GPT, optimizer: torch.optim.Optimizer, path: Path, step: 
 
 def _resume(model: GPT, optimizer: torch.optim.Optimizer, path: Path) -> int:
     """Loads a checkpoint and returns the step to go on with."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(tensors[name])
-        state = {key: tensors[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter].update(state)
-    return int(tensors["step"])
+    try:
+        tensors = load_file(path)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(tensors[name])
+            state = {key: tensors[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter].update(state)
+        return int(tensors["step"])
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this pre-training ({type(error).__name__}: {error}); remove it to start anew"
+        ) from error

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from lora_core.adapt.files import CONFIG, WEIGHTS
 from lora_core.demo.adaptation import Adaptation, Adapted, measure
 from lora_core.demo.agreement import check_agreement
 from lora_core.demo.base import Base, load_base
-from lora_core.demo.charts import DARK, LIGHT, draw_charts, require_matplotlib
+from lora_core.demo.charts import DARK, DRAWINGS, LIGHT, draw_charts, require_matplotlib
 from lora_core.demo.files import write_atomically
 from lora_core.demo.page import page
 from lora_core.demo.progress import progress_bars
@@ -24,6 +25,12 @@ from lora_core.demo.text import Text, load_text
 from lora_core.demo.weights import quantization_errors, update_spectra
 
 ADAPTER_FOLDER = "qlora-adapter"
+# all that a run writes, by its place in the output folder
+FILES = (
+    *(f"{name}.png" for name in DRAWINGS),
+    *("results.json", "index.html"),
+    *(f"{ADAPTER_FOLDER}/{name}" for name in (CONFIG, WEIGHTS)),
+)
 # what the other parts take, in training steps, so that the bar of the whole run moves evenly
 PREPARING, MEASURING, COMPARING = 35, 25, 40
 
@@ -36,7 +43,7 @@ def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Resu
         settings: seed and sizes.
         device: where to run.
     Returns:
-        All figures, every one measured in this run.
+        All figures, measured in this run but for those of the base's record.
     Raises:
         ConfigError: on settings that cannot work.
         CheckpointError: if the base cannot be read.
@@ -44,7 +51,7 @@ def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Resu
     """
     check_seed(settings.seed)
     check_steps(settings.steps)
-    check_output(output)
+    check_output(output, FILES)
     require_matplotlib()
     started = time.perf_counter()
     base = load_base(settings.base)

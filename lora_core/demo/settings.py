@@ -1,5 +1,7 @@
 """What a run of the demo is asked to do."""
 
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,15 +94,25 @@ def check_steps(steps: int) -> None:
         raise ConfigError(f"steps is {steps}; want a whole number from 1 to {2**20 - 1}")
 
 
-def check_output(output: Path) -> None:
-    """Makes the folder; raises ConfigError if that cannot be."""
-    blocking = next((part for part in (output, *output.parents) if part.exists() and not part.is_dir()), None)
-    if blocking is not None:
-        raise ConfigError(f"output is {output}, but {blocking} is a file; want a folder, new or not")
+def check_output(output: Path, files: Iterable[str] = ()) -> None:
+    """Makes the folder; raises ConfigError if that cannot be, or one of the files could not be written there."""
+    paths = [output / name for name in files]
+    folders = list(dict.fromkeys([output, *(path.parent for path in paths)]))
     try:
+        for part in (*output.parents, *folders):
+            if part.exists() and not part.is_dir():
+                raise ConfigError(f"output is {output}, but {part} is a file; want a folder, new or not")
+        for path in paths:
+            if path.is_dir():
+                raise ConfigError(f"output is {output}, but {path} is a folder; want no folder where a file is written")
         output.mkdir(parents=True, exist_ok=True)
+        for folder in folders:
+            if folder.exists():
+                # permissions, quotas and read-only disks are known for certain only by trying
+                tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(f"output is {output}, which cannot be made: {error.strerror}; want another folder") from None
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"output is {output}, which cannot be written: {why}; want another folder") from None
 
 
 def choose_device(name: str) -> torch.device:

@@ -44,16 +44,13 @@ def agreement_lines(results: Results) -> list[str]:
 
 def print_results(results: Results, console: "Console") -> None:
     """Prints the table, the rates, the agreement and where the time went."""
-    from rich.table import Table
+    from lora_core.terminal import Column, print_table
 
     setting = results.setting
     title = f"Loss in nats per byte of held-out text; {setting['steps']} steps of {setting['tokens_per_step']:,} tokens"
-    table = Table(title=title, title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in results.rows:
-        table.add_row(*cells(row))
-    console.print(table)
+    first, *others = COLUMNS
+    columns = [Column(first), *(Column(head, "number") for head in others)]
+    print_table(console, columns, [cells(row) for row in results.rows], title)
     for row in results.rows:
         console.print(f"  {row.title}: {row.settings}", highlight=False, markup=False)
     for line in agreement_lines(results):

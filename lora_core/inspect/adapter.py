@@ -1,7 +1,6 @@
 """What an adapter's folder says: its configuration, its pairs A and B, and whether the two agree."""
 
 import difflib
-import json
 import math
 import re
 import warnings
@@ -14,7 +13,7 @@ from lora_core.adapt.files import CONFIG, METADATA_KEY
 from lora_core.adapt.keys import PREFIX, canonical
 from lora_core.adapt.target import matches
 from lora_core.errors import LoraCoreError
-from lora_core.inspect.files import Tensors
+from lora_core.inspect.files import Tensors, parse_json
 from lora_core.inspect.report import Pair, Report
 from lora_core.methods.lora import LoraConfig
 
@@ -39,7 +38,7 @@ def describe_adapter(report: Report, written: dict[str, Any] | None, tensors: Te
     _compare(report, written, embedded)
     config = _configuration(report, values)
     names = {str(canonical(n) or n): n for n in tensors.names()}
-    report.settings = _settings(values, config, list(names))
+    report.settings = _settings(report, values, config, list(names))
     used: set[str] = set()
     for name in sorted(names):
         half = HALF_A.search(name)
@@ -79,9 +78,14 @@ def _pair(report: Report, module: str, a: Tensor, b: Tensor, config: LoraConfig 
         report.problems.append(f"{module}: A is {list(a.shape)} and B {list(b.shape)}; want [R, K] and [N, R]")
         return None
     rank = int(a.shape[0])
-    scaling = config.scaling_of(module) if config is not None else None
+    scaling = _scaling(report, module, config) if config is not None else None
     if config is not None and config.rank_of(module) != rank:
         report.problems.append(f"{module}: the configuration says rank {config.rank_of(module)}, A has {rank} rows")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        report.problems.append(f"{module}: A is {_dtype(a)} and B {_dtype(b)}; want floating numbers: save it again")
+        return None
+    # not every operation knows every 8-bit dtype; float64 holds all their values
+    a, dtype, b = a.double(), _dtype(a), b.double()
     finite = bool(a.isfinite().all()) and bool(b.isfinite().all())
     if not finite:
         report.problems.append(f"{module}: A or B holds NaN or infinity; train again with a smaller learning rate")
@@ -93,15 +97,28 @@ def _pair(report: Report, module: str, a: Tensor, b: Tensor, config: LoraConfig 
         scaling=scaling,
         shape_a=tuple(a.shape),
         shape_b=tuple(b.shape),
-        dtype=str(a.dtype).removeprefix("torch."),
+        dtype=dtype,
         update_norm=norm * abs(scaling) if scaling is not None else norm,
         untrained=finite and (not bool(a.any()) or not bool(b.any())),
     )
 
 
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _scaling(report: Report, module: str, config: LoraConfig) -> float | None:
+    try:
+        return config.scaling_of(module)
+    except OverflowError:
+        where = f"{module}: " if module else ""
+        report.problems.append(f"{where}alpha or the rank is beyond any floating number: the configuration is damaged")
+        return None
+
+
 def _embedded(tensors: Tensors) -> dict[str, Any] | None:
     try:
-        values = json.loads(tensors.metadata.get(METADATA_KEY, "null"))
+        values = parse_json(tensors.metadata.get(METADATA_KEY, "null"))
     except ValueError:
         return None
     return values if isinstance(values, dict) else None
@@ -126,13 +143,19 @@ def _configuration(report: Report, values: dict[str, Any] | None) -> LoraConfig 
         with warnings.catch_warnings():
             # unknown fields are listed below
             warnings.simplefilter("ignore")
-            return config_from_peft(values)
-    except (LoraCoreError, TypeError) as error:
+            config = config_from_peft(values)
+    except (LoraCoreError, TypeError, OverflowError) as error:
         report.problems.append(f"cannot be loaded here: {error}")
         return None
+    targets = values.get("target_modules")
+    if not (isinstance(targets, (str, list)) and targets):
+        report.problems.append(f"target_modules is {targets!r}; want a list of names, or one string")
+    return config
 
 
-def _settings(values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]) -> dict[str, Any]:
+def _settings(
+    report: Report, values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]
+) -> dict[str, Any]:
     values = values or {}
     kind = str(values.get("peft_type", "LORA")).upper()
     method = {"LORA": "LoRA"}.get(kind, kind)
@@ -143,7 +166,7 @@ def _settings(values: dict[str, Any] | None, config: LoraConfig | None, names: l
     found: dict[str, Any] = {"method": method}
     found.update({name: values[name] for name in SHOWN_SETTINGS if values.get(name) not in (None, [], {})})
     if config is not None:
-        found["scaling"] = config.scaling_of("")
+        found["scaling"] = _scaling(report, "", config)
     for name in ("rank_pattern", "alpha_pattern", "base_model_name_or_path", "peft_version"):
         if values.get(name):
             found[name] = values[name]

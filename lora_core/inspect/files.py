@@ -18,6 +18,9 @@ PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 
 SHOWN_NAMES = 10
 
+# levels of a JSON text; configurations have three or four
+DEEPEST = 64
+
 # safetensors' names of dtypes, as PyTorch calls them
 DTYPES = {
     "F64": "float64",
@@ -43,6 +46,7 @@ class Tensors:
     def __init__(self, files: dict[Path, Any]) -> None:
         self.metadata: dict[str, str] = {}
         self._owner: dict[str, Any] = {}
+        self._places: dict[str, str] = {}
         for path, file in files.items():
             self.metadata.update(file.metadata() or {})
             for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -51,6 +55,7 @@ class Tensors:
                         f"{path} holds {name}, which another file of the folder holds too; remove one"
                     )
                 self._owner[name] = file
+                self._places[name] = path.name
 
     def names(self) -> list[str]:
         """Return the tensors' names in order."""
@@ -70,6 +75,10 @@ class Tensors:
         tensor: Tensor = self._owner[name].get_tensor(name)
         return tensor
 
+    def file_of(self, name: str) -> str | None:
+        """Return the name of the file that holds a tensor, or None if none does."""
+        return self._places.get(name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._owner
 
@@ -79,12 +88,18 @@ def weight_files(path: Path) -> list[Path]:
 
     Raises:
         CheckpointError: if there is none, or only pickles.
+        OSError: if it cannot be read.
     """
+    # a link that leads nowhere does not exist, and is there all the same
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to {path.readlink()}, which does not exist; want a file or a folder")
     if not path.exists():
         raise CheckpointError(f"there is no {path}; want an adapter's folder, a model's folder or a .safetensors file")
     if path.is_file():
         _refuse_pickle(path)
         return [path]
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is neither a file nor a folder; want a .safetensors file or a folder of them")
     if (path / WEIGHTS).exists():
         return [path / WEIGHTS]
     found = sorted(path.glob("*.safetensors"))
@@ -105,6 +120,7 @@ def opened(paths: list[Path]) -> Iterator[Tensors]:
 
     Raises:
         CheckpointError: if one is truncated or no safetensors file.
+        OSError: if one cannot be read; safetensors says of every such file that it does not exist.
     """
     from contextlib import ExitStack
 
@@ -113,6 +129,7 @@ def opened(paths: list[Path]) -> Iterator[Tensors]:
     with ExitStack() as stack:
         files = {}
         for path in paths:
+            path.open("rb").close()
             try:
                 files[path] = stack.enter_context(safe_open(path, "pt"))
             except (SafetensorError, OSError) as error:
@@ -130,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         CheckpointError: if it is not one.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -140,14 +157,35 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
+def parse_json(text: str) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: if it is none, or so deep that what walks it would overflow the stack.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level, depth = [values], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+        inside = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [part for parts in inside if not isinstance(parts, (str, int, float, type(None))) for part in parts]
+    return values
+
+
 def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(9)
     # a safetensors file starts with 8 bytes of length, which may look like anything, and the brace of its JSON header
     looks_pickled = start.startswith(PICKLE_STARTS) and not start.endswith(b"{")
     if path.suffix in PICKLES or looks_pickled:
+        kind = "a pickle" if looks_pickled else "by its name a pickle"
         raise CheckpointError(
-            f"{path} is a pickle, which can run any code when it is read and is never opened here; want safetensors. "
+            f"{path} is {kind}, which can run any code when it is read and is never opened here; want safetensors. "
             "Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), "
             "'model.safetensors')"
         )

@@ -1,12 +1,15 @@
 """Inspect whatever a path names."""
 
 import os
+from pathlib import Path
 
 from lora_core.adapt.files import CONFIG, folder_path
+from lora_core.errors import CheckpointError
 from lora_core.inspect.adapter import HALF_A, describe_adapter
 from lora_core.inspect.files import Tensors, opened, read_json, weight_files
 from lora_core.inspect.quantised import describe_quantised
 from lora_core.inspect.report import Plain, Report
+from lora_core.inspect.shards import check_index
 
 
 def inspect_path(path: str | os.PathLike[str]) -> Report:
@@ -15,9 +18,19 @@ def inspect_path(path: str | os.PathLike[str]) -> Report:
     Args:
         path: the folder or file.
     Raises:
-        CheckpointError: if it is missing, a pickle, truncated or foreign.
+        CheckpointError: if it is missing, not to be read, a pickle, truncated or foreign.
     """
     place = folder_path(path)
+    try:
+        return _inspect(place)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise CheckpointError(
+            f"{error.filename or place} cannot be read: {why}; want a file or folder that can"
+        ) from None
+
+
+def _inspect(place: Path) -> Report:
     files = weight_files(place)
     config_file = files[0].parent / CONFIG
     with opened(files) as tensors:
@@ -28,6 +41,10 @@ def inspect_path(path: str | os.PathLike[str]) -> Report:
         if written is not None:
             sizes[CONFIG] = config_file.stat().st_size
         report = Report(path=str(place), kind="adapter" if adapter else "checkpoint", files=sizes)
+        if not tensors.names():
+            report.problems.append("there is no tensor in it: nothing can be loaded; save it again")
+        if place.is_dir() and not adapter:
+            check_index(report, place, tensors)
         used = describe_adapter(report, written, tensors) if adapter else set()
         used |= describe_quantised(report, tensors)
         for name in tensors.names():

@@ -1,14 +1,21 @@
-"""Weights in bitsandbytes' 4-bit format, recognised by the JSON that stands beside each."""
+"""Weights in bitsandbytes' 4-bit format: each is read as a loader reads it, so what cannot be loaded is a problem."""
 
-import json
 import math
-from typing import Any
+import re
 
+from lora_core.errors import LoraCoreError
 from lora_core.inspect.files import Tensors
 from lora_core.inspect.report import Quantised, Report
+from lora_core.quant import QuantizedWeight
 
-STATE = ".quant_state.bitsandbytes__"
-PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+# what stands beside the packed codes; any of the first two is the mark of such a weight
+MARK = re.compile(r"\.(quant_state\.(bitsandbytes|lora_core)__\w+|quant_map)$")
+SCALES = (".absmax", ".nested_absmax")
+PARTS = (*SCALES, ".quant_map", ".nested_quant_map")
+# where a weight that is no layer's keeps its codes
+PACKED = ".packed"
+# a damaged state trips the reader over its values' kinds and sizes in ways that no list of checks foresees
+DAMAGE = (LoraCoreError, ArithmeticError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 
 
 def describe_quantised(report: Report, tensors: Tensors) -> set[str]:
@@ -18,57 +25,38 @@ def describe_quantised(report: Report, tensors: Tensors) -> set[str]:
         report: changed in place.
         tensors: of the checkpoint.
     """
-    used: set[str] = set()
+    beside: dict[str, set[str]] = {}
     for name in tensors.names():
-        weight, found, _ = name.partition(STATE)
-        if not found:
-            continue
-        parts = {weight + part for part in PARTS if weight + part in tensors}
-        used |= {name, *parts}
-        state = _state(tensors, name)
-        if state is None:
-            report.problems.append(f"{name} holds no JSON of a quantised weight: the file is damaged, save it again")
-            continue
-        report.quantised.append(_weight(report, tensors, weight, state))
+        mark = MARK.search(name)
+        if mark:
+            beside.setdefault(name[: mark.start()], set()).add(name)
+    used: set[str] = set()
+    for weight, marks in beside.items():
+        codes = weight if weight in tensors else weight + PACKED
+        parts = {codes, *marks, *(weight + part for part in PARTS)} & set(tensors.names())
+        used |= parts
+        found = _weight(report, tensors, weight, codes, parts)
+        if found is not None:
+            report.quantised.append(found)
     return used
 
 
-def _state(tensors: Tensors, name: str) -> dict[str, Any] | None:
+def _weight(report: Report, tensors: Tensors, name: str, codes: str, parts: set[str]) -> Quantised | None:
+    state = {name if part == codes else part: tensors.read(part) for part in parts}
     try:
-        values = json.loads(bytes(tensors.read(name).tolist()).decode("utf-8"))
-        wanted = {"quant_type", "blocksize", "dtype", "shape"}
-        return values if isinstance(values, dict) and wanted <= set(values) else None
-    except (ValueError, TypeError):
+        weight = QuantizedWeight.from_bitsandbytes(state, name)
+    except DAMAGE as error:
+        told = str(error) if isinstance(error, LoraCoreError) else f"{name} is damaged ({error}); save it again"
+        report.problems.append(told)
         return None
-
-
-def _weight(report: Report, tensors: Tensors, name: str, state: dict[str, Any]) -> Quantised:
-    shape = tuple(int(n) for n in state["shape"])
-    count, block = math.prod(shape), int(state["blocksize"])
-    nested = f"{name}.nested_absmax" in tensors
-    wanted = {"": (count + 1) // 2, ".absmax": math.ceil(count / block)}
-    if nested:
-        wanted[".nested_absmax"] = math.ceil(wanted[".absmax"] / int(state.get("nested_blocksize", 256)))
-    size = 0
-    for part, elements in wanted.items():
-        if name + part not in tensors:
-            report.problems.append(f"{name}{part} is missing: the weight cannot be read; save the checkpoint again")
-            continue
-        got = math.prod(tensors.shape(name + part))
-        if got != elements:
-            report.problems.append(
-                f"{name}{part} has {got} elements, a weight of shape {list(shape)} in blocks of {block} has {elements}"
-            )
-        size += got * (4 if tensors.dtype(name + part) == "float32" else 1)
-    # bytes kept as floats change where they spell a NaN
-    if name in tensors and tensors.dtype(name) != "uint8":
-        report.problems.append(f"{name} is stored as {tensors.dtype(name)}, which changes packed bytes; want uint8")
+    size = sum(state[part].nbytes for part in (name, *(name + scale for scale in SCALES)) if part in state)
+    count = math.prod(weight.shape)
     return Quantised(
         name=name,
-        quant_type=str(state["quant_type"]),
-        shape=shape,
-        dtype=str(state["dtype"]),
-        block_size=block,
-        double_quant=nested,
+        quant_type=weight.quant_type,
+        shape=tuple(weight.shape),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        block_size=weight.block_size,
+        double_quant=f"{name}.nested_absmax" in state,
         bits_per_parameter=8 * size / count if count else 0.0,
     )

@@ -1,6 +1,7 @@
 """Models people fine-tune, as data: every size with its source."""
 
 import difflib
+import reprlib
 
 from lora_core.errors import ConfigError
 from lora_core.plan.shape import ModelShape
@@ -164,6 +165,6 @@ def find_shape(name: str) -> ModelShape:
         return known[name.lower()]
     near = known[difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]].name
     raise ConfigError(
-        f"no model {name!r} is known; did you mean {near!r}? Known: {', '.join(s.name for s in SHAPES)}. "
+        f"no model {reprlib.repr(name)} is known; did you mean {near!r}? Known: {', '.join(s.name for s in SHAPES)}. "
         "Any other model: give the path of its config.json"
     )

@@ -4,7 +4,7 @@ Every number but `said` is computed here, from the shapes of the catalogue.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_core.plan.catalogue import find_shape
 from lora_core.plan.memory import plan_memory, quantized_bytes
@@ -33,6 +33,7 @@ class Figure:
         right: the right number.
         why: what the right number is, with its source where it is not plain arithmetic.
         unit: of all three.
+        beside: numbers that `why` mentions, by what they are.
     """
 
     subject: str
@@ -42,6 +43,7 @@ class Figure:
     right: float
     why: str
     unit: str = ""
+    beside: dict[str, float] = field(default_factory=dict)
 
 
 def figures() -> list[Figure]:
@@ -50,8 +52,12 @@ def figures() -> list[Figure]:
 
 
 def _adapters() -> list[Figure]:
+    dense = 64 * 64
     return [
-        Figure("LoRA on 64 x 64, r = 8", 1024, "r (d + d)", 8 * (64 + 64), 8 * (64 + 64), "against 4,096 dense"),
+        Figure(
+            "LoRA on 64 x 64, r = 8", 1024, "r (d + d)", 8 * (64 + 64), 8 * (64 + 64), f"against {dense:,} dense",
+            beside={"dense": dense},
+        ),
         Figure("saving at d = 4096, r = 16", 128, "d / 2r", 4096 / 32, 4096 / 32, "d^2 / (2 d r)", "x"),
         Figure(
             "saving at d = 4096, r = 16, second quote", 256, "d / r", 4096 / 16, 4096**2 / (2 * 4096 * 16),
@@ -71,17 +77,18 @@ def _models() -> list[Figure]:
     everywhere = lora_parameters(llama, 16)
     everywhere70 = lora_parameters(llama70, 16)
     gpt3_qv = lora_parameters(gpt3, 4, ("q_proj", "v_proj"))
+    fewer, states = llama.parameters / qkvo, _state_bytes("GPT-3", "full") / _state_bytes("GPT-3", "lora")
     square70 = 4 * llama70.layers * 16 * 2 * llama70.hidden
     return [
         Figure(
             "GPT-3: times fewer parameters", 10_000, "350 GB / 35 MB", 350e9 / 35e6, gpt3.parameters / gpt3_qv,
             "r = 4 on q and v (Hu et al. 2021, section 4.2); Llama-2-7B, q,k,v,o at r = 16: "
-            f"{llama.parameters / qkvo:.0f} x", "x",
+            f"{fewer:.0f} x", "x", {"Llama-2-7B, q,k,v,o, r = 16": fewer},
         ),
         Figure(
-            "GPT-3: times less memory", 3, "1.2 TB / 350 GB", 1.2e12 / 350e9,
-            _state_bytes("GPT-3", "full") / _state_bytes("GPT-3", "lora"),
-            "weights, gradients and states of mixed-precision AdamW; the paper's 1.2 TB and 350 GB were measured", "x",
+            "GPT-3: times less memory", 3, "1.2 TB / 350 GB", 1.2e12 / 350e9, 1.2e12 / 350e9,
+            f"measured (Hu et al. 2021, section 4.2); weights, gradients and states alone, computed: {states:.1f} x",
+            "x", {"states alone, computed": states},
         ),
         Figure("Llama-2-7B, q,k,v,o, r = 16", 16_777_216, "32 x 4 x 2 d r", 32 * 4 * 2 * 4096 * 16, qkvo, "the same"),
         Figure(
@@ -115,6 +122,7 @@ def _models() -> list[Figure]:
         Figure(
             "adapter file", 50, "none", 50, 2 * qkvo / 1e6,
             f"q,k,v,o in fp16; all-linear in fp32 takes {4 * everywhere / 1e6:.0f} MB (Llama-2-7B, r = 16)", "MB",
+            {"all-linear in fp32": 4 * everywhere / 1e6},
         ),
     ]  # fmt: skip
 
@@ -142,19 +150,22 @@ def _memory() -> list[Figure]:
 def _table_65b() -> list[Figure]:
     shape = find_shape("LLaMA-65B")
     qv = lora_parameters(shape, 16, ("q_proj", "v_proj"))
-    every = f"q,k,v,o: {2 * lora_parameters(shape, 16, 'attention') / GIGA:.3f}, "
-    every += f"all-linear: {2 * lora_parameters(shape, 16) / GIGA:.2f}"
+    attention, everywhere = (2 * lora_parameters(shape, 16, names) / GIGA for names in ("attention", "all-linear"))
     bare, nested, plain = (
         bytes_of(BILLIONS_65) / GIGA for bytes_of in (lambda n: n / 2, _with_scales(True), _with_scales(False))
     )
     n = BILLIONS_65 / GIGA
-    adapter = 2 * qv / GIGA
+    adapter, bits = 2 * qv / GIGA, 8 * nested / n
     return [
         Figure("65B full: weights", 130, "2N", 2 * n, 2 * n, "the same", "GB"),
         Figure("65B full: gradients", 130, "2N", 2 * n, 2 * n, "the same", "GB"),
         Figure("65B full: optimiser states", 520, "8N", 8 * n, 12 * n, "and an fp32 master copy of 4N", "GB"),
         Figure("65B full: total", 780, "12N", 12 * n, 16 * n, "16N", "GB"),
-        Figure("65B LoRA: adapters", 0.08, "r = 16 on q and v in fp16", adapter, adapter, every, "GB"),
+        Figure(
+            "65B LoRA: adapters", 0.08, "r = 16 on q and v in fp16", adapter, adapter,
+            f"q,k,v,o: {attention:.3f}, all-linear: {everywhere:.2f}", "GB",
+            {"q,k,v,o": attention, "all-linear": everywhere},
+        ),
         Figure("65B LoRA: gradients", 0.08, "as the adapters", adapter, adapter, "the same", "GB"),
         Figure("65B LoRA: optimiser states", 0.32, "4 x adapters", 4 * adapter, 4 * adapter, "two fp32 states", "GB"),
         Figure(
@@ -162,8 +173,9 @@ def _table_65b() -> list[Figure]:
             "without activations", "GB",
         ),
         Figure(
-            "65B QLoRA: weights", 33, "4 bits, rounded up", bare, nested,
-            f"4.127 bits with double quantisation; {plain:.1f} without, {bare:.1f} for the codes alone", "GB",
+            "65B QLoRA: weights", 33, "N / 2", bare, nested,
+            f"{bits:.3f} bits with double quantisation; {plain:.1f} without, {bare:.1f} for the codes alone", "GB",
+            {"bits": bits, "without double quantisation": plain, "codes alone": bare},
         ),
         Figure(
             "65B QLoRA: total", 33.5, "33 + .08 + .08 + .32", 33 + 6 * adapter, nested + 6 * adapter,
@@ -175,6 +187,7 @@ def _table_65b() -> list[Figure]:
 def _other_methods() -> list[Figure]:
     llama, llama3 = find_shape("Llama-2-7B"), find_shape("Llama-3-8B")
     prefix, houlsby, ia3 = prefix_parameters(llama, 20), houlsby_parameters(llama, 64, False), ia3_parameters(llama)
+    prefix3, ia33 = prefix_parameters(llama3, 20), ia3_parameters(llama3)
     with_norms = houlsby_parameters(llama, 64)
     share, of_all = 100 / llama.parameters, f"of {llama.parameters:,}"
     quoted_houlsby = 32 * 2 * (2 * 4096 * 64 + 64)
@@ -182,12 +195,13 @@ def _other_methods() -> list[Figure]:
     return [
         Figure(
             "prefix of 20, 7B", 5_242_880, "2 L p d", 2 * 32 * 20 * 4096, prefix,
-            f"the same; with 8 key heads (Llama-3-8B) {prefix_parameters(llama3, 20):,}",
+            f"the same; with 8 key heads (Llama-3-8B) {prefix3:,}", beside={"Llama-3-8B": prefix3},
         ),
         Figure("... of all parameters", 0.07, "5M / 7B", 100 * 5e6 / 7e9, share * prefix, of_all, "%"),
         Figure(
             "Houlsby adapters of 64, 7B", 33.6e6, "32 x 2 x (2 d m + m)", quoted_houlsby, houlsby,
             f"2 d m + d + m: the upper bias has d elements; with the norms it trains, {with_norms:,}",
+            beside={"with norms": with_norms},
         ),
         Figure(
             "... of all parameters", 0.49, "34M / 7B", 100 * 34e6 / 7e9, share * houlsby, of_all, "%"
@@ -197,7 +211,7 @@ def _other_methods() -> list[Figure]:
         ),
         Figure(
             "IA3, 7B", 786_432, "32 x 24,576", 32 * quoted_ia3, ia3,
-            f"with 8 key heads (Llama-3-8B) {ia3_parameters(llama3):,}",
+            f"with 8 key heads (Llama-3-8B) {ia33:,}", beside={"Llama-3-8B": ia33},
         ),
         Figure("... of all parameters", 0.01, "0.8M / 7B", 100 * 0.8e6 / 7e9, share * ia3, of_all, "%"),
     ]  # fmt: skip

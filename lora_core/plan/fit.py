@@ -1,11 +1,11 @@
 """Does it fit, and what is the most that does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_core.errors import ConfigError
-from lora_core.plan.memory import plan_memory
+from lora_core.plan.memory import SMALLEST_8BIT_STATE, plan_memory
 from lora_core.plan.setup import Setup
 from lora_core.plan.shape import ModelShape
 
@@ -54,8 +54,11 @@ def fit(shape: ModelShape, setup: Setup, budget_bytes: int) -> Fit:
 
     ranks = None
     if not setup.trains_all:
-        widest = max(min(layer.rows, layer.columns) for layer in shape.targets(setup.targets))
-        ranks = _largest(lambda rank: holds(rank=rank), widest)
+        targets = shape.targets(setup.targets)
+        widest = max(min(layer.rows, layer.columns) for layer in targets)
+        # at these ranks a matrix of an adapter is large enough for 8-bit states, and takes less than one row fewer does
+        wide_enough = {-(-SMALLEST_8BIT_STATE // side) for layer in targets for side in (layer.rows, layer.columns)}
+        ranks = _largest(lambda rank: holds(rank=rank), widest, wide_enough)
     return Fit(
         budget_bytes,
         plan_memory(shape, setup).total_bytes,
@@ -65,10 +68,18 @@ def fit(shape: ModelShape, setup: Setup, budget_bytes: int) -> Fit:
     )
 
 
-def _largest(holds: Callable[[int], bool], end: int) -> int:
-    """The greatest n of 1 to end for which holds(n), which is true up to some n and false beyond; 0 if none."""
-    low, high = 0, end + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+def _largest(holds: Callable[[int], bool], end: int, falls: Iterable[int] = ()) -> int:
+    """The greatest n of 1 to end for which holds(n); 0 if none.
+
+    From one of `falls` to the next, holds is true up to some n and false beyond.
+    """
+    high = end + 1
+    for start in sorted({1, *(n for n in falls if 1 < n <= end)}, reverse=True):
+        low = start - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if holds(middle) else (low, middle)
+        if low >= start:
+            return low
+        high = start
+    return 0

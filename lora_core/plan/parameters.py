@@ -8,8 +8,8 @@ IA3        L (2 d_kv + d_ff): scales of k, v and the hidden activation  Liu et a
 
 from collections.abc import Iterable
 
-from lora_core.errors import ConfigError
 from lora_core.plan.shape import ModelShape
+from lora_core.plan.sizes import check_count
 
 
 def lora_parameters(shape: ModelShape, rank: int, targets: Iterable[str] | str = "all-linear") -> int:
@@ -54,9 +54,3 @@ def houlsby_parameters(shape: ModelShape, bottleneck: int, train_norms: bool = T
 def ia3_parameters(shape: ModelShape) -> int:
     """Parameters of the three scaling vectors of every block."""
     return shape.layers * (2 * shape.kv_width + shape.intermediate)
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises ConfigError unless value is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; want a whole number of at least 1")

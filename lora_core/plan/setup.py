@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_core.errors import ConfigError
-from lora_core.plan.parameters import check_count
+from lora_core.plan.sizes import check_count
 from lora_core.quant.blockwise import check_block_size
 
 METHODS = ("full", "lora", "qlora")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lora_core.errors import ConfigError
+from lora_core.plan.sizes import check_count
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -40,6 +41,7 @@ class ModelShape:
         gated: a gated feed-forward layer (gate, up, down), otherwise two matrices (up, down).
         tied: the output head is the embedding.
         qkv_bias: q, k and v have biases.
+        output_bias: o has one.
         biases: every linear layer has a bias, and norms are LayerNorms with one.
         positions: rows of a learned position embedding; 0 with rotary positions.
         source: where the sizes come from.
@@ -56,15 +58,17 @@ class ModelShape:
     gated: bool = True
     tied: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
     biases: bool = False
     positions: int = 0
     source: str = ""
 
     def __post_init__(self) -> None:
         for field in ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocabulary"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field} of {self.name!r} is {value!r}; want a whole number of at least 1")
+            check_count(f"{field} of {self.name!r}", getattr(self, field))
+        check_count(f"positions of {self.name!r}", self.positions, least=0)
+        if self.head_size is not None:
+            check_count(f"head_size of {self.name!r}", self.head_size)
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"{self.name!r} has {self.heads} heads and kv_heads {self.kv_heads}; want a divisor of {self.heads}"
@@ -93,7 +97,7 @@ class ModelShape:
             LinearShape("q_proj", self.query_width, self.hidden, qkv_bias),
             LinearShape("k_proj", self.kv_width, self.hidden, qkv_bias),
             LinearShape("v_proj", self.kv_width, self.hidden, qkv_bias),
-            LinearShape("o_proj", self.hidden, self.query_width, self.biases),
+            LinearShape("o_proj", self.hidden, self.query_width, self.output_bias or self.biases),
             *(LinearShape(name, self.intermediate, self.hidden, self.biases) for name in feed_forward),
             LinearShape("down_proj", self.hidden, self.intermediate, self.biases),
         )

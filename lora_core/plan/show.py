@@ -1,16 +1,15 @@
 """The calculators' results as tables for a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from lora_core.plan.catalogue import SHAPES, find_shape
 from lora_core.plan.compare import compare_methods
 from lora_core.plan.figures import figures
 from lora_core.plan.fit import SEARCH_END, Fit
 from lora_core.plan.memory import MemoryPlan
+from lora_core.terminal import Column, print_table, print_text
 
 GIGA = 10**9
 
@@ -19,10 +18,11 @@ def show_plans(plans: Sequence[MemoryPlan]) -> None:
     """Print plans of one model side by side; a plan alone with how each row comes about."""
     console, shape, setup = Console(), plans[0].shape, plans[0].setup
     kept = "block inputs kept" if setup.checkpointing else "all activations kept"
-    console.print(
-        f"[bold]{escape(shape.name)}[/bold]: {shape.parameters:,} parameters ({escape(shape.source)}); "
+    print_text(
+        console,
+        f"{shape.name}: {shape.parameters:,} parameters ({shape.source}); "
         f"{setup.batch} x {setup.sequence} tokens, {setup.dtype}, {setup.optimizer}, {kept}",
-        highlight=False,
+        styled=len(shape.name),
     )
     single = len(plans) == 1
     rows = []
@@ -33,8 +33,8 @@ def show_plans(plans: Sequence[MemoryPlan]) -> None:
     rows.append(("total", *(_gb(plan.total_bytes) for plan in plans), *end))
     rows.append(("trained parameters", *(f"{plan.trainable:,}" for plan in plans), *end))
     rows.append(("... of all", *(f"{100 * plan.trainable_share:.4f} %" for plan in plans), *end))
-    heads = ["GB of 10^9 bytes", *(plan.setup.method for plan in plans), *(["how it comes about"] * single)]
-    _table(console, heads, rows, numbers=len(plans))
+    columns = [Column("GB of 10^9 bytes"), *(Column(plan.setup.method, "number") for plan in plans)]
+    print_table(console, columns + [Column("how it comes about", "prose")] * single, rows)
 
 
 def show_fits(plans: Sequence[MemoryPlan], fits: Sequence[Fit], gpu_gb: float) -> None:
@@ -50,11 +50,12 @@ def show_fits(plans: Sequence[MemoryPlan], fits: Sequence[Fit], gpu_gb: float) -
         for plan, found in zip(plans, fits, strict=True)
     ]
     console = Console()
-    _table(console, [f"on {gpu_gb:g} GB", "fits", "largest rank", "largest batch", "longest sequence"], rows, numbers=4)
-    console.print(
+    numbers = ("fits", "largest rank", "largest batch", "longest sequence")
+    print_table(console, [Column(f"on {gpu_gb:g} GB"), *(Column(head, "number") for head in numbers)], rows)
+    print_text(
+        console,
         "Each largest size is found with all others as given. The CUDA context and the allocator's gaps are not "
         "counted; a card sold as 24 GB has 24 GiB, 25.8 GB, which leaves some room for them.",
-        highlight=False,
     )
 
 
@@ -79,12 +80,27 @@ def show_figures() -> None:
         )
         for f in quoted
     ]
-    _table(console, ["figure", "said", "by the formula", "gives", "right", "why"], rows, numbers=0)
+    columns = [
+        Column("figure", "prose"),
+        Column("said"),
+        Column("by the formula", "prose"),
+        Column("gives"),
+        Column("right"),
+        Column("why", "prose"),
+    ]
+    print_table(console, columns, rows)
     rows = [
         (c.method, f"{c.trainable:,}", f"{100 * c.share:.3f} %", c.overhead, c.stability, c.quality) for c in compared
     ]
-    heads = ["Llama-2-7B", "trained", "share", "left at inference", "stability (judged)", "quality (judged)"]
-    _table(console, heads, rows, numbers=2)
+    columns = [
+        Column("Llama-2-7B", "prose"),
+        Column("trained", "number"),
+        Column("share", "number"),
+        Column("left at inference", "prose"),
+        Column("stability (judged)", "prose"),
+        Column("quality (judged)", "prose"),
+    ]
+    print_table(console, columns, rows)
 
 
 def _number(value: float, unit: str) -> str:
@@ -107,18 +123,9 @@ def show_models() -> None:
         )
         for s in SHAPES
     ]
-    _table(Console(), ["model", "parameters", "layers", "hidden", "inner", "vocabulary", "source"], rows, numbers=5)
-
-
-def _table(console: Console, heads: list[str], rows: Iterable[tuple[str, ...]], numbers: int) -> None:
-    table = Table()
-    for index, head in enumerate(heads):
-        number = 0 < index <= numbers
-        # a number stays whole however narrow the terminal; texts around it give way
-        table.add_column(head, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    numbers = ("parameters", "layers", "hidden", "inner", "vocabulary")
+    columns = [Column("model"), *(Column(head, "number") for head in numbers), Column("source", "name")]
+    print_table(Console(), columns, rows)
 
 
 def _gb(size: int) -> str:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-MOVED = {f"lora_core.{folder}": folder for folder in ("kernels", "quant") if (Path(__file__).parent / folder).is_dir()}
+HERE = Path(__file__).parent
+MOVED = {f"lora_core.{folder}": folder for folder in ("kernels", "quant") if (HERE / folder).is_dir()}
+# files to copy and edit, not modules to import
+MOVED["lora_core.puzzles.stubs"] = "docs/puzzles"
 
 setup(
     packages=[*find_packages(include=["lora_core", "lora_core.*"]), *MOVED],

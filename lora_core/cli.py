@@ -9,7 +9,7 @@ from lora_core.errors import LoraCoreError
 from lora_core.terminal import INTERRUPTED, printable
 
 # the module lora_core.commands.<name> holds a function of the same name
-COMMANDS = ("demo", "doctor", "memory", "inspect", "bench")
+COMMANDS = ("demo", "doctor", "memory", "inspect", "bench", "puzzles")
 
 FAILED, USAGE_ERROR = 1, 2
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"backends"},
     {"optim", "plan"},
     {"train"},
-    {"demo", "doctor", "inspect"},
+    {"demo", "doctor", "inspect", "puzzles"},
     {"commands"},
     {"cli"},
     {"__main__"},

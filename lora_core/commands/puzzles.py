@@ -1,0 +1,72 @@
+"""`lora-core puzzles`: exercises that check themselves."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ACTIONS = ("list", "start", "hint", "check")
+
+
+def puzzles(
+    action: Annotated[str, typer.Argument(help="list, start, hint or check.")] = "list",
+    what: Annotated[str, typer.Argument(help="Number of the exercise, `all`, or a folder to start in.")] = "",
+    file: Annotated[Path | None, typer.Option(help="Check this file instead.")] = None,
+    level: Annotated[int, typer.Option(help="How much a hint gives away, from 1.")] = 1,
+) -> None:
+    """Exercises from the LoRA forward to a kernel with a budget: list, start [FOLDER], hint N, check N."""
+    from lora_core.errors import ConfigError
+    from lora_core.puzzles.catalogue import PUZZLES, find_puzzle
+
+    if action not in ACTIONS:
+        raise ConfigError(f"puzzles {action!r}: want one of {', '.join(ACTIONS)}")
+    if action == "list":
+        for puzzle in PUZZLES:
+            typer.echo(f"{puzzle.number:2}  {puzzle.title:<50} {puzzle.file}{'   (Triton)' * puzzle.triton}")
+        return
+    if action == "start":
+        _start(Path(what or "lora-core-puzzles"))
+        return
+    if what == "all" and action == "check" and file is None:
+        chosen = PUZZLES
+    elif what.isdigit():
+        chosen = (find_puzzle(int(what)),)
+    else:
+        raise ConfigError(f"puzzles {action} {what!r}: want the number of an exercise, 1 to {len(PUZZLES)}")
+    if action == "hint":
+        hints = chosen[0].hints
+        if not 1 <= level <= len(hints):
+            raise ConfigError(f"--level is {level}; exercise {what} has hints of level 1 to {len(hints)}")
+        typer.echo(hints[level - 1])
+        return
+    if not all([_check(puzzle.number, file) for puzzle in chosen]):
+        raise typer.Exit(1)
+
+
+def _start(folder: Path) -> None:
+    """Copy the exercises into a folder; what is there already stays."""
+    from lora_core.puzzles.catalogue import PUZZLES, stub
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for puzzle in PUZZLES:
+        path = folder / puzzle.file
+        if path.exists():
+            typer.echo(f"{path} is there already and stays as it is")
+        else:
+            path.write_text(stub(puzzle).read_text("utf-8"), encoding="utf-8")
+            typer.echo(path)
+
+
+def _check(number: int, file: Path | None) -> bool:
+    from lora_core.errors import ConfigError
+    from lora_core.puzzles.catalogue import find_puzzle, stub
+    from lora_core.puzzles.run import check_file
+
+    puzzle = find_puzzle(number)
+    places = [file] if file else [Path(puzzle.file), Path("lora-core-puzzles") / puzzle.file, stub(puzzle)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ConfigError(f"{places[0]} is no file: give the one with your solution, or run lora-core puzzles start")
+    solved, said = check_file(puzzle, path)
+    typer.echo(f"{'ok  ' if solved else 'no  '}{puzzle.number:2}  {said}")
+    return solved

@@ -1,0 +1,91 @@
+"""The last exercise: right to the bit, and under a budget of machine instructions a weight, counted without a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lora_core.errors import ConfigError
+from lora_core.puzzles.tasks_triton import DEVICE, blank, walled
+from lora_core.puzzles.verdict import WrongAnswer, compare
+from lora_core.quant.codebook import codebook
+from lora_core.quant.packing import pack
+
+# SASS instructions a weight on sm_90; byte loads take 8 to 10, this library's own kernel 5 to 6
+BUDGET = 7.0
+ARCH = 90
+BLOCK_SIZE = 64
+COUNT = """
+import json, sys
+from benchmarks.codegen import compile_variant
+from lora_core.kernels.variant import Variant
+from lora_core.puzzles.load import load
+module = load(sys.argv[1])
+signature = {"words_ptr": "*i32", "absmax_ptr": "*fp32", "levels_ptr": "*fp32", "w_ptr": "*bf16", "words": "i32"}
+constants = {"BLOCK_SIZE": 64, "WORDS": module.WORDS}
+variant = Variant("yours", module.dequantize_kernel, signature, constants, options={"num_warps": module.WARPS}, weights=8 * module.WORDS)
+row = compile_variant("yours", variant, int(sys.argv[2]))
+print(json.dumps({"per_element": row.per_element, "accesses": row.accesses, "spilled": row.spill_bytes}))
+"""
+
+
+def check_gate(kernel: Any, module: ModuleType) -> None:
+    """Right, and within the budget."""
+    words_a_program = getattr(module, "WORDS", None)
+    if not isinstance(words_a_program, int) or not isinstance(getattr(module, "WARPS", None), int):
+        raise WrongAnswer("the file has to say WORDS, words of a program, and WARPS, its warps: whole numbers")
+    levels = codebook("nf4").levels.to(DEVICE)
+    for words in (words_a_program, words_a_program + 24, 8):
+        n = 8 * words
+        codes = torch.randint(16, (n,), dtype=torch.uint8)
+        packed = pack(codes, 0).view(-1).to(DEVICE).view(torch.int32)
+        absmax, given = torch.rand(-(-n // BLOCK_SIZE), device=DEVICE) + 0.5, f"{words} words"
+        w, untouched = blank(n, dtype=torch.bfloat16)
+        grid = (-(-words // words_a_program),)
+        kernel[grid](packed, walled(absmax), levels, w, words, BLOCK_SIZE=BLOCK_SIZE, WORDS=words_a_program)
+        untouched(given)
+        want = (levels[codes.to(DEVICE).long()] * absmax.repeat_interleave(BLOCK_SIZE)[:n]).bfloat16()
+        turned = want.view(-1, 8).flip(1).flatten()
+        in_pairs = want.view(-1, 2).flip(1).flatten()
+        compare(w, want, 0, given, (
+            (turned, "the eight weights of a word come out backwards: its lowest byte comes first"),
+            (in_pairs, "your nibbles are swapped: in a byte, the first code is in the high half"),
+        ))  # fmt: skip
+    found = count(Path(str(module.__file__)))
+    if found["spilled"]:
+        raise WrongAnswer(
+            f"right, but {found['spilled']} bytes of registers spill to memory: fewer WORDS, or more WARPS"
+        )
+    if found["per_element"] > BUDGET:
+        raise WrongAnswer(
+            f"right, but {found['per_element']:.2f} instructions a weight on sm_{ARCH}; the budget is {BUDGET:g}. Your "
+            f"global accesses: {found['accesses']}"
+        )
+
+
+def count(file: Path) -> dict[str, Any]:
+    """Return instructions a weight, global accesses and spilled bytes of the kernel in a file, compiled for sm_90.
+
+    Raises:
+        ConfigError: outside a checkout, whose benchmarks count the instructions.
+        WrongAnswer: if it does not compile.
+    """
+    root = Path(__file__).resolve().parent.parent.parent
+    if importlib.util.find_spec("benchmarks") is None and not (root / "benchmarks" / "codegen.py").exists():
+        raise ConfigError("exercise 13 counts instructions with benchmarks/codegen.py: run it in a checkout")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT, str(file), str(ARCH)], env=environment, capture_output=True, text=True
+    )
+    if run.returncode:
+        last = run.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise WrongAnswer(f"right in the interpreter, but it does not compile for sm_{ARCH}: {last[0]}")
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found

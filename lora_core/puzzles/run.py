@@ -1,0 +1,89 @@
+"""Checking one exercise, in a process of its own: `python -m lora_core.puzzles.run NUMBER FILE`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lora_core.errors import LoraCoreError
+from lora_core.puzzles.catalogue import Puzzle, find_puzzle
+
+# seconds after which a check is given up: the longest takes a few
+LIMIT_S = 60
+SOLVED, WRONG, UNUSABLE = 0, 1, 3
+
+
+def check_file(puzzle: Puzzle, path: Path, limit_s: float = LIMIT_S) -> tuple[bool, str]:
+    """Return whether a file solves an exercise, and what to say.
+
+    Args:
+        puzzle: the exercise.
+        path: of the learner's file.
+        limit_s: seconds after which it counts as an endless loop.
+    Raises:
+        LoraCoreError: if the exercise cannot be checked here, as 13 without a checkout.
+    """
+    environment = dict(os.environ)
+    if puzzle.triton and not _has_gpu():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "lora_core.puzzles.run", str(puzzle.number), str(path)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return False, f"{path.name} was still running after {limit_s:g} s: is there a loop without an end?"
+    said = done.stdout.strip()
+    if done.returncode == UNUSABLE:
+        raise LoraCoreError(said)
+    if done.returncode not in (SOLVED, WRONG):
+        said = f"the check of {path.name} broke off: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return done.returncode == SOLVED, said
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def main(arguments: list[str]) -> int:
+    """Check a file here and now; print the verdict."""
+    import warnings
+
+    import torch
+
+    from lora_core.puzzles import gate, tasks_torch, tasks_triton
+    from lora_core.puzzles.load import describe, load
+    from lora_core.puzzles.verdict import WrongAnswer
+
+    warnings.simplefilter("ignore")
+    puzzle, path = find_puzzle(int(arguments[0])), Path(arguments[1])
+    torch.manual_seed(puzzle.number)
+    try:
+        module = load(path)
+        function = getattr(module, puzzle.function, None)
+        if function is None:
+            raise WrongAnswer(f"{path.name} has no {puzzle.function}: keep the name that the exercise gives")
+        checks = {
+            1: tasks_torch.check_forward, 2: tasks_torch.check_backward, 3: tasks_torch.check_unpack,
+            4: tasks_torch.check_quantize, 5: tasks_torch.check_absmax, 6: tasks_triton.check_scale,
+            7: tasks_triton.check_dequantize, 8: tasks_triton.check_epilogue,
+            9: lambda kernel: tasks_triton.check_partial(kernel, module), 10: tasks_triton.check_dropout,
+            11: tasks_torch.check_dora, 12: tasks_torch.check_grouped,
+            13: lambda kernel: gate.check_gate(kernel, module),
+        }  # fmt: skip
+        checks[puzzle.number](function)
+    except WrongAnswer as wrong:
+        print(wrong)
+        return WRONG
+    except LoraCoreError as error:
+        print(error)
+        return UNUSABLE
+    except Exception as error:
+        print(describe(error, path))
+        return WRONG
+    print(f"solved: {puzzle.title}")
+    return SOLVED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -39,7 +39,8 @@ def puzzles(
             raise ConfigError(f"--level is {level}; exercise {what} has hints of level 1 to {len(hints)}")
         typer.echo(hints[level - 1])
         return
-    if not all([_check(puzzle.number, file) for puzzle in chosen]):
+    solved = [_check(puzzle.number, file) for puzzle in chosen]
+    if not all(solved):
         raise typer.Exit(1)
 
 

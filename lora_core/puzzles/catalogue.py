@@ -101,7 +101,7 @@ PUZZLES = (
     Puzzle(13, "speed-gate", "NF4 dequantise under a budget of instructions", "dequantize_kernel", True, (
         "One byte at a time is too dear: load 32-bit words of eight codes, so that loads and stores are wide.",
         "Look levels up with tl.gather in a tile of sixteen; loads from global memory cost address arithmetic.",
-        "A scale belongs to a whole word: load it once a word, [WORDS], and broadcast it over the word's eight weights.",
+        "A scale belongs to a whole word: load absmax_ptr + word // (BLOCK_SIZE // 8), and broadcast it over eight.",
     )),
 )  # fmt: skip
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lora_core.errors import ConfigError
+from lora_core.puzzles.compare import WrongAnswer, compare
 from lora_core.puzzles.tasks_triton import DEVICE, blank, walled
-from lora_core.puzzles.verdict import WrongAnswer, compare
 from lora_core.quant.codebook import codebook
 from lora_core.quant.packing import pack
 
@@ -21,18 +21,6 @@ from lora_core.quant.packing import pack
 BUDGET = 7.0
 ARCH = 90
 BLOCK_SIZE = 64
-COUNT = """
-import json, sys
-from benchmarks.codegen import compile_variant
-from lora_core.kernels.variant import Variant
-from lora_core.puzzles.load import load
-module = load(sys.argv[1])
-signature = {"words_ptr": "*i32", "absmax_ptr": "*fp32", "levels_ptr": "*fp32", "w_ptr": "*bf16", "words": "i32"}
-constants = {"BLOCK_SIZE": 64, "WORDS": module.WORDS}
-variant = Variant("yours", module.dequantize_kernel, signature, constants, options={"num_warps": module.WARPS}, weights=8 * module.WORDS)
-row = compile_variant("yours", variant, int(sys.argv[2]))
-print(json.dumps({"per_element": row.per_element, "accesses": row.accesses, "spilled": row.spill_bytes}))
-"""
 
 
 def check_gate(kernel: Any, module: ModuleType) -> None:
@@ -82,7 +70,10 @@ def count(file: Path) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, "-c", COUNT, str(file), str(ARCH)], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "lora_core.puzzles.count", str(file), str(ARCH)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or ["no message"]

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from lora_core.puzzles.verdict import WrongAnswer
+from lora_core.puzzles.compare import WrongAnswer
 
 
 def load(path: str | Path) -> ModuleType:

@@ -1,5 +1,9 @@
-"""Checking one exercise, in a process of its own: `python -m lora_core.puzzles.run NUMBER FILE`."""
+"""Checking one exercise, in a process of its own: `python -m lora_core.puzzles.run NUMBER FILE`.
 
+The verdict is all that goes to standard output; what the learner's file prints goes to standard error.
+"""
+
+import contextlib
 import os
 import subprocess
 import sys
@@ -28,14 +32,15 @@ def check_file(puzzle: Puzzle, path: Path, limit_s: float = LIMIT_S) -> tuple[bo
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "lora_core.puzzles.run", str(puzzle.number), str(path)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
         return False, f"{path.name} was still running after {limit_s:g} s: is there a loop without an end?"
     said = done.stdout.strip()
     if done.returncode == UNUSABLE:
         raise LoraCoreError(said)
-    if done.returncode not in (SOLVED, WRONG):
-        said = f"the check of {path.name} broke off: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    if done.returncode not in (SOLVED, WRONG) or not said:
+        said = f"the check of {path.name} broke off with exit status {done.returncode}"
+        return False, said
     return done.returncode == SOLVED, said
 
 
@@ -49,40 +54,45 @@ def main(arguments: list[str]) -> int:
     """Check a file here and now; print the verdict."""
     import warnings
 
+    warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(sys.stderr):
+        status, said = verdict(find_puzzle(int(arguments[0])), Path(arguments[1]))
+    print(said)
+    return status
+
+
+def verdict(puzzle: Puzzle, path: Path) -> tuple[int, str]:
+    """Return SOLVED, WRONG or UNUSABLE, and what to say."""
     import torch
 
     from lora_core.puzzles import gate, tasks_torch, tasks_triton
+    from lora_core.puzzles.compare import WrongAnswer
     from lora_core.puzzles.load import describe, load
-    from lora_core.puzzles.verdict import WrongAnswer
 
-    warnings.simplefilter("ignore")
-    puzzle, path = find_puzzle(int(arguments[0])), Path(arguments[1])
+    checks = {
+        1: tasks_torch.check_forward, 2: tasks_torch.check_backward, 3: tasks_torch.check_unpack,
+        4: tasks_torch.check_quantize, 5: tasks_torch.check_absmax, 6: tasks_triton.check_scale,
+        7: tasks_triton.check_dequantize, 8: tasks_triton.check_epilogue,
+        9: lambda kernel: tasks_triton.check_partial(kernel, module), 10: tasks_triton.check_dropout,
+        11: tasks_torch.check_dora, 12: tasks_torch.check_grouped,
+        13: lambda kernel: gate.check_gate(kernel, module),
+    }  # fmt: skip
     torch.manual_seed(puzzle.number)
     try:
         module = load(path)
         function = getattr(module, puzzle.function, None)
         if function is None:
             raise WrongAnswer(f"{path.name} has no {puzzle.function}: keep the name that the exercise gives")
-        checks = {
-            1: tasks_torch.check_forward, 2: tasks_torch.check_backward, 3: tasks_torch.check_unpack,
-            4: tasks_torch.check_quantize, 5: tasks_torch.check_absmax, 6: tasks_triton.check_scale,
-            7: tasks_triton.check_dequantize, 8: tasks_triton.check_epilogue,
-            9: lambda kernel: tasks_triton.check_partial(kernel, module), 10: tasks_triton.check_dropout,
-            11: tasks_torch.check_dora, 12: tasks_torch.check_grouped,
-            13: lambda kernel: gate.check_gate(kernel, module),
-        }  # fmt: skip
         checks[puzzle.number](function)
     except WrongAnswer as wrong:
-        print(wrong)
-        return WRONG
+        return WRONG, str(wrong)
     except LoraCoreError as error:
-        print(error)
-        return UNUSABLE
+        return UNUSABLE, str(error)
+    except SystemExit:
+        return WRONG, f"{path.name} ends the program: take exit() out"
     except Exception as error:
-        print(describe(error, path))
-        return WRONG
-    print(f"solved: {puzzle.title}")
-    return SOLVED
+        return WRONG, describe(error, path)
+    return SOLVED, f"solved: {puzzle.title}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_core.puzzles.verdict import WrongAnswer, compare, rounding
+from lora_core.puzzles.compare import WrongAnswer, compare, rounding
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double import absmax_offset, dequantize_absmax, quantize_absmax
 from lora_core.quant.packing import pack
@@ -116,10 +116,11 @@ def check_quantize(solve: Callable[..., Any]) -> None:
         scaled = (padded / padded.abs().amax(1, keepdim=True)).flatten()[:n]
         floor = (torch.bucketize(scaled, book.levels, right=True) - 1).clamp(0).to(torch.uint8)
         ties = torch.bucketize(scaled, book.midpoints, right=True).to(torch.uint8)
+        nothing = scaled.isnan()
         compare(got[0], want, 0, f"{title}, codes", (
+            *((torch.where(nothing, c, want), "a block of zeros gets the code of zero, 7") for c in (0, 15)),
             (floor, "you took the level below: want the nearest"),
             (ties, "a value half-way between two levels belongs to the lower one"),
-            (torch.where(scaled.isnan(), 0, want.int()).to(torch.uint8), "a block of zeros gets the code of zero, 7"),
         ))  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.puzzles.verdict import WrongAnswer, compare, rounding
+from lora_core.puzzles.compare import WrongAnswer, compare, rounding
 from lora_core.quant.codebook import codebook
 from lora_core.quant.packing import pack
 from lora_core.reference.dropout import dropout, keep_mask, threshold
@@ -85,7 +85,8 @@ def check_dequantize(kernel: Any) -> None:
 
 def check_epilogue(kernel: Any) -> None:
     """y = x W^T + s S B^T, tiled."""
-    for m, n, k, r in ((16, 16, 32, 16), (16, 16, 32, 5), (7, 19, 33, 3), (33, 16, 16, 20)):
+    # one ragged side after another, so that the first wrong shape tells which mask is missing
+    for m, n, k, r in ((16, 16, 32, 16), (16, 16, 32, 5), (16, 16, 33, 16), (7, 19, 16, 16), (33, 17, 15, 20)):
         x, w, hidden, b = drawn(m, k), drawn(n, k), drawn(m, r), drawn(n, r)
         s, given, (y, untouched) = 0.7, f"M, N, K, R = {m}, {n}, {k}, {r}", blank(m, n)
         tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_R": 16}
@@ -105,8 +106,11 @@ def check_epilogue(kernel: Any) -> None:
             ),
         )
         if bool(y.isnan().any()):
-            tail = "the last tile of the rank" if r % 16 else "the last tile of K, M or N"
-            raise WrongAnswer(f"{given}: NaN from beyond an operand's end came in: mask {tail} in the loads, other=0.0")
+            ragged = ", ".join(name for name, side in zip("MNKR", (m, n, k, r), strict=True) if side % 16)
+            raise WrongAnswer(
+                f"{given}: NaN from beyond an operand's end came in: mask the last tile of {ragged} in the loads, with "
+                "other=0.0"
+            )
         compare(y, base + s * low, rounding(magnitude, k + r), given, guesses)
 
 

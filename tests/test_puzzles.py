@@ -1,0 +1,248 @@
+"""The exercises: solutions pass, stubs and usual mistakes fail with a message that says why."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_core.cli import main as program
+from lora_core.errors import ConfigError
+from lora_core.puzzles import catalogue
+from lora_core.puzzles.catalogue import PUZZLES, find_puzzle, stub
+from lora_core.puzzles.run import SOLVED, WRONG, check_file, main
+
+SOLUTIONS = Path(__file__).resolve().parent / "solutions"
+
+# exercise, what stands in its solution, what a learner would write instead, what is said
+MISTAKES = (
+    (1, " + scaling * (x", " + (x", "forgot the scaling"),
+    (1, "x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T",
+     "scaling * (x @ weight.T + bias + (x @ lora_a.T) @ lora_b.T)", "scaled the frozen path too"),
+    (1, " + bias", "", "forgot the bias"),
+    (1, " + scaling * (x @ lora_a.T) @ lora_b.T", "", "the update is missing"),
+    (1, "@ weight.T", "@ weight", "mat1 and mat2"),
+    (1, "@ lora_b.T\n", "@ lora_b.T * 1.01\n", "elements are wrong; furthest off at"),
+    (1, "@ lora_b.T\n", "@ lora_b.T + 0j\n", "is torch.complex64; want torch.float32"),
+    (1, "return x", "x", "you returned a NoneType"),
+    (2, "d_s = scaling * d_y", "d_s = d_y", "low-rank part of d_x lacks the scaling"),
+    (2, " + d_s @ lora_a,", ",", "that of the frozen path alone"),
+    (2, ", scaling * d_y.T", ", d_y.T", "d_lora_b lacks the scaling"),
+    (2, ", scaling * d_y.T", ", scaling**2 * d_y.T", "d_lora_b has the scaling twice"),
+    (2, "d_s.T @ x, scaling * d_y.T @ (x @ lora_a.T)", "d_s.T @ x", "want three gradients"),
+    (3, "packed >> 4, packed & 15", "packed & 15, packed >> 4", "nibbles are swapped"),
+    (3, "torch.stack([packed >> 4, packed & 15], dim=-1)", "torch.cat([packed >> 4, packed & 15])", "neighbours"),
+    (3, "[:n]", "", "holds one and a filler"),
+    (4, "blocks.abs().amax(1)", "blocks.amax(1)", "largest magnitude"),
+    (4, "torch.bucketize(scaled, MIDPOINTS)", "(torch.bucketize(scaled, LEVELS, right=True) - 1)", "the level below"),
+    (4, "MIDPOINTS)", "MIDPOINTS, right=True)", "half-way between two levels"),
+    (4, "torch.where(absmax == 0, 1, absmax)", "absmax", "a block of zeros gets the code of zero"),
+    (4, "(0, -n % block_size)", "(0, 0)", "invalid for input"),
+    (4, ", absmax\n", "\n", "want (codes, absmax)"),
+    (5, " + offset", "", "forgot the mean"),
+    (5, "absmax2.repeat_interleave(block_size)[: codes.numel()]",
+     "absmax2.repeat(block_size)[: codes.numel()]", "not i % blocks"),
+    (5, "levels[codes.long()] * absmax2.repeat_interleave(block_size)[: codes.numel()] + offset",
+     "(levels.double()[codes.long()] * absmax2.repeat_interleave(block_size)[: codes.numel()] + offset).float()",
+     "rounded once together"),
+    (6, "factor * tl.load", "tl.load", "multiply by factor"),
+    (6, "other=0.0), mask=ok)", "other=0.0))", "mask the store as well"),
+    (6, "tl.program_id(0) * BLOCK +", "", "does every program do its own part?"),
+    (7, "byte >> 4, byte & 15", "byte & 15, byte >> 4", "nibbles are swapped"),
+    (7, "place // BLOCK_SIZE", "place // 2 // BLOCK_SIZE", "counts weights"),
+    (7, "tl.load(levels_ptr + code) * scale", "tl.load(levels_ptr + code)", "the scale is missing"),
+    (7, ".to(tl.int32)", ".to(tl.nothing)", "line 12: byte = tl.load("),
+    (8, "base + scaling * low", "base", "low-rank part is missing"),
+    (8, "base + scaling * low", "base + low", "lacks the scaling"),
+    (8, "base + scaling * low", "scaling * (base + low)", "belongs to the low-rank part alone"),
+    (8, "base + scaling * low", "base + tl.cdiv(K, BLOCK_K) * scaling * low", "in every step over K"),
+    (8, "mask=(row < M) & (r < R)[None, :], other=0.0", "mask=row < M, other=0.0", "mask the last tile of R in"),
+    (8, "mask=(row < M) & (k < K)[None, :], other=0.0", "mask=row < M, other=0.0", "mask the last tile of K in"),
+    (9, "part * ROWS + ", "", "part 1 of partial_kernel"),
+    (9, "tl.store(out_ptr + place, factor * acc, mask=ok)", "tl.atomic_add(out_ptr + place, factor * acc, mask=ok)",
+     "sum_kernel uses an atomic"),
+    (9, "factor * acc", "acc", "the factor is missing"),
+    (9, "range(PARTS)", "range(1)", "only the first part"),
+    (9, "range(PARTS)", "range(PARTS - 1, -1, -1)", "to the bit of part 0 + part 1"),
+    (9, "def sum_kernel", "def add_kernel", "has no sum_kernel"),
+    (10, "tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)\n", "tl.arange(0, BLOCK_M)\n", "never written"),
+    (10, "row.to(tl.uint32)", "tl.arange(0, BLOCK_M).to(tl.uint32)", "same mask"),
+    (10, "x * factor", "x", "not divided by 1 - p"),
+    (10, ">= threshold", "< threshold", "you keep what is to be dropped"),
+    (11, "return (weight.square().sum(1) + mixed + update).clamp(min=0).sqrt()",
+     "return (weight + scaling * lora_b @ lora_a).norm(dim=1)", "right, but you formed B A"),
+    (11, "+ mixed + update).clamp(min=0).sqrt()", "+ mixed + update)", "take the root"),
+    (11, "+ mixed + update", "+ update", "mixed term"),
+    (11, "    mixed = ", "    scaling = 1.0\n    mixed = ", "forgot the scaling"),
+    (11, "return (weight.square().sum(1) + mixed + update).clamp(min=0).sqrt()",
+     "return (weight + scaling * lora_b @ lora_a).norm(dim=0)", "norms of the columns"),
+    (12, "torch.nonzero(which == g)", "torch.nonzero(which % len(lora_a) == g)", "-1 is no adapter"),
+    (12, "base.clone()", "torch.zeros_like(base)", "output is missing"),
+    (12, "base.clone()", "base", "you changed base in place"),
+    (13, "(element ^ 1)", "element", "nibbles are swapped"),
+    (13, "(element ^ 1)", "(7 - (element ^ 1))", "backwards"),
+    (13, "tl.gather(table, code.reshape(8 * WORDS), 0).reshape(WORDS, 8)", "tl.load(levels_ptr + code)",
+     "instructions a weight on sm_90; the budget is 7"),
+    (13, "WARPS = 4", "WARPS = 'four'", "WARPS, its warps: whole numbers"),
+)  # fmt: skip
+
+
+def solution(puzzle) -> Path:
+    return SOLUTIONS / puzzle.file
+
+
+def edited(puzzle, old, new, folder) -> Path:
+    """Write the exercise's solution with one place changed; return the file."""
+    text = solution(puzzle).read_text("utf-8")
+    assert text.count(old) == 1, f"{puzzle.file} holds {old!r} {text.count(old)} times"
+    path = folder / puzzle.file
+    path.write_text(text.replace(old, new), "utf-8")
+    return path
+
+
+def said_of(puzzle, path, capsys) -> tuple[int, str]:
+    status = main([str(puzzle.number), str(path)])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("puzzle", PUZZLES, ids=lambda puzzle: puzzle.name)
+def test_puzzles_solution_is_accepted(puzzle, capsys):
+    assert said_of(puzzle, solution(puzzle), capsys) == (SOLVED, f"solved: {puzzle.title}\n")
+
+
+@pytest.mark.parametrize("puzzle", PUZZLES, ids=lambda puzzle: puzzle.name)
+def test_puzzles_stub_names_the_function_and_is_refused(puzzle, capsys):
+    status, said = said_of(puzzle, stub(puzzle), capsys)
+    assert status == WRONG and ("not written yet" in said or "wrote nothing: is its body still empty?" in said)
+
+
+@pytest.mark.parametrize(("number", "old", "new", "says"), MISTAKES)
+def test_puzzles_usual_mistake_is_named(number, old, new, says, tmp_path, capsys):
+    puzzle = find_puzzle(number)
+    status, said = said_of(puzzle, edited(puzzle, old, new, tmp_path), capsys)
+    assert status == WRONG and says in said, said
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def lora_forward(:\n", "line 1: invalid syntax"),
+        ("import no_such_thing\n", "needs no_such_thing, which is not installed"),
+        ("x = 1\n", "has no lora_forward: keep the name"),
+        ("raise SystemExit(0)\n", "ends the program"),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("\x00", "source code"),
+    ],
+)
+def test_puzzles_broken_file_is_explained_in_a_line(text, says, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    status, said = said_of(find_puzzle(1), path, capsys)
+    assert status == WRONG and says in said, said
+
+
+def test_puzzles_endless_loop_is_given_up(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("while True: pass\n")
+    assert check_file(find_puzzle(1), path, limit_s=5) == (
+        False,
+        "mine.py was still running after 5 s: is there a loop without an end?",
+    )
+
+
+@pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), 9)"])
+def test_puzzles_file_that_ends_the_check_is_not_taken_for_solved(ending, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import os\n{ending}\n")
+    solved, said = check_file(find_puzzle(1), path)
+    assert not solved and "broke off with exit status" in said
+
+
+def test_puzzles_what_the_file_prints_stays_out_of_the_verdict(tmp_path):
+    puzzle = find_puzzle(1)
+    path = edited(puzzle, "    return", "    print('solved: nothing')\n    return", tmp_path)
+    assert check_file(puzzle, path) == (True, "solved: LoRA forward")
+
+
+def test_puzzles_gate_says_what_it_lacks_away_from_a_checkout(tmp_path):
+    """A copy of the package without benchmarks beside it."""
+    import shutil
+
+    root = Path(__file__).resolve().parent.parent
+    keep = shutil.ignore_patterns("__pycache__", "demo")
+    shutil.copytree(root / "lora_core", tmp_path / "lora_core", ignore=keep)
+    for folder in ("quant", "kernels"):
+        shutil.copytree(root / folder, tmp_path / "lora_core" / folder, ignore=keep)
+    command = [sys.executable, "-m", "lora_core.puzzles.run", "13", str(solution(find_puzzle(13)))]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 3 and "run it in a checkout" in done.stdout, done.stdout + done.stderr
+
+
+def test_puzzles_are_numbered_and_have_a_file_and_hints():
+    assert [puzzle.number for puzzle in PUZZLES] == list(range(1, len(PUZZLES) + 1))
+    assert sorted(p.name for p in catalogue.CHECKOUT.glob("*.py")) == [puzzle.file for puzzle in PUZZLES]
+    assert all(len(puzzle.hints) == 3 for puzzle in PUZZLES)
+    # a stub gives nothing of its solution away: what is in both is what the exercise gives
+    for puzzle in PUZZLES:
+        given = stub(puzzle).read_text("utf-8")
+        assert f"def {puzzle.function}(" in given
+        assert "NotImplementedError" in given or "    pass\n" in given
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(0, "1 to 13"), (14, "1 to 13")])
+def test_puzzles_unknown_number_is_refused(given, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        find_puzzle(given)
+
+
+def test_puzzles_program_lists_hints_and_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    program(["puzzles"])
+    listed = capsys.readouterr().out
+    assert all(puzzle.title in listed for puzzle in PUZZLES)
+    program(["puzzles", "hint", "5", "--level", "3"])
+    assert capsys.readouterr().out.strip() == find_puzzle(5).hints[2]
+    program(["puzzles", "start", "mine"])
+    mine = tmp_path / "mine" / find_puzzle(1).file
+    assert mine.read_text("utf-8") == stub(find_puzzle(1)).read_text("utf-8")
+    mine.write_text("my work")
+    program(["puzzles", "start", "mine"])
+    assert mine.read_text() == "my work"
+
+
+def test_puzzles_program_checks_the_file_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    puzzle = find_puzzle(3)
+    (tmp_path / puzzle.file).write_text(solution(puzzle).read_text("utf-8"), "utf-8")
+    program(["puzzles", "check", "3"])
+    assert capsys.readouterr().out == "ok   3  solved: NF4 unpack\n"
+    edited(puzzle, "[:n]", "", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        program(["puzzles", "check", "3"])
+    assert ended.value.code == 1 and capsys.readouterr().out.startswith("no   3  n = 7: you returned 8 codes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["solve"], "want one of list, start, hint, check"),
+        (["check"], "want the number of an exercise, 1 to 13"),
+        (["check", "forward"], "want the number of an exercise, 1 to 13"),
+        (["check", "99"], "there is no exercise 99"),
+        (["hint", "1", "--level", "9"], "hints of level 1 to 3"),
+        (["check", "1", "--file", "nowhere.py"], "nowhere.py is no file"),
+    ],
+)
+def test_puzzles_program_refuses_bad_input(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        program(["puzzles", *arguments])
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_puzzles_is_a_frozen_catalogue():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PUZZLES[0].number = 2

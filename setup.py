@@ -10,7 +10,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 MOVED = {f"lora_core.{folder}": folder for folder in ("kernels", "quant") if (HERE / folder).is_dir()}
 # files to copy and edit, not modules to import
-MOVED["lora_core.puzzles.stubs"] = "docs/puzzles"
+if (HERE / "docs" / "puzzles").is_dir():
+    MOVED["lora_core.puzzles.stubs"] = "docs/puzzles"
 
 setup(
     packages=[*find_packages(include=["lora_core", "lora_core.*"]), *MOVED],

@@ -29,7 +29,7 @@ extensions = [
     "sphinx-mathjax-offline",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["interactive", "puzzles/solutions", "notebooks/records"]
+exclude_patterns = ["interactive", "notebooks/records"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
 nitpicky = False
 

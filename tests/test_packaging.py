@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("lora_core", "kernels", "quant"):
+    for name in ("lora_core", "kernels", "quant", "docs/puzzles"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", "out"]
     subprocess.run(command, check=True, cwd=source)
@@ -45,6 +45,7 @@ def test_wheel_holds_every_module_and_the_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"lora_core/{p.relative_to(ROOT)}" for top in ("kernels", "quant") for p in (ROOT / top).glob("*.py")}
     modules |= {str(p.relative_to(ROOT)) for p in (ROOT / "lora_core").rglob("*.py")}
+    modules |= {f"lora_core/puzzles/stubs/{p.name}" for p in (ROOT / "docs" / "puzzles").glob("*.py")}
     assert "lora_core/kernels/tile.py" in modules and "lora_core/quant/weight.py" in modules
     assert {*modules, *DATA} - names == set()
     # no top-level package but our own: "kernels" belongs to somebody else
@@ -68,6 +69,13 @@ def test_wheel_works_away_from_the_checkout(installed):
 def test_wheel_imports_the_kernels(installed):
     code = "import lora_core.kernels.tile as tile; print(tile.__file__)"
     assert run(code, **installed).startswith(str(installed["cwd"]))
+
+
+def test_wheel_starts_the_exercises(installed):
+    run("from lora_core.cli import main; main(['puzzles', 'start', 'mine'])", **installed)
+    stubs = ROOT / "docs" / "puzzles"
+    copied = {p.name: p.read_bytes() for p in (installed["cwd"] / "mine").iterdir()}
+    assert copied == {p.name: p.read_bytes() for p in stubs.glob("*.py")}
 
 
 @pytest.mark.peer

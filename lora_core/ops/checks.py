@@ -41,7 +41,6 @@ def check_shapes(
     fits = (
         x.dim() >= 1
         and len(weight) == 2
-        and 0 not in weight
         and lora_a.dim() == lora_b.dim() == 2
         and x.shape[-1] == weight[1] == lora_a.shape[1]
         and lora_b.shape == (weight[0], lora_a.shape[0])
@@ -55,12 +54,16 @@ def check_shapes(
         )
 
 
+def check_sides(op: str, weight: tuple[int, ...]) -> None:
+    """Raise ShapeError if a weight [N, K] has an empty side; rows of x may be none, features not."""
+    if 0 in weight:
+        raise ShapeError(f"{op}: weight {tuple(weight)} has a side of 0; want N and K of at least 1")
+
+
 def _misfit(x: Tensor, weight: tuple[int, ...], bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str:
     """Return which operand does not fit, and what would."""
     if len(weight) != 2:
         return f"weight has {len(weight)} dimensions, want 2"
-    if 0 in weight:
-        return "weight has a side of 0, and there is nothing to multiply"
     n, k = weight
     if x.dim() < 1 or x.shape[-1] != k:
         return f"the last dimension of x has to be that of weight, {k}"

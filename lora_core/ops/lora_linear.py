@@ -16,6 +16,7 @@ from lora_core.ops.checks import (
     check_dtypes,
     check_kinds,
     check_shapes,
+    check_sides,
     outside_autocast,
     refuse_tangents,
 )
@@ -160,6 +161,7 @@ def lora_linear(
         x, weight, lora_a, lora_b = x.to(cast), weight.to(cast), lora_a.to(cast), lora_b.to(cast)
         bias = None if bias is None else bias.to(cast)
     check_shapes("lora_linear", x, weight.shape, bias, lora_a, lora_b)
+    check_sides("lora_linear", weight.shape)
     check_dtypes("lora_linear", {"x": x, "weight": weight, "bias": bias}, lora_a, lora_b)
     check_dropout("lora_linear", dropout, seed)
     on_device = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}

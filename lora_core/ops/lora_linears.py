@@ -18,6 +18,7 @@ from lora_core.ops.checks import (
     check_dtypes,
     check_kinds,
     check_shapes,
+    check_sides,
     check_tensors,
     outside_autocast,
     refuse_tangents,
@@ -250,6 +251,7 @@ def _check(name: str, x: Tensor, layer: Layer) -> None:
     on_device = w if isinstance(w, Tensor) else w.codes
     compute = {"x": x, "weight": w, "bias": bias} if isinstance(w, Tensor) else {"x": x, "bias": bias}
     check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
+    check_sides(name, tuple(w.shape))
     check_dtypes(name, compute, lora_a, lora_b)
     check_dropout(name, dropout, seed)
     tensors = {"x": x, "weight": on_device, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}

@@ -17,6 +17,7 @@ from lora_core.ops.checks import (
     check_dtypes,
     check_kinds,
     check_shapes,
+    check_sides,
     outside_autocast,
     refuse_tangents,
 )
@@ -232,6 +233,7 @@ def packed_lora_linear(
         # an adapter of rank 0 adds nothing
         lora_a, lora_b = x.new_empty(0, w.shape[-1]), x.new_empty(*w.shape[:1], 0)
     check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
+    check_sides(name, tuple(w.shape))
     check_dtypes(name, {"x": x, "bias": bias}, lora_a, lora_b)
     check_dropout(name, dropout, seed)
     on_device = {"x": x, "q": w.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import lora_core as lc
 from lora_core.ops import packed
+from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.ops.lora_linears import Layer, lora_linears
 from lora_core.ops.nf4_lora_linear import backward_op as nf4_backward_op
@@ -32,6 +33,9 @@ def operands(m=6, n=40, k=64, r=3, dtype=torch.float32):
 def run(which, x, weight, bias, a, b, scaling=0.5):
     if which == "nf4":
         return nf4_lora_linear(x, lc.quantize_nf4(weight), bias, a, b, scaling)
+    if which == "grouped":
+        rows = torch.zeros(len(x), dtype=torch.int64)
+        return grouped_lora(x, a, b, [len(a)], rows, torch.tensor([float(scaling)]), bias.expand(len(x), -1))
     if which == "linears":
         return lora_linears(x, [Layer(weight, bias, a, b, scaling)])[0]
     return lora_linear(x, weight, bias, a, b, scaling)
@@ -40,7 +44,10 @@ def run(which, x, weight, bias, a, b, scaling=0.5):
 OPS = pytest.mark.parametrize("which", ["linear", "nf4", "linears"])
 
 
-@OPS
+ADAPTED = pytest.mark.parametrize("which", ["linear", "nf4", "linears", "grouped"])
+
+
+@ADAPTED
 def test_backward_inside_autocast_is_that_outside(which):
     x, weight, bias, a, b = operands()
     wanted = torch.autograd.grad(run(which, x, weight, bias, a, b).sum(), (x, a, b))
@@ -58,7 +65,7 @@ def test_autocast_takes_floating_x_alone(which):
             run(which, x, weight, bias, a, b)
 
 
-@OPS
+@ADAPTED
 def test_forward_mode_is_refused(which):
     x, weight, bias, a, b = (t.detach() for t in operands())
     with pytest.raises(lc.ConfigError, match="has no forward-mode derivative"):
@@ -70,7 +77,7 @@ def test_forward_mode_is_refused(which):
         run(which, x, weight, bias, a, b)
 
 
-@OPS
+@ADAPTED
 def test_double_backward_is_refused(which):
     x, weight, bias, a, b = operands()
     (d_x,) = torch.autograd.grad(run(which, x, weight, bias, a, b).square().sum(), x, create_graph=True)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError, ShapeError
-from lora_core.ops.checks import autocast_dtype, check_devices, check_dtypes, check_shapes
+from lora_core.ops.checks import (
+    autocast_dtype,
+    check_devices,
+    check_dtypes,
+    check_shapes,
+    check_tensors,
+    outside_autocast,
+    refuse_tangents,
+)
 from lora_core.reference import grouped as reference
 
 
@@ -91,7 +99,8 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
     x, lora_a, lora_b, adapter, scaling, hidden = ctx.saved_tensors
     if d_y is None:
         d_y = hidden.new_zeros(ctx.rows, lora_b.shape[0])
-    grads = backward_op(d_y, d_hidden, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
+    with outside_autocast(d_y):
+        grads = backward_op(d_y, d_hidden, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
     d_x, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, d_y if ctx.need_base else None, d_lora_a, d_lora_b, None, None, None
 
@@ -129,11 +138,14 @@ def grouped_lora(
             exist. On a GPU a row of an adapter that does not exist has none.
     Source: Chen et al. 2023 (arXiv 2310.18547).
     """
+    kinds: dict[str, object] = {"x": x, "lora_a": lora_a, "lora_b": lora_b, "adapter": adapter, "scaling": scaling}
+    check_tensors("grouped_lora", kinds if base is None else kinds | {"base": base})
     cast = autocast_dtype(x)
     if cast is not None:
         x, lora_a, lora_b = x.to(cast), lora_a.to(cast), lora_b.to(cast)
         base = None if base is None else base.to(cast)
     _check(x, lora_a, lora_b, ranks, adapter, scaling, base)
+    refuse_tangents("grouped_lora", x, base, lora_a, lora_b)
     shape = (*x.shape[:-1], lora_b.shape[0])
     flat, rows = x.reshape(-1, x.shape[-1]), adapter.reshape(-1)
     y, _ = op(flat, None if base is None else base.reshape(-1, shape[-1]), lora_a, lora_b, ranks, rows, scaling)

@@ -463,3 +463,10 @@ def test_inspect_reads_what_save_adapter_wrote(tmp_path):
     layer = model[0]
     delta = layer.delta("default").double().norm().item()
     assert report.pairs[0].update_norm == pytest.approx(delta, rel=1e-5)
+
+
+def test_inspect_adapter_of_whole_modules_alone_is_sound(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lc.add_adapter(model, lc.LoraConfig(modules_to_save=["1"]))
+    lc.save_adapter(model, tmp_path)
+    assert inspect_path(tmp_path).problems == []

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_core.adapt.configuration import KEPT, REFUSED, config_from_peft, differences
 from lora_core.adapt.files import CONFIG, METADATA_KEY
 from lora_core.adapt.keys import PREFIX, canonical
-from lora_core.adapt.target import matches
+from lora_core.adapt.names import matches
 from lora_core.errors import LoraCoreError
 from lora_core.inspect.files import Tensors, parse_json
 from lora_core.inspect.report import Pair, Report
@@ -148,7 +148,8 @@ def _configuration(report: Report, values: dict[str, Any] | None) -> LoraConfig 
         report.problems.append(f"cannot be loaded here: {error}")
         return None
     targets = values.get("target_modules")
-    if not (isinstance(targets, (str, list)) and targets):
+    whole_modules_alone = targets in (None, []) and config.modules_to_save
+    if not whole_modules_alone and not (isinstance(targets, (str, list)) and targets):
         report.problems.append(f"target_modules is {targets!r}; want a list of names, or one string")
     return config
 

@@ -14,8 +14,6 @@ SCALES = (".absmax", ".nested_absmax")
 PARTS = (*SCALES, ".quant_map", ".nested_quant_map")
 # where a weight that is no layer's keeps its codes
 PACKED = ".packed"
-# a damaged state trips the reader over its values' kinds and sizes in ways that no list of checks foresees
-DAMAGE = (LoraCoreError, ArithmeticError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 
 
 def describe_quantised(report: Report, tensors: Tensors) -> set[str]:
@@ -45,9 +43,8 @@ def _weight(report: Report, tensors: Tensors, name: str, codes: str, parts: set[
     state = {name if part == codes else part: tensors.read(part) for part in parts}
     try:
         weight = QuantizedWeight.from_bitsandbytes(state, name)
-    except DAMAGE as error:
-        told = str(error) if isinstance(error, LoraCoreError) else f"{name} is damaged ({error}); save it again"
-        report.problems.append(told)
+    except LoraCoreError as error:
+        report.problems.append(str(error))
         return None
     size = sum(state[part].nbytes for part in (name, *(name + scale for scale in SCALES)) if part in state)
     count = math.prod(weight.shape)

@@ -28,9 +28,9 @@ def puzzles(
         _start(Path(what or "lora-core-puzzles"))
         return
     if what == "all" and action == "check" and file is None:
-        chosen = PUZZLES
+        chosen = list(PUZZLES)
     elif what.isdigit():
-        chosen = (find_puzzle(int(what)),)
+        chosen = [find_puzzle(int(what))]
     else:
         raise ConfigError(f"puzzles {action} {what!r}: want the number of an exercise, 1 to {len(PUZZLES)}")
     if action == "hint":

@@ -221,7 +221,7 @@ def packed_lora_linear(
     if (lora_a is None) != (lora_b is None):
         raise ConfigError("nf4_lora_linear: lora_a and lora_b go together; got only one of them")
     name = "nf4_lora_linear"
-    tensors = {"x": x} if lora_a is None else {"x": x, "lora_a": lora_a, "lora_b": lora_b}
+    tensors: dict[str, object] = {"x": x} if lora_a is None else {"x": x, "lora_a": lora_a, "lora_b": lora_b}
     scaling = check_kinds(name, tensors, bias, scaling)
     if len(w.shape) != 2:
         raise ShapeError(f"{name}: want a weight of shape [N, K]; got one of shape {tuple(w.shape)}")

@@ -7,7 +7,10 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from lora_core.errors import LoraCoreError
 from lora_core.puzzles.catalogue import Puzzle, find_puzzle
@@ -61,6 +64,11 @@ def main(arguments: list[str]) -> int:
     return status
 
 
+def alone(check: Callable[[Any], None]) -> Callable[[Any, ModuleType], None]:
+    """Return a check of a function that looks at nothing else in its file."""
+    return lambda function, module: check(function)
+
+
 def verdict(puzzle: Puzzle, path: Path) -> tuple[int, str]:
     """Return SOLVED, WRONG or UNUSABLE, and what to say."""
     import torch
@@ -69,13 +77,13 @@ def verdict(puzzle: Puzzle, path: Path) -> tuple[int, str]:
     from lora_core.puzzles.compare import WrongAnswer
     from lora_core.puzzles.load import describe, load
 
-    checks = {
-        1: tasks_torch.check_forward, 2: tasks_torch.check_backward, 3: tasks_torch.check_unpack,
-        4: tasks_torch.check_quantize, 5: tasks_torch.check_absmax, 6: tasks_triton.check_scale,
-        7: tasks_triton.check_dequantize, 8: tasks_triton.check_epilogue,
-        9: lambda kernel: tasks_triton.check_partial(kernel, module), 10: tasks_triton.check_dropout,
-        11: tasks_torch.check_dora, 12: tasks_torch.check_grouped,
-        13: lambda kernel: gate.check_gate(kernel, module),
+    checks: dict[int, Callable[[Any, ModuleType], None]] = {
+        1: alone(tasks_torch.check_forward), 2: alone(tasks_torch.check_backward),
+        3: alone(tasks_torch.check_unpack), 4: alone(tasks_torch.check_quantize),
+        5: alone(tasks_torch.check_absmax), 6: alone(tasks_triton.check_scale),
+        7: alone(tasks_triton.check_dequantize), 8: alone(tasks_triton.check_epilogue),
+        9: tasks_triton.check_partial, 10: alone(tasks_triton.check_dropout),
+        11: alone(tasks_torch.check_dora), 12: alone(tasks_torch.check_grouped), 13: gate.check_gate,
     }  # fmt: skip
     torch.manual_seed(puzzle.number)
     try:
@@ -83,7 +91,7 @@ def verdict(puzzle: Puzzle, path: Path) -> tuple[int, str]:
         function = getattr(module, puzzle.function, None)
         if function is None:
             raise WrongAnswer(f"{path.name} has no {puzzle.function}: keep the name that the exercise gives")
-        checks[puzzle.number](function)
+        checks[puzzle.number](function, module)
     except WrongAnswer as wrong:
         return WRONG, str(wrong)
     except LoraCoreError as error:

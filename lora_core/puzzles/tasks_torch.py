@@ -29,12 +29,18 @@ def lora(m: int, n: int, k: int, r: int) -> tuple[Tensor, ...]:
     return drawn(m, k), drawn(n, k), drawn(n), drawn(r, k), drawn(n, r)
 
 
+def absolute(*tensors: Tensor) -> list[Any]:
+    """Return magnitudes in float64: what a formula on them gives bounds its rounding."""
+    return [t.double().abs() for t in tensors]
+
+
 def check_forward(solve: Callable[..., Any]) -> None:
     """y = x W^T + b + s (x A^T) B^T."""
     for shape in SHAPES:
         x, weight, bias, a, b = lora(*shape)
         s = 16 / shape[-1] / 3
-        magnitude = lora_linear(*(t.double().abs() for t in (x, weight, bias, a, b)), s)
+        wide_x, wide_weight, wide_bias, wide_a, wide_b = absolute(x, weight, bias, a, b)
+        magnitude = lora_linear(wide_x, wide_weight, wide_bias, wide_a, wide_b, s)
         base, update = x @ weight.T + bias, x @ a.T @ b.T
         guesses = (
             (base + update, "you forgot the scaling s = alpha / r: your update is 1 / s of what it should be"),
@@ -57,7 +63,7 @@ def check_backward(solve: Callable[..., Any]) -> None:
             return [t for t in found if t is not None]
 
         want = grads(d_y, x, weight, a, b)
-        magnitude = grads(*(t.double().abs() for t in (d_y, x, weight, a, b)))
+        magnitude = grads(*absolute(d_y, x, weight, a, b))
         got = solve(d_y, x, weight, a, b, s)
         given = "M, N, K, R = {}, {}, {}, {}".format(*shape)
         if not isinstance(got, (tuple, list)) or len(got) != 3:

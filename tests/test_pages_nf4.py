@@ -48,6 +48,22 @@ def test_nf4_page_quantises_as_the_library_does():
 
 
 @pytest.mark.browser
+def test_nf4_page_ranks_the_codebooks_on_normal_weights_as_they_are():
+    errors = {}
+    with chromium() as browser, opened(browser, "nf4.html") as page:
+        for book in ("nf4", "int4", "fp4"):
+            for control, value in {"shape": "normal", "book": book, "block": 6, "outlier": 0}.items():
+                set_to(page, control, value)
+            errors[book] = float(page.inner_text("#error").rstrip("%"))
+    assert errors["nf4"] < errors["int4"] < errors["fp4"]
+    # as real Gaussian weights have it, in per cent
+    drawn = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
+    for book, shown in errors.items():
+        real = 100 * weight_error(drawn, quantize(drawn, book, 64, double_quant=False)).relative
+        assert abs(shown - real) < 0.02 * real
+
+
+@pytest.mark.browser
 def test_nf4_page_follows_a_dragged_distribution_by_mouse_and_keys():
     with chromium() as browser, opened(browser, "nf4.html") as page:
         before = page.inner_text("#error")

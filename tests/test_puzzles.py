@@ -41,6 +41,12 @@ MISTAKES = (
     (4, "torch.where(absmax == 0, 1, absmax)", "absmax", "a block of zeros gets the code of zero"),
     (4, "(0, -n % block_size)", "(0, 0)", "invalid for input"),
     (4, ", absmax\n", "\n", "want (codes, absmax)"),
+    (4, "torch.where(absmax == 0, 1, absmax)", "absmax.clamp(min=1e-3)", "weights of 2e-5"),
+    (4, "torch.where(absmax == 0, 1, absmax)", "(absmax + 1e-8)", "elements are wrong"),
+    (4, "blocks / torch.where(absmax == 0, 1, absmax)[:, None]",
+     "blocks * (1 / torch.where(absmax == 0, 1, absmax))[:, None]", "you multiplied by 1 / absmax"),
+    (4, "torch.bucketize(scaled, MIDPOINTS)", "(scaled.double()[..., None] - LEVELS.double()).abs().argmin(-1)",
+     "count those below"),
     (5, " + offset", "", "forgot the mean"),
     (5, "absmax2.repeat_interleave(block_size)[: codes.numel()]",
      "absmax2.repeat(block_size)[: codes.numel()]", "not i % blocks"),
@@ -48,6 +54,10 @@ MISTAKES = (
      "(levels.double()[codes.long()] * absmax2.repeat_interleave(block_size)[: codes.numel()] + offset).float()",
      "rounded once together"),
     (6, "factor * tl.load", "tl.load", "multiply by factor"),
+    (6, "factor * tl.load", "3 * tl.load", "the factor is not always 3"),
+    (7, "absmax_ptr + place // BLOCK_SIZE",
+     "absmax_ptr + tl.program_id(0) * (BLOCK // BLOCK_SIZE) + tl.arange(0, BLOCK) // BLOCK_SIZE",
+     "200 weights in blocks of 128"),
     (6, "other=0.0), mask=ok)", "other=0.0))", "mask the store as well"),
     (6, "tl.program_id(0) * BLOCK +", "", "does every program do its own part?"),
     (7, "byte >> 4, byte & 15", "byte & 15, byte >> 4", "nibbles are swapped"),
@@ -64,6 +74,8 @@ MISTAKES = (
     (9, "tl.store(out_ptr + place, factor * acc, mask=ok)", "tl.atomic_add(out_ptr + place, factor * acc, mask=ok)",
      "sum_kernel uses an atomic"),
     (9, "factor * acc", "acc", "the factor is missing"),
+    (9, "mask=ok, other=0.0)\n    tl.store(out_ptr + place, factor * acc",
+     "mask=ok, other=0.0) * factor\n    tl.store(out_ptr + place, acc", "multiply by the factor at the end"),
     (9, "range(PARTS)", "range(1)", "only the first part"),
     (9, "range(PARTS)", "range(PARTS - 1, -1, -1)", "to the bit of part 0 + part 1"),
     (9, "def sum_kernel", "def add_kernel", "has no sum_kernel"),
@@ -86,6 +98,8 @@ MISTAKES = (
     (13, "tl.gather(table, code.reshape(8 * WORDS), 0).reshape(WORDS, 8)", "tl.load(levels_ptr + code)",
      "instructions a weight on sm_90; the budget is 7"),
     (13, "WARPS = 4", "WARPS = 'four'", "WARPS, its warps: whole numbers"),
+    (13, "round_to(level * scale[:, None], tl.bfloat16)", "(level * scale[:, None]).to(tl.bfloat16)",
+     "round_to rounds"),
 )  # fmt: skip
 
 
@@ -164,6 +178,38 @@ def test_puzzles_what_the_file_prints_stays_out_of_the_verdict(tmp_path):
     puzzle = find_puzzle(1)
     path = edited(puzzle, "    return", "    print('solved: nothing')\n    return", tmp_path)
     assert check_file(puzzle, path) == (True, "solved: LoRA forward")
+
+
+LOOPED = """
+import triton
+import triton.language as tl
+from lora_core.kernels.tile import round_to
+WORDS, WARPS = 8192, 1
+@triton.jit
+def dequantize_kernel(words_ptr, absmax_ptr, levels_ptr, w_ptr, words, BLOCK_SIZE: tl.constexpr, WORDS: tl.constexpr):
+    for first in range(0, WORDS, 64):
+        word = tl.program_id(0) * WORDS + first + tl.arange(0, 64)
+        packed = tl.load(words_ptr + word, mask=word < words, other=0)
+        scale = tl.load(absmax_ptr + word * 8 // BLOCK_SIZE, mask=word < words, other=0.0)
+        element = tl.arange(0, 8)
+        level = tl.load(levels_ptr + ((packed[:, None] >> (element ^ 1)[None, :] * 4) & 15))
+        place = word[:, None] * 8 + element[None, :]
+        tl.store(w_ptr + place, round_to(level * scale[:, None], tl.bfloat16), mask=place < 8 * words)
+"""
+
+
+def test_puzzles_gate_counts_no_loop_once(tmp_path, capsys):
+    """Instructions are counted as they stand in the code."""
+    path = tmp_path / "mine.py"
+    path.write_text(LOOPED)
+    status, said = said_of(find_puzzle(13), path, capsys)
+    assert status == WRONG and "there is a loop in the compiled code" in said, said
+
+
+def test_puzzles_word_atomic_in_a_comment_is_no_atomic(tmp_path, capsys):
+    puzzle = find_puzzle(9)
+    path = edited(puzzle, "    acc = tl.zeros", "    # written, not added: no atomic_add\n    acc = tl.zeros", tmp_path)
+    assert said_of(puzzle, path, capsys)[0] == SOLVED
 
 
 def test_puzzles_gate_says_what_it_lacks_away_from_a_checkout(tmp_path):

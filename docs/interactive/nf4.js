@@ -78,7 +78,8 @@ const nf4 = (() => {
   const x = (i) => LEFT + (WIDE * i) / (PLACES - 1), y = (height) => TOP - 130 * height;
   const at = (i) => -1 + (2 * i) / (PLACES - 1);
   const SHAPES = {
-    normal: (u) => Math.exp(-((u * 2.2) ** 2) / 2),
+    // four standard deviations: cut earlier, the largest weights of a block would be too common
+    normal: (u) => Math.exp(-((u * 4) ** 2) / 2),
     laplace: (u) => Math.exp(-Math.abs(u) * 5),
     uniform: () => 0.7,
     humps: (u) => Math.exp(-(((Math.abs(u) - 0.55) * 6) ** 2) / 2),

@@ -1,14 +1,14 @@
 """NF4 quantise.
 
     absmax[j] = largest |w| of block j
-    code[i]   = the level nearest to w[i] / absmax[i // block_size]
+    code[i]   = how many MIDPOINTS are below w[i] / absmax[i // block_size]: the number of the nearest level
 
     weight      float32 [n], n not always a multiple of block_size
     block_size  weights that share one scale
 
-A value half-way between two levels belongs to the lower one. A block of zeros has absmax 0 and the code of zero, 7.
-MIDPOINTS[c] lies between levels c and c + 1. Results are compared to the bit: divide by absmax, don't multiply by its
-reciprocal, which rounds twice.
+MIDPOINTS[c] is the float32 half-way between levels c and c + 1; a value on it belongs to the lower one. A block of
+zeros has absmax 0 and the code of zero, 7. Weights may be tiny, and results are compared to the bit: divide by absmax as
+it is, and don't multiply by its reciprocal, which rounds twice.
 
 Source: Dettmers et al. 2023, section 3.
 """

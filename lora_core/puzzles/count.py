@@ -5,6 +5,7 @@ A process of its own, without TRITON_INTERPRET: a kernel is either interpreted o
 
 import importlib
 import json
+import re
 import sys
 
 from lora_core.kernels.variant import Variant
@@ -12,7 +13,7 @@ from lora_core.puzzles.load import load
 
 
 def main(file: str, arch: str) -> None:
-    """Compile the file's dequantize_kernel; print instructions a weight, global accesses and spilled bytes."""
+    """Compile the file's dequantize_kernel; print instructions a weight, global accesses, loops and spilled bytes."""
     module = load(file)
     variant = Variant(
         name="yours",
@@ -25,8 +26,23 @@ def main(file: str, arch: str) -> None:
         weights=8 * module.WORDS,
     )  # fmt: skip
     # the benchmarks are no part of the package
-    row = importlib.import_module("benchmarks.codegen").compile_variant("yours", variant, int(arch))
-    print(json.dumps({"per_element": row.per_element, "accesses": row.accesses, "spilled": row.spill_bytes}))
+    codegen = importlib.import_module("benchmarks.codegen")
+    row = codegen.compile_variant("yours", variant, int(arch))
+    found = {"per_element": row.per_element, "accesses": row.accesses, "spilled": row.spill_bytes}
+    print(json.dumps(found | {"loops": loops(codegen.build(variant, int(arch)).asm["ptx"])}))
+
+
+def loops(ptx: str) -> int:
+    """Return how many branches of a kernel's intermediate code lead back to a label before them."""
+    seen: set[str] = set()
+    count = 0
+    for line in ptx.splitlines():
+        label = re.match(r"\s*(\$\w+):", line)
+        if label:
+            seen.add(label.group(1))
+        target = re.search(r"\bbra(?:\.\w+)?\s+(\$\w+)", line)
+        count += target is not None and target.group(1) in seen
+    return count
 
 
 if __name__ == "__main__":

@@ -38,14 +38,22 @@ def check_gate(kernel: Any, module: ModuleType) -> None:
         grid = (-(-words // words_a_program),)
         kernel[grid](packed, walled(absmax), levels, w, words, BLOCK_SIZE=BLOCK_SIZE, WORDS=words_a_program)
         untouched(given)
-        want = (levels[codes.to(DEVICE).long()] * absmax.repeat_interleave(BLOCK_SIZE)[:n]).bfloat16()
+        exact = levels[codes.to(DEVICE).long()] * absmax.repeat_interleave(BLOCK_SIZE)[:n]
+        want = exact.bfloat16()
         turned = want.view(-1, 8).flip(1).flatten()
+        cut_off = (exact.view(torch.int32) & -65536).view(torch.float32).bfloat16()
         in_pairs = want.view(-1, 2).flip(1).flatten()
         compare(w, want, 0, given, (
             (turned, "the eight weights of a word come out backwards: its lowest byte comes first"),
             (in_pairs, "your nibbles are swapped: in a byte, the first code is in the high half"),
+            (cut_off, "you cut float32 off to bfloat16, as .to() does in the interpreter: round_to rounds"),
         ))  # fmt: skip
     found = count(Path(str(module.__file__)))
+    if found["loops"]:
+        raise WrongAnswer(
+            "right, but there is a loop in the compiled code, whose instructions would be counted once: let a program "
+            "do all its WORDS in one tile"
+        )
     if found["spilled"]:
         raise WrongAnswer(
             f"right, but {found['spilled']} bytes of registers spill to memory: fewer WORDS, or more WARPS"
@@ -53,12 +61,12 @@ def check_gate(kernel: Any, module: ModuleType) -> None:
     if found["per_element"] > BUDGET:
         raise WrongAnswer(
             f"right, but {found['per_element']:.2f} instructions a weight on sm_{ARCH}; the budget is {BUDGET:g}. Your "
-            f"global accesses: {found['accesses']}"
+            f"global accesses: {found['accesses']}. A print or an assertion counts too"
         )
 
 
 def count(file: Path) -> dict[str, Any]:
-    """Return instructions a weight, global accesses and spilled bytes of the kernel in a file, compiled for sm_90.
+    """Return instructions a weight, accesses, loops and spilled bytes of the kernel in a file, compiled for sm_90.
 
     Raises:
         ConfigError: outside a checkout, whose benchmarks count the instructions.

@@ -99,6 +99,19 @@ def check_unpack(solve: Callable[..., Any]) -> None:
         compare(got, codes, 0, f"n = {n}", guesses)
 
 
+def beside_midpoints() -> Tensor:
+    """Return weights under one scale whose quotients a reciprocal moves over a midpoint."""
+    midpoints, scale = codebook("nf4").midpoints, torch.tensor(0.77)
+    up = down = (midpoints.double() * float(scale)).float()
+    near = [up]
+    for _ in range(4):
+        up, down = up.nextafter(torch.tensor(torch.inf)), down.nextafter(torch.tensor(-torch.inf))
+        near += [up, down]
+    every = torch.cat(near)
+    moved = torch.bucketize(every / scale, midpoints) != torch.bucketize(every * (1 / scale), midpoints)
+    return torch.cat([scale.view(1), every[moved]])
+
+
 def check_quantize(solve: Callable[..., Any]) -> None:
     """Codes and scales, to the bit."""
     book = codebook("nf4")
@@ -108,6 +121,9 @@ def check_quantize(solve: Callable[..., Any]) -> None:
         ("a block of zeros", torch.cat([torch.zeros(32), drawn(32)]), 32),
         ("negative weights alone", -drawn(64).abs() - 0.1, 32),
         ("values at the midpoints of levels", torch.cat([torch.ones(1), book.midpoints]), 64),
+        ("weights of 2e-5", 2e-5 * drawn(256), 64),
+        ("weights of 1e-30", 1e-30 * drawn(64), 32),
+        ("quotients beside midpoints", beside_midpoints(), 64),
     ):
         n = weight.numel()
         packed, want_absmax = nf4_quantize(weight, block)
@@ -123,10 +139,16 @@ def check_quantize(solve: Callable[..., Any]) -> None:
         floor = (torch.bucketize(scaled, book.levels, right=True) - 1).clamp(0).to(torch.uint8)
         ties = torch.bucketize(scaled, book.midpoints, right=True).to(torch.uint8)
         nothing = scaled.isnan()
+        by_reciprocal = torch.bucketize(
+            (padded * (1 / padded.abs().amax(1, keepdim=True))).flatten()[:n], book.midpoints
+        ).to(torch.uint8)
+        distance = (scaled.nan_to_num()[:, None].double() - book.levels.double()).abs()
         compare(got[0], want, 0, f"{title}, codes", (
             *((torch.where(nothing, c, want), "a block of zeros gets the code of zero, 7") for c in (0, 15)),
             (floor, "you took the level below: want the nearest"),
             (ties, "a value half-way between two levels belongs to the lower one"),
+            (by_reciprocal, "you multiplied by 1 / absmax, which rounds twice: divide"),
+            (distance.argmin(1).to(torch.uint8), "the halves are MIDPOINTS, rounded to float32: count those below"),
         ))  # fmt: skip
 
 

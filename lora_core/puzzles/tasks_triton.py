@@ -1,5 +1,6 @@
 """What the exercises in Triton must do, and what their usual mistakes give."""
 
+import ast
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -54,18 +55,19 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Call
 
 def check_scale(kernel: Any) -> None:
     """y = factor x, a tile a program."""
-    for n in (16, 5, 33, 64):
+    for n, factor in ((16, 3.0), (5, 3.0), (33, -1.75), (64, 0.3)):
         x, (y, untouched) = walled(drawn(n)), blank(n)
-        kernel[(-(-n // 16),)](x, y, n, 3.0, BLOCK=16)
-        given = f"{n} elements in tiles of 16"
+        kernel[(-(-n // 16),)](x, y, n, factor, BLOCK=16)
+        given = f"{n} elements in tiles of 16, factor {factor}"
         untouched(given)
-        compare(y, 3 * x, 0, given, ((x, "you copied x: multiply by factor"),))
+        want = torch.tensor(factor, device=DEVICE) * x
+        compare(y, want, 0, given, ((x, "you copied x: multiply by factor"), (3 * x, "the factor is not always 3")))
 
 
 def check_dequantize(kernel: Any) -> None:
     """Weights from codes and scales, to the bit."""
     levels = codebook("nf4").levels.to(DEVICE)
-    for n, block in ((128, 32), (64, 64), (99, 32), (1, 32)):
+    for n, block in ((128, 32), (64, 64), (99, 32), (1, 32), (200, 128)):
         codes = torch.randint(16, (n,), dtype=torch.uint8)
         absmax, packed = drawn(-(-n // block)).abs() + 1, pack(codes, 0).view(-1).to(DEVICE)
         (w, untouched), given = blank(n), f"{n} weights in blocks of {block}"
@@ -120,7 +122,10 @@ def check_partial(kernel: Any, module: ModuleType) -> None:
     if add is None:
         raise WrongAnswer("the file has no sum_kernel: it is to add the parts")
     for name, function in (("partial_kernel", kernel), ("sum_kernel", add)):
-        if "atomic" in inspect.getsource(function.fn):
+        tree = ast.parse(inspect.cleandoc(inspect.getsource(function.fn)))
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        if any(name.startswith("atomic_") for name in names):
             raise WrongAnswer(f"{name} uses an atomic: programs then add in whatever order they come, and runs differ")
     for m, n, r in ((32, 16, 16), (70, 7, 5), (3, 20, 1)):
         rows, given = 16, f"M, N, R = {m}, {n}, {r}"
@@ -135,14 +140,19 @@ def check_partial(kernel: Any, module: ModuleType) -> None:
                 (g.T @ hidden, "every program sums all rows: it has only its own ROWS"),
             ))  # fmt: skip
         out, untouched = blank(n, r)
-        add[(-(-n * r // 32),)](walled(part), out, n * r, 0.5, PARTS=parts, BLOCK=32)
+        factor = 0.3
+        add[(-(-n * r // 32),)](walled(part), out, n * r, factor, PARTS=parts, BLOCK=32)
         untouched(f"{given}, sum_kernel")
         total = torch.zeros_like(out)
         for p in range(parts):
             total += part[p]
-        compare(out, 0.5 * total, 0, f"{given}, sum_kernel, to the bit of part 0 + part 1 + ...", (
+        each = torch.zeros_like(out)
+        for p in range(parts):
+            each += factor * part[p]
+        compare(out, factor * total, 0, f"{given}, sum_kernel, to the bit of part 0 + part 1 + ...", (
             (total, "the factor is missing"),
-            (0.5 * part[0], "only the first part was taken"),
+            (factor * part[0], "only the first part was taken"),
+            (each, "multiply by the factor at the end: multiplied part by part it rounds differently"),
         ))  # fmt: skip
 
 

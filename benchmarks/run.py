@@ -1,12 +1,15 @@
 """Run benchmarks: `python -m benchmarks.run`, or `--op nf4_quantize --shape 4096x4096` for a part.
 
 Checks every provider, measures its peak memory and its time beside its rivals', appends a row each to
-benchmarks/results/<op>.jsonl, and prints the rows as a table. The suite is what this machine can do: "gpu" where there
-is one, else "cpu"; "static" needs neither and predicts from the compiled kernels (benchmarks/static.py).
+benchmarks/results/<op>.jsonl, and prints the rows as a table. A provider that cannot run here is listed with the
+reason; one that raises, or a comparison that does, is listed and the rest goes on. The suite is what this machine can
+do: "gpu" where there is one, else "cpu"; "static" needs neither and predicts from the compiled kernels
+(benchmarks/static.py).
 """
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import os
 import sys
@@ -17,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import machine, record, shapes
-from benchmarks.case import Case, Check
+from benchmarks.case import Case, Check, Provider
 from benchmarks.memory import peak_bytes
+from benchmarks.peers import told, why_none
 from benchmarks.table import claim_lines, table
-from benchmarks.timing import AGAIN, interleave
+from benchmarks.timing import AGAIN, ProviderError, interleave
 
 CASES = Path(__file__).parent / "cases"
 # rounds of a comparison: fewer, but so many, where they take longer than the seconds
@@ -43,7 +48,7 @@ COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m benchmarks.run") -> int:
-    """Run the benchmarks asked for; return 0, or 1 if this library failed a check or a claim.
+    """Run the benchmarks asked for; return 0, or 1 if this library failed a check or a claim, or anything raised.
 
     Args:
         arguments: of the command line; by default those of the process.
@@ -68,15 +73,37 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
         jobs = [(op, shape) for op, shape in shapes.sweep(options.sweep, suite) if op in (options.op or [op])]
     else:
         jobs = [(op, shape) for op in options.op or case_names() for shape in shapes_of(op, options.shape, suite)]
-    sound = True
+    sound, raised = True, []
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         whole = progress.add_task(f"{suite} suite", total=len(jobs))
         for op, shape in jobs:
-            for case in cases_of(op, shape, options.device):
-                if options.mode is None or case.mode == options.mode:
-                    sound &= _run(_chosen(case, options.provider), options, progress)
+            try:
+                for case in cases_of(op, shape, options.device):
+                    if options.mode is None or case.mode == options.mode:
+                        sound &= _run(_chosen(case, options.provider), options, progress)
+            except Exception as error:
+                raised.append(f"{op} {_sizes(shape)}: {told(error)}")
+                console.print(f"[red]raised:[/red] {escape(raised[-1])}\n")
+            _release(options.device)
             progress.advance(whole)
-    return 0 if sound else FAILED
+    if raised:
+        console.print(f"[red]{len(raised)} of {len(jobs)} raised and were left:[/red]")
+        for line in raised:
+            console.print(f"  {escape(line)}")
+    return 0 if sound and not raised else FAILED
+
+
+def _release(device: str) -> None:
+    """Give back the memory of a finished comparison: one that ran out of it must not take it from the next."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _sizes(shape: dict[str, int]) -> str:
+    return " ".join(f"{k}={v}" for k, v in shape.items())
 
 
 def _chosen(case: Case, providers: Sequence[str] | None) -> Case:
@@ -107,8 +134,17 @@ def shapes_of(op: str, shape: Sequence[dict[str, int]] | None, suite: str) -> Se
 
 
 def cases_of(op: str, shape: dict[str, int], device: str) -> Iterator[Case]:
-    """Yield the comparisons of one benchmark on one shape."""
-    yield from importlib.import_module(f"benchmarks.cases.{op}").cases(shape, device)
+    """Yield the comparisons of one benchmark on one shape; one without providers where a package is missing."""
+    module = importlib.import_module(f"benchmarks.cases.{op}")
+    reason = why_none(getattr(module, "NEEDS", ()))
+    if reason is not None:
+        yield Case(op, "fwd", shape, "float32", None, [], _never, missing={"all of it": reason})
+        return
+    yield from module.cases(shape, device)
+
+
+def _never(name: str) -> Check:
+    raise LookupError(f"there is no provider {name}")
 
 
 def _count(text: str) -> int:
@@ -138,43 +174,81 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _run(case: Case, options: argparse.Namespace, progress: Any) -> bool:
+    """Check, measure and record one comparison; return whether nothing raised and this library passed and kept it."""
     console = progress.console
+    if not case.providers:
+        console.print(f"{case.op} {_sizes(case.shape)}")
+        _print_missing(case, console)
+        return True
     checks: dict[str, Check] = {}
     peaks: dict[str, int] = {}
-    sizes = " ".join(f"{k}={v}" for k, v in case.shape.items())
-    task = progress.add_task(f"{case.op} {case.mode} {sizes}", total=2 * len(case.providers) + options.samples)
-    for provider in case.providers:
-        checks[provider.name] = case.check(provider.name)
-        progress.advance(task)
-    sound = [p for p in case.providers if checks[p.name].passed]
-    for provider in sound:
-        peaks[provider.name] = peak_bytes(provider.measure_memory or provider.fresh(), options.device)
-        progress.advance(task)
+    raised: dict[str, str] = {}
     ours = case.providers[0].name
-    repeat = ours if checks[ours].passed else None
-    timings: dict[str, Any] = {}
-    began = time.monotonic()
-    for rounds, taken in enumerate(interleave(sound, options.samples, options.device, options.seed, repeat=repeat), 1):
-        timings = taken
-        progress.advance(task)
-        if rounds >= LEAST_SAMPLES and time.monotonic() - began > CASE_SECONDS:
-            break
+    task = progress.add_task(
+        f"{case.op} {case.mode} {_sizes(case.shape)}", total=2 * len(case.providers) + options.samples
+    )
+    for provider in case.providers:
+        try:
+            checks[provider.name] = case.check(provider.name)
+            if checks[provider.name].passed:
+                peaks[provider.name] = peak_bytes(provider.measure_memory or provider.fresh(), options.device)
+        except Exception as error:
+            raised[provider.name] = told(error)
+        progress.advance(task, 2)
+    sound = [p for p in case.providers if p.name in peaks]
+    timings = _timings(sound, ours, options, progress, task, raised)
     progress.remove_task(task)
     records = _records(case, options, timings, checks, peaks)
     path = options.results / f"{case.op}.jsonl"
     for row in records:
         record.append(path, row, checks[row.provider.removesuffix(AGAIN)])
     console.print(table(records, ours, case.note))
-    for name, reason in case.missing.items():
-        console.print(f"not measured: {name}: {reason}")
+    _print_missing(case, console)
+    for name, reason in raised.items():
+        console.print(f"[red]{name} raised and was not timed:[/red] {escape(reason)}")
     for name, check in checks.items():
         if not check.passed:
             console.print(f"[red]{name} failed its check and was not timed:[/red] {check.reason}")
-    lines, held = claim_lines(case.claims, records, ours)
+    # what is not here claims nothing
+    lines, held = claim_lines([c for c in case.claims if c.against not in case.missing], records, ours)
     for line in lines:
         console.print(line)
     console.print(f"appended {len(records)} rows to {path}\n")
-    return held and checks[ours].passed
+    return held and not raised and checks[ours].passed
+
+
+def _print_missing(case: Case, console: Console) -> None:
+    for name, reason in case.missing.items():
+        console.print(f"not measured: {name}: {escape(reason)}")
+
+
+def _timings(
+    sound: list[Provider],
+    ours: str,
+    options: argparse.Namespace,
+    progress: Any,
+    task: Any,
+    raised: dict[str, str],
+) -> dict[str, Any]:
+    """Time these providers; one that raises is put into `raised`, and the others begin anew without it."""
+    before = next(t.completed for t in progress.tasks if t.id == task)
+    while sound:
+        timings: dict[str, Any] = {}
+        began = time.monotonic()
+        progress.update(task, completed=before)
+        repeat = ours if ours in {p.name for p in sound} else None
+        try:
+            taken = interleave(sound, options.samples, options.device, options.seed, repeat=repeat)
+            for rounds, so_far in enumerate(taken, 1):
+                timings = so_far
+                progress.advance(task)
+                if rounds >= LEAST_SAMPLES and time.monotonic() - began > CASE_SECONDS:
+                    break
+            return timings
+        except ProviderError as error:
+            raised[error.name] = told(error.__cause__ or error)
+            sound = [p for p in sound if p.name != error.name]
+    return {}
 
 
 def _records(

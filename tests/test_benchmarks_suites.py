@@ -11,8 +11,12 @@ import torch
 from test_benchmarks_timing import planted_case
 
 from benchmarks import modes, peers, run, shapes, static
+from benchmarks.cases import lora_linear
 from benchmarks.markers import replaced
 from benchmarks.modes import Work
+from benchmarks.peers import Peer
+from benchmarks.record import read
+from benchmarks.timing import AGAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,15 +77,129 @@ def test_chosen_providers_keep_this_library_and_their_claims(tmp_path):
 
 def test_peers_that_cannot_run_are_given_a_reason(monkeypatch):
     peers.why_missing.cache_clear()
-    assert "needs a GPU" in peers.why_missing("unsloth", "cpu")
-    assert peers.why_missing("peft", "cpu") is None
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "torchao", None)
-    assert "pip install torchao" in peers.why_missing("torchao", "cpu")
-    works, missing = peers.providers(
-        {"lora_core": len}, {"torchao": lambda: len, "peft on bitsandbytes": lambda: max}, "cpu"
-    )
-    assert works == {"lora_core": len, "peft on bitsandbytes": max} and list(missing) == ["torchao"]
+    assert peers.why_missing("peft") is None
+    assert peers.why_missing("torchao") == "torchao is not installed: pip install torchao"
+    rivals = {
+        "torchao": Peer(("torchao",), lambda: len),
+        "peft": Peer(("peft",), lambda: max),
+        "peft on bitsandbytes": Peer(("peft", "bitsandbytes"), lambda: max),
+        "broken": Peer((), lambda: [][0]),
+    }
+    works, missing = peers.providers({"lora_core": len}, rivals)
+    assert works == {"lora_core": len, "peft": max}
+    assert list(missing) == ["torchao", "peft on bitsandbytes", "broken"]
+    assert "pip install bitsandbytes" in missing["peft on bitsandbytes"]
+    assert missing["broken"] == "cannot be built here: IndexError: list index out of range"
     peers.why_missing.cache_clear()
+
+
+# the smallest sizes that every case takes
+TINY = {
+    **dict.fromkeys(("fuse", "training_step"), "M=32,K=64,R=4"),
+    "generation_step": "M=1,K=64,R=4",
+    "grouped_lora": "M=8,N=16,K=16,R=4,G=3",
+    "inject": "R=4",
+    "roof": "N=16,K=16",
+    **dict.fromkeys(("absmax_quantize", "absmax_dequantize"), "64x64"),
+}
+BLOCKED_RUN = """
+import importlib.machinery, sys
+
+found, blocked = importlib.machinery.PathFinder.find_spec, sys.argv[1].split(",")
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if name.split(".")[0] in blocked else found(name, path, target)
+)
+import torch
+
+torch.set_num_threads(1)
+from benchmarks import machine, run, shapes
+from benchmarks.timing import interleave
+
+# not what this is about, and slow: a whole Llama, the machine's rates, a cold cache, and compiling
+shapes.LLAMA_2_7B["num_hidden_layers"] = 1
+machine.rates = lambda device, dtype: (1e9, 1e9)
+run.interleave = lambda *arguments, **options: interleave(*arguments, **options, flush_bytes=0)
+torch.compile = lambda function, **_: function
+for op, shape in (pair.split(":") for pair in sys.argv[3:]):
+    code = run.main(["--suite", "cpu", "--op", op, "--shape", shape, "--samples", "1", "--results", sys.argv[2]])
+    print(f"{op} done", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "left_out", "ops"),
+    [
+        ("bitsandbytes", {"peft on bitsandbytes", "bitsandbytes", "bitsandbytes 8-bit AdamW"}, ()),
+        ("peft,numba", {"peft", "peft on bitsandbytes"}, ("fuse", "generation_step", "inject", "lora_linear")),
+        ("transformers,torchao", {"all of it"}, ("fuse", "inject", "lora_linear", "training_step")),
+    ],
+)
+def test_suite_runs_to_its_end_without_a_package(blocked, left_out, ops, tmp_path):
+    """In a process where it cannot be imported, on tiny shapes: every case, or those that take the package."""
+    jobs = [f"{op}:{TINY.get(op, 'M=8,N=64,K=64,R=4')}" for op in ops or run.case_names()]
+    command = [sys.executable, "-c", BLOCKED_RUN, blocked, str(tmp_path), *jobs]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(" done\n") == len(jobs)
+    assert "raised" not in said and "failed its check" not in said, done.stdout[-6000:]
+    for name in left_out:
+        assert f"not measured: {name}: {blocked.split(',')[0]} is not installed" in said
+    rows = [row for path in tmp_path.glob("*.jsonl") for row in read(path)]
+    assert "lora_linear" in {row.op for row in rows if row.provider == "lora_core"}
+    assert not {row.provider for row in rows} & left_out
+
+
+def raising_case(name, when):
+    """A case in which a provider raises while it is checked or timed."""
+    case, calls = planted_case(0.0), []
+
+    def run_out():
+        calls.append(name)
+        # the check calls nothing; the peak memory is the first run
+        if when == "timed" and len(calls) > 1 or when == "measured":
+            raise torch.OutOfMemoryError("no memory [left]")
+        return torch.ones(64)
+
+    def check(asked):
+        if asked == name and when == "checked":
+            raise RuntimeError("no such device")
+        return case.check(asked)
+
+    providers = [dataclasses.replace(p, run=run_out) if p.name == name else p for p in case.providers]
+    return dataclasses.replace(case, providers=providers, check=check)
+
+
+@pytest.mark.parametrize("when", ["checked", "measured", "timed"])
+@pytest.mark.parametrize("name", ["lora_core", "rival"])
+def test_a_provider_that_raises_is_listed_and_the_others_are_measured(name, when, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
+    monkeypatch.setattr(run, "cases_of", lambda *_: iter([raising_case(name, when)]))
+    assert run.main(["--suite", "cpu", "--samples", "2", "--results", str(tmp_path)]) == run.FAILED
+    said = " ".join(capsys.readouterr().out.split())
+    wanted = "RuntimeError: no such device" if when == "checked" else "OutOfMemoryError: no memory [left]"
+    assert f"{name} raised and was not timed: {wanted}" in said
+    rows = list(read(tmp_path / "planted.jsonl"))
+    other = {"lora_core": "rival", "rival": "lora_core"}[name]
+    assert {r.provider.removesuffix(AGAIN) for r in rows} == {other} and all(r.samples == 2 for r in rows)
+
+
+def test_a_case_that_raises_does_not_end_the_suite(tmp_path, monkeypatch, capsys):
+    def cases(op, shape, device):
+        if shape == {"N": 1}:
+            raise torch.OutOfMemoryError("no memory")
+        yield planted_case(0.0)
+
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 1}, {"N": 64}])
+    monkeypatch.setattr(run, "cases_of", cases)
+    assert run.main(["--suite", "cpu", "--samples", "1", "--results", str(tmp_path)]) == run.FAILED
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 raised and were left: planted N=1: OutOfMemoryError: no memory" in said
+    assert {r.provider for r in read(tmp_path / "planted.jsonl")} == {"lora_core", "rival", "lora_core" + AGAIN}
 
 
 @pytest.mark.parametrize("mode", modes.MODES)
@@ -101,6 +219,31 @@ def test_a_layer_1_percent_off_does_not_pass_its_check(mode):
     }
     compare = modes.check(works, mode, d_y)
     assert compare("right").passed and not compare("wrong").passed
+
+
+def test_compiled_layers_are_compiled_for_every_shape(monkeypatch):
+    """PyTorch runs a function uncompiled after eight graphs: four shapes, with gradients and without."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: compile(layer, backend=backend, **options))
+    for m in range(2, 8):
+        before = len(graphs)
+        for case in lora_linear.cases({"M": m, "N": 8, "K": 8, "R": 2}, "cpu"):
+            assert case.check("compiled").passed
+        assert len(graphs) - before == 2, f"the shape number {m - 1}"
+
+
+def test_a_compiled_layer_that_would_run_uncompiled_raises():
+    modes.compiled(torch.neg)
+    layer = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with pytest.raises(Exception, match="recompile_limit"):
+        for size in range(2, 20):
+            layer(torch.ones(size))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ AGAIN = " (again)"
 P20_TO_P80_SIGMAS = 1.683
 # standard error of a median of n normal samples, in sigma / sqrt(n): sqrt(pi / 2)
 MEDIAN_ERROR = 1.2533
+# a ratio whose spread is above this says nothing at all: either may be twice as fast
+WIDEST_SPREAD = 1.0
 # two-sided 95%
 CONFIDENCE_SIGMAS = 1.96
 

@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
         jobs = [(op, shape) for op, shape in shapes.sweep(options.sweep, suite) if op in (options.op or [op])]
     else:
         jobs = [(op, shape) for op in options.op or case_names() for shape in shapes_of(op, options.shape, suite)]
+    options.where = machine.describe(options.device)
     sound, raised = True, []
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         whole = progress.add_task(f"{suite} suite", total=len(jobs))
@@ -258,7 +259,6 @@ def _records(
     checks: dict[str, Check],
     peaks: dict[str, int],
 ) -> list[record.Record]:
-    where = machine.describe(options.device)
     floor = machine.floor_ms(options.device, case.dtype, case.bytes_moved, case.flops)
     rows = []
     for name, timing in timings.items():
@@ -287,7 +287,7 @@ def _records(
                 max_error=check.max_error,
                 rms_error=check.rms_error,
                 seed=options.seed,
-                **where,
+                **options.where,
             )
         )
     return rows

@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
     if suite == "static":
         from benchmarks import static
 
-        return static.main([part for name in options.op or [] for part in ("--kernel", name)], program)
+        return static.main(
+            [part for name in static.kernels_of(options.op or []) for part in ("--kernel", name)], program
+        )
     options.device = "cuda" if suite == "gpu" else "cpu"
     if suite == "gpu" and not _has_gpu():
         sys.stderr.write(f"{program}: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")

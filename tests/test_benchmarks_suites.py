@@ -16,7 +16,10 @@ from benchmarks.markers import replaced
 from benchmarks.modes import Work
 from benchmarks.peers import Peer
 from benchmarks.record import read
+from benchmarks.rounding import within_rounding
 from benchmarks.timing import AGAIN
+from lora_core.kernels import lora_linear as kernels
+from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -237,6 +240,24 @@ def test_compiled_layers_are_compiled_for_every_shape(monkeypatch):
         assert len(graphs) - before == 2, f"the shape number {m - 1}"
 
 
+def test_both_paths_of_the_forward_can_be_forced_and_are_right(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        kernels, "launch_low_rank_matmul", lambda *a: taken.append("fused") or launch_low_rank_matmul(*a)
+    )
+    x, weight, bias, lora_a, lora_b = (torch.randn(s) for s in ((5, 20), (7, 20), (7,), (3, 20), (7, 3)))
+    runs = lora_linear.forced_paths(weight, bias)
+    assert list(runs) == ["lora_core fused", "lora_core library"]
+    wide = [t.double() for t in (x, weight, bias, lora_a, lora_b)]
+    truth, magnitude = (
+        modes.lora_truth(*(t.abs() if absolute else t for t in wide), lora_linear.SCALING, None)
+        for absolute in (False, True)
+    )
+    for run_path in runs.values():
+        assert within_rounding(run_path(x, lora_a, lora_b), truth, magnitude, 20 + 3 + 2, roundings=4).passed
+    assert taken == ["fused"]
+
+
 def test_a_compiled_layer_that_would_run_uncompiled_raises():
     modes.compiled(torch.neg)
     layer = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
@@ -280,6 +301,20 @@ def test_static_suite_predicts_and_says_that_it_does(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nothing here was measured" in done.stdout and done.stdout.count("| absmax_dequantize |") == 3
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_static_suite_knows_the_kernels_of_every_operation_that_has_some(monkeypatch):
+    asked = []
+    monkeypatch.setattr(static, "main", lambda arguments, program: asked.append(arguments) or 0)
+    without = {"fuse", "generation_step", "inject", "roof", "training_step"}
+    for op in set(run.case_names()) - without:
+        assert run.main(["--suite", "static", "--op", op]) == 0
+        files = asked[-1][1::2]
+        assert asked[-1][::2] == ["--kernel"] * len(files) and set(files) <= set(static.kernel_names()), op
+    assert run.main(["--suite", "static", "--op", "lora_linear", "--op", "lora_linears"]) == 0
+    assert asked[-1].count("shrink") == 1 and "low_rank_matmul" in asked[-1]
+    # every kernel belongs to an operation
+    assert set(static.kernels_of(run.case_names())) - without >= set(static.kernel_names())
 
 
 def test_predictions_in_the_documentation_are_those_on_record():

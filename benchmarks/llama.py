@@ -169,7 +169,8 @@ def written(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
         def forward(self, x: Any) -> Any:
             return x @ self.weight.T + ALPHA / rank * (x @ self.lora_a.T) @ self.lora_b.T
 
-    model = copy.deepcopy(base).requires_grad_(False)
+    # a 4-bit weight in float32 is exact
+    model = copy.deepcopy(base).float().requires_grad_(False)
     for name, layer in adapted(model):
         parent, _, child = name.rpartition(".")
         weight = layer.weight.data

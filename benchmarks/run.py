@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import machine, record, shapes
 from benchmarks.case import Case, Check, Provider
@@ -39,7 +39,7 @@ SUITES = ("cpu", "gpu", "static")
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
-    MofNCompleteColumn(),
+    TaskProgressColumn(),
     TextColumn("elapsed"),
     TimeElapsedColumn(),
     TextColumn("left"),
@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
     options.where = machine.describe(options.device)
     sound, raised = True, []
     with Progress(*COLUMNS, console=console, transient=True) as progress:
-        whole = progress.add_task(f"{suite} suite", total=len(jobs))
+        # by cost, not by count: else the time left is that of the small shapes
+        whole = progress.add_task(f"{suite} suite", total=sum(shapes.cost(shape) for _, shape in jobs))
         for op, shape in jobs:
             try:
                 for case in cases_of(op, shape, options.device):
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
                 raised.append(f"{op} {_sizes(shape)}: {told(error)}")
                 console.print(f"[red]raised:[/red] {escape(raised[-1])}\n")
             _release(options.device)
-            progress.advance(whole)
+            progress.advance(whole, shapes.cost(shape))
     if raised:
         console.print(f"[red]{len(raised)} of {len(jobs)} raised and were left:[/red]")
         for line in raised:

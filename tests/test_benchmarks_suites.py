@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_benchmarks_timing import planted_case
 
-from benchmarks import modes, peers, run, shapes, static
+from benchmarks import llama, modes, peers, run, shapes, static
 from benchmarks.cases import lora_linear
 from benchmarks.markers import replaced
 from benchmarks.modes import Work
@@ -55,6 +55,47 @@ def test_sweeps_vary_one_dimension(name):
         assert len({tuple((k, v) for k, v in shape.items() if k != name) for _, shape in points}) == 1
         sizes = [shape[name] for _, shape in points]
         assert sizes == sorted(set(sizes))
+
+
+def test_large_shapes_count_for_more_of_a_suite_than_small_ones():
+    small, large = {"M": 1, "N": 512, "K": 512, "R": 16}, {"M": 8192, "N": 28672, "K": 8192, "R": 16}
+    assert shapes.cost(large) > 1000 * shapes.cost(small)
+    assert shapes.cost({"M": 1024, "K": 1024}) > 4 * shapes.cost({"M": 1024, "K": 256})
+    assert 0 < shapes.cost({"R": 16}) <= shapes.cost({"N": 4096, "K": 4096})
+
+
+@pytest.mark.parametrize("op", ["training_step", "generation_step", "fuse"])
+def test_models_in_bfloat16_pass_their_checks_and_a_wrong_scaling_does_not(op, monkeypatch):
+    """As on a GPU; bfloat16 alone would hide a scaling 1% off."""
+    monkeypatch.setattr(llama, "dtype_of", lambda device: "bfloat16")
+    shape = {"M": 2 if op == "generation_step" else 32, "K": 64, "R": 4}
+    for case in run.cases_of(op, shape, "cpu"):
+        assert case.dtype == "bfloat16" and case.providers
+        for provider in case.providers:
+            outcome = case.check(provider.name)
+            assert outcome.passed, (case.note, case.block_size, provider.name, outcome.reason)
+    build = llama.ours
+
+    def off(base, rank, start, four_bit=False):
+        model = build(base, rank, start, four_bit)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_b" in name:
+                    parameter.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(llama, "ours", off)
+    if op != "fuse":
+        assert not next(run.cases_of(op, shape, "cpu")).check("lora_core").passed
+
+
+@pytest.mark.parametrize("op", ["grouped_lora", "dora_norm"])
+def test_every_provider_of_a_case_passes_its_check(op):
+    shape = {"M": 8, "N": 16, "K": 64, "R": 4, "G": 3}
+    found = list(run.cases_of(op, shape, "cpu"))
+    assert len({(case.mode, case.block_size) for case in found}) == {"grouped_lora": 3, "dora_norm": 2}[op]
+    for case in found:
+        assert all(case.check(p.name).passed for p in case.providers), (case.mode, case.block_size)
 
 
 def test_gpu_suite_without_a_gpu_says_so(capsys, monkeypatch):

@@ -89,8 +89,9 @@ def _check(
         found: list[float] = run(prepare()).flatten().tolist()
         return found
 
+    unit = units.get(name, llama.UNIT_FP32)
     if llama.in_float32(base):
-        return llama.near(logits(*steps[name]), truth, base.config, "a logit", units.get(name, llama.UNIT_FP32))
+        return llama.near(logits(*steps[name]), truth, base.config, "a logit", unit)
     wide = _step(builders[name](copy.deepcopy(base).float()), tokens)
-    first = llama.near(logits(*wide), truth, base.config, "in float32, a logit")
+    first = llama.near(logits(*wide), truth, base.config, "in float32, a logit", unit)
     return llama.near_bf16(logits(*steps[name]), truth, base.config, "a logit") if first.passed else first

@@ -158,13 +158,13 @@ importlib.machinery.PathFinder.find_spec = classmethod(
 import torch
 
 torch.set_num_threads(1)
-from benchmarks import machine, run, shapes
+from benchmarks import machine, measure, run, shapes
 from benchmarks.timing import interleave
 
 # not what this is about, and slow: a whole Llama, the machine's rates, a cold cache, and compiling
 shapes.LLAMA_2_7B["num_hidden_layers"] = 1
 machine.rates = lambda device, dtype: (1e9, 1e9)
-run.interleave = lambda *arguments, **options: interleave(*arguments, **options, flush_bytes=0)
+measure.interleave = lambda *arguments, **options: interleave(*arguments, **options, flush_bytes=0)
 torch.compile = lambda function, **_: function
 for op, shape in (pair.split(":") for pair in sys.argv[3:]):
     code = run.main(["--suite", "cpu", "--op", op, "--shape", shape, "--samples", "1", "--results", sys.argv[2]])

@@ -1,6 +1,7 @@
 """What a benchmark case consists of.
 
-A file in benchmarks/cases holds `SHAPES`, what a processor runs by default, `GPU_SHAPES` likewise, and
+A file in benchmarks/cases holds `SHAPES`, what a processor runs by default, `GPU_SHAPES` likewise, `NEEDS` where
+nothing of it runs without some packages, and
 
     def cases(shape: dict[str, int], device: str) -> Iterator[Case]
 
@@ -88,7 +89,7 @@ class Case:
         shape: M tokens, N out, K in, R rank; those that apply.
         dtype: "float32", "bfloat16", "float16".
         block_size: elements sharing a scale, None where nothing is quantised.
-        providers: this library first, its rivals after it.
+        providers: this library first, its rivals after it; none where `missing` says why.
         check: compares one provider's result, by its name, with the truth.
         bytes_moved: bytes that have to be read and written at least; None where it says nothing.
         flops: floating-point operations needed; None where it says nothing.

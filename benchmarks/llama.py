@@ -1,6 +1,10 @@
-"""Small Llamas with adapters of the same start in this library and in PEFT, on a dense and on an NF4 base."""
+"""Small Llamas with adapters of the same start in this library and in PEFT, on a dense and on an NF4 base.
+
+bfloat16 on a GPU, float32 on a CPU. Takes transformers; PEFT and bitsandbytes for their own models alone.
+"""
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -9,18 +13,42 @@ from benchmarks.shapes import small_llama
 
 ALPHA = 32
 BLOCK_SIZE = 64
-UNIT_FP32 = 2.0**-24
+UNIT_FP32, UNIT_BF16 = 2.0**-24, 2.0**-9
+# results that a block rounds to its dtype, one after another: two norms of three steps, the seven linear layers with an
+# adapter's product, scaling and sum each, the turned queries and keys, attention's two products and its softmax, the
+# gate, two sums
+ROUNDINGS_OF_A_BLOCK = 2 * 3 + 7 * 4 + 2 * 3 + 3 + 2 + 2
+
+NEEDS = ("transformers",)
 
 Start = dict[str, tuple[Any, Any]]
 
 
 def llama(hidden_size: int, device: str, cache: bool = False) -> Any:
-    """Return the small Llama of this hidden size with random weights in float32."""
+    """Return the small Llama of this hidden size with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**small_llama(hidden_size), use_cache=cache)).to(device)
+    model = LlamaForCausalLM(LlamaConfig(**small_llama(hidden_size), use_cache=cache))
+    return model.to(device, getattr(torch, dtype_of(device)))
+
+
+def dtype_of(device: str) -> str:
+    """Return the dtype that models train and generate in on this device."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def in_float32(model: Any) -> bool:
+    """Say whether a model's parameters are float32."""
+    import torch
+
+    return next(model.parameters()).dtype == torch.float32
+
+
+def peer_of(four_bit: bool) -> tuple[str, tuple[str, ...]]:
+    """Return the name of the provider that PEFT's model is, and the packages it needs."""
+    return ("peft on bitsandbytes", ("peft", "bitsandbytes")) if four_bit else ("peft", ("peft",))
 
 
 def with_peft(model: Any, rank: int) -> Any:
@@ -31,7 +59,8 @@ def with_peft(model: Any, rank: int) -> Any:
     with warnings.catch_warnings():
         # a FutureWarning of transformers' own
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, config)
+        # A and B in the base's dtype, as this library's
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def start_of(base: Any, rank: int) -> Start:
@@ -39,11 +68,21 @@ def start_of(base: Any, rank: int) -> Start:
     import torch
 
     found = {}
-    for name, module in with_peft(copy.deepcopy(base), rank).get_base_model().named_modules():
-        if hasattr(module, "lora_A"):
-            lora_a = module.lora_A["default"].weight.detach().clone()
-            found[name] = (lora_a, torch.randn_like(module.lora_B["default"].weight) * lora_a.std())
+    for name, layer in adapted(base):
+        lora_a, lora_b = (
+            layer.weight.new_empty(rank, layer.in_features),
+            layer.weight.new_empty(layer.out_features, rank),
+        )
+        torch.nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+        found[name] = (lora_a, torch.nn.init.normal_(lora_b, std=float(lora_a.std())))
     return found
+
+
+def adapted(model: Any) -> list[tuple[str, Any]]:
+    """Return the linear layers that get an adapter, by name: all but the head."""
+    from torch import nn
+
+    return [(n, layer) for n, layer in model.named_modules() if type(layer) is nn.Linear and n != "lm_head"]
 
 
 def ours(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
@@ -81,15 +120,12 @@ def pefts(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
 
 def in_four_bits(model: Any) -> Any:
     """Hold every linear layer but the head as bitsandbytes does, in place; with the bytes this library quantises to."""
-    from torch import nn
-
     import lora_core as lc
 
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            parent, _, child = name.rpartition(".")
-            q = lc.quantize_nf4(module.weight.data, block_size=BLOCK_SIZE)
-            setattr(model.get_submodule(parent), child, linear4bit(q, module.weight.dtype))
+    for name, module in adapted(model):
+        parent, _, child = name.rpartition(".")
+        q = lc.quantize_nf4(module.weight.data, block_size=BLOCK_SIZE)
+        setattr(model.get_submodule(parent), child, linear4bit(q, module.weight.dtype))
     return model
 
 
@@ -117,21 +153,37 @@ def bitsandbytes_weight(q: Any) -> tuple[Any, Any]:
     return packed["weight"], QuantState.from_dict(fields, q.codes.device)
 
 
-def spelt_out(model: Any) -> Any:
-    """Return a copy of PEFT's model whose 4-bit weights are dense, so that it can run in float64."""
+def written(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
+    """Return a copy of the base in float64 whose adapters are plain PyTorch on dense weights: what is true."""
+    import torch
     from torch import nn
 
-    from lora_core.layers.bitsandbytes_weight import packed_weight
-    from lora_core.layers.fused import is_four_bit
+    import lora_core as lc
 
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        base = getattr(module, "base_layer", None)
-        if base is not None and is_four_bit(base):
-            dense = nn.Linear(base.in_features, base.out_features, bias=False)
-            dense.weight.data = packed_weight(base).dense(base.compute_dtype)
-            module.base_layer = dense.requires_grad_(False)
-    return model
+    class Written(nn.Module):
+        def __init__(self, weight: Any, lora_a: Any, lora_b: Any) -> None:
+            super().__init__()
+            self.register_buffer("weight", weight)
+            self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+
+        def forward(self, x: Any) -> Any:
+            return x @ self.weight.T + ALPHA / rank * (x @ self.lora_a.T) @ self.lora_b.T
+
+    # a 4-bit weight in float32 is exact
+    model = copy.deepcopy(base).float().requires_grad_(False)
+    for name, layer in adapted(model):
+        parent, _, child = name.rpartition(".")
+        weight = layer.weight.data
+        if four_bit:
+            weight = _dequantized(lc.quantize_nf4(weight, block_size=BLOCK_SIZE), weight.dtype)
+        setattr(model.get_submodule(parent), child, Written(weight, *(t.clone() for t in start[name])))
+    return model.to(torch.float64)
+
+
+def _dequantized(q: Any, dtype: Any) -> Any:
+    from lora_core.reference.nf4 import nf4_dequantize
+
+    return nf4_dequantize(q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, dtype, BLOCK_SIZE)
 
 
 def near(got: list[float], truth: list[float], config: Any, what: str, unit: float = UNIT_FP32) -> Check:
@@ -141,7 +193,18 @@ def near(got: list[float], truth: list[float], config: Any, what: str, unit: flo
     that they were computed in.
     """
     products = config.num_hidden_layers * (6 * config.hidden_size + config.intermediate_size) + config.hidden_size
+    return _near(got, truth, unit, products, what)
+
+
+def near_bf16(got: list[float], truth: list[float], config: Any, what: str) -> Check:
+    """Compare what a model in bfloat16 made: its products are summed in float32, its results rounded to bfloat16."""
+    return _near(got, truth, UNIT_BF16, config.num_hidden_layers * ROUNDINGS_OF_A_BLOCK + 2, what)
+
+
+def _near(got: list[float], truth: list[float], unit: float, terms: int, what: str) -> Check:
     errors = [abs(a - b) for a, b in zip(got, truth, strict=True)]
-    bound = 2 * unit * products**0.5 * max(abs(t) for t in truth)
+    bound = 2 * unit * terms**0.5 * max(abs(t) for t in truth)
     rms = (sum(e * e for e in errors) / len(errors)) ** 0.5
-    return Check(max(errors) <= bound, max(errors), rms, f"{what} differs by {max(errors):.3g}, bound {bound:.3g}")
+    # not a number is not near
+    passed = all(e <= bound for e in errors)
+    return Check(passed, max(errors), rms, f"{what} differs by {max(errors):.3g}, bound {bound:.3g}")

@@ -11,10 +11,14 @@ from typing import Any
 COPY_BYTES = 256 * 2**20
 MATMUL_SIZE = 2048
 TRIES = 5
+ROOT = Path(__file__).resolve().parent.parent
+# what benchmarks write: it changes while they run, and nothing that is measured
+WRITTEN = ("benchmarks/results", "benchmarks/pictures", "docs/pictures", "README.md", "docs/performance.md")
+WRITTEN += ("kernels/README.md",)
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return the fields of a record that say where it was measured."""
+    """Return the fields of a record that say where it was measured; to be asked once, at the start of a run."""
     import torch
 
     on_gpu = torch.device(device).type == "cuda"
@@ -46,15 +50,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def checkout() -> dict[str, Any]:
-    """Return the commit that is checked out, and whether tracked files differ from it."""
-    root = Path(__file__).parent
+def checkout(root: Path = ROOT) -> dict[str, Any]:
+    """Return the commit checked out, and whether tracked files differ from it, but for what benchmarks write."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        others = [f":(exclude){path}" for path in WRITTEN]
+        changed = git("status", "--porcelain", "-uno", "--", ".", *others)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": True}
 

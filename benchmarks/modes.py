@@ -34,6 +34,19 @@ class Work:
 ROUNDINGS = 5
 
 
+def compiled(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer under torch.compile, for the shapes of one comparison.
+
+    What was compiled for earlier shapes is forgotten, as past a number of graphs PyTorch runs a function uncompiled.
+    Should it come to that all the same, it raises.
+    """
+    import torch
+
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(layer, dynamic=False)
+
+
 def providers(works: Mapping[str, Work], mode: str, d_y: Any) -> list[Provider]:
     """Return the works in one mode."""
     return [_provider(name, work, mode, d_y) for name, work in works.items()]

@@ -2,53 +2,64 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-# how to get each, and whether it needs a GPU; source: their installation pages
-INSTALL = {
-    "bitsandbytes": "pip install bitsandbytes",
-    "peft": "pip install peft",
-    "torchao": "pip install torchao",
-    "unsloth": "pip install unsloth",
-}
-NEED_GPU = ("unsloth",)
+
+@dataclass(frozen=True)
+class Peer:
+    """A provider that takes packages this project does without.
+
+    Args:
+        needs: import names of all packages it takes; `pip install` calls them the same.
+        make: returns its work, once they are there.
+    """
+
+    needs: tuple[str, ...]
+    make: Callable[[], Any]
 
 
 @functools.cache
-def why_missing(package: str, device: str) -> str | None:
-    """Return why a library cannot be measured on this device, or None if it can.
-
-    Args:
-        package: its import name.
-        device: "cpu" or "cuda".
-    """
-    if package in NEED_GPU and device == "cpu":
-        return "needs a GPU"
+def why_missing(package: str) -> str | None:
+    """Return why a package, by its import name, cannot be used here, or None if it can."""
     try:
         importlib.import_module(package)
     except ImportError as error:
-        return f"{package} is not installed: {INSTALL[package]}" if error.name == package else f"cannot import: {error}"
+        if error.name == package:
+            return f"{package} is not installed: pip install {package}"
+        return f"{package} does not import: {told(error)}"
     except Exception as error:
-        return f"does not start here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{package} does not start here: {told(error)}"
     return None
 
 
-def providers(
-    ours: Mapping[str, Callable[..., Any]], peers: Mapping[str, Callable[[], Callable[..., Any]]], device: str
-) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """Return the work by provider, and why each provider that cannot run is left out.
+def why_none(needs: Sequence[str]) -> str | None:
+    """Return why these packages cannot be used together, or None if they can."""
+    return next((reason for package in needs if (reason := why_missing(package))), None)
+
+
+def told(error: BaseException) -> str:
+    """Return an exception in one line."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def providers(ours: Mapping[str, Any], peers: Mapping[str, Peer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the work by provider, and why each provider that cannot be built is left out.
 
     Args:
         ours: this project's, and PyTorch's: they run everywhere.
-        peers: by the library's import name, with a suffix after a space if need be, what makes its work.
-        device: "cpu" or "cuda".
+        peers: the others', by the provider's name.
     """
     works, missing = dict(ours), {}
-    for name, make in peers.items():
-        reason = why_missing(name.split(" ")[0], device)
+    for name, peer in peers.items():
+        reason = why_none(peer.needs)
         if reason is None:
-            works[name] = make()
-        else:
+            try:
+                works[name] = peer.make()
+            except Exception as error:
+                reason = f"cannot be built here: {told(error)}"
+        if reason is not None:
             missing[name] = reason
     return works, missing

@@ -1,6 +1,7 @@
 """Draw what is on record: `python -m benchmarks.plot` writes pictures beside the records, a set for each device.
 
-bars      our speed over the best rival's, comparison by comparison, with the spread inside which it says nothing
+bars      our speed over the best rival's, comparison by comparison, with the spread inside which it says nothing; what
+          has a spread above 100% is left out
 roofline  operations a second over operations a byte, under the copy and matmul rates measured on that device
 scaling   time over tokens, rank, adapters and model size, with the exponent of its upper half
 """
@@ -15,10 +16,10 @@ from typing import Any
 from benchmarks.case import BOUNDS
 from benchmarks.fit import exponent
 from benchmarks.record import RESULTS, Record
-from benchmarks.series import newest, of_suites, ours_of, rivals_of
+from benchmarks.series import OURS, newest, of_suites, ours_of, rivals_of
 from benchmarks.shapes import ordered
 from benchmarks.table import compare
-from benchmarks.timing import AGAIN
+from benchmarks.timing import AGAIN, WIDEST_SPREAD
 
 PICTURES = Path(__file__).parent / "pictures"
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -73,10 +74,12 @@ def bars(figure: Any, found: list[Run], ink: str = INK, grid: str = GRID) -> boo
     """Draw our speed over the best rival's, lines in these colours; return whether there was anything to draw."""
     lines = []
     for run in sorted(of_suites(found), key=lambda run: (*_kind_of_work(run[0]), *run[0].shape.values())):
-        rivals = rivals_of(run)
-        if rivals:
-            mine, best = ours_of(run), min(rivals, key=lambda r: r.median_ms)
+        mine, rivals = ours_of(run), rivals_of(run)
+        if mine is not None and rivals:
+            best = min(rivals, key=lambda r: r.median_ms)
             ratio, within, word = compare(run, mine.provider, best.provider)
+            if within > WIDEST_SPREAD:
+                continue
             shape = " ".join(f"{k}={v}" for k, v in mine.shape.items())
             four_bit = " NF4" if mine.block_size and not mine.op.startswith("nf4") else ""
             lines.append((f"{mine.op}{four_bit} {mine.mode} {shape}, against {best.provider}", ratio, within, word))
@@ -147,7 +150,7 @@ def roofline(figure: Any, found: list[Run]) -> bool:
 def _kind(row: Record) -> str:
     if row.provider in BOUNDS:
         return "lower bound"
-    return "lora_core" if row.provider.removesuffix(AGAIN) == "lora_core" else "rivals"
+    return "lora_core" if row.provider.split(" ")[0] == OURS else "rivals"
 
 
 def scaling(figure: Any, found: list[Run]) -> bool:

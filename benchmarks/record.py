@@ -46,7 +46,7 @@ class Record:
         schema: version of this list of fields.
         timestamp_utc: ISO 8601, when the measurement ended.
         commit: hash of the checked-out commit.
-        dirty: whether tracked files differed from it.
+        dirty: whether tracked files differed from it at the start of the run, but for what benchmarks write.
         op: the operation's name.
         provider: who did the work; " (again)" marks the same code in a second slot of the same run.
         mode: "fwd", "bwd" or "fwdbwd".

@@ -1,8 +1,9 @@
 """Write what was measured into docs/performance.md and README.md: `python -m benchmarks.results_table`.
 
 The newest run of every comparison in benchmarks/results (in README.md of some), between two markers: our median, the
-best rival's, their ratio with the spread inside which it says nothing, and the peak memory of both. A device's rows
-stand together, as numbers of two machines are not compared.
+best rival's, their ratio with the spread inside which it says nothing, and the peak memory of both. What this library
+takes no part in is listed for scale, and where it failed its check that is said. A device's rows stand together, as
+numbers of two machines are not compared.
 """
 
 import argparse
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from benchmarks.markers import rewrite, row
 from benchmarks.record import RESULTS, Record
-from benchmarks.series import newest, of_suites, ours_of, rivals_of
+from benchmarks.series import newest, of_suites, ours_of, rivals_of, takes_part
 from benchmarks.table import compare
+from benchmarks.timing import WIDEST_SPREAD
 
 ROOT = Path(__file__).resolve().parent.parent
 # which operations each file lists; None for all
@@ -54,24 +56,23 @@ def _order(first: Record) -> tuple[object, ...]:
 
 
 def _line(run: list[Record]) -> str:
-    mine = ours_of(run)
-    what = f"{mine.op}, {mine.mode}, {mine.dtype}" + (", NF4" if mine.block_size else "")
-    shape = " ".join(f"{name}={size}" for name, size in mine.shape.items())
-    rivals = rivals_of(run)
+    first, mine = run[0], ours_of(run)
+    what = f"{first.op}, {first.mode}, {first.dtype}" + (", NF4" if first.block_size else "")
+    shape = " ".join(f"{name}={size}" for name, size in first.shape.items())
+    rivals = sorted(rivals_of(run), key=lambda r: r.median_ms)
+    if mine is None:
+        others = ", ".join(f"{_ms(r)} ({r.provider})" for r in rivals)
+        said = "failed its check" if takes_part(first) else "not this library"
+        return row([what, shape, "", others, said, ", ".join(map(_mib, rivals))])
     if not rivals:
         return row([what, shape, _ms(mine), "", "", _mib(mine)])
-    best = min(rivals, key=lambda r: r.median_ms)
+    best = rivals[0]
     ratio, within, word = compare(run, mine.provider, best.provider)
-    return row(
-        [
-            what,
-            shape,
-            _ms(mine),
-            f"{_ms(best)} ({best.provider})",
-            f"{ratio:.2f}x, {word} within {within:.0%}",
-            f"{_mib(mine)} against {_mib(best)}",
-        ]
-    )
+    speed = f"{ratio:.2f}x, {word} within {within:.0%}"
+    if within > WIDEST_SPREAD:
+        speed = f"not measurable here (spread {within:.0%})"
+    memory = f"{_mib(mine)} against {_mib(best)}"
+    return row([what, shape, _ms(mine), f"{_ms(best)} ({best.provider})", speed, memory])
 
 
 def _ms(r: Record) -> str:

@@ -1,40 +1,40 @@
 """Run benchmarks: `python -m benchmarks.run`, or `--op nf4_quantize --shape 4096x4096` for a part.
 
 Checks every provider, measures its peak memory and its time beside its rivals', appends a row each to
-benchmarks/results/<op>.jsonl, and prints the rows as a table. The suite is what this machine can do: "gpu" where there
-is one, else "cpu"; "static" needs neither and predicts from the compiled kernels (benchmarks/static.py).
+benchmarks/results/<op>.jsonl, and prints the rows as a table. A provider that cannot run here is listed with the
+reason; one that raises, or a comparison that does, is listed and the rest goes on. The suite is what this machine can
+do: "gpu" where there is one, else "cpu"; "static" needs neither and predicts from the compiled kernels
+(benchmarks/static.py).
 """
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import machine, record, shapes
 from benchmarks.case import Case, Check
-from benchmarks.memory import peak_bytes
-from benchmarks.table import claim_lines, table
-from benchmarks.timing import AGAIN, interleave
+from benchmarks.measure import measure, sizes
+from benchmarks.peers import told, why_none
 
 CASES = Path(__file__).parent / "cases"
-# rounds of a comparison: fewer, but so many, where they take longer than the seconds
-SAMPLES, LEAST_SAMPLES, CASE_SECONDS = 15, 7, 20
+# rounds of a comparison, at most
+SAMPLES = 15
 TABLE_COLUMNS = 120
 FAILED = 1
 SUITES = ("cpu", "gpu", "static")
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
-    MofNCompleteColumn(),
+    TaskProgressColumn(),
     TextColumn("elapsed"),
     TimeElapsedColumn(),
     TextColumn("left"),
@@ -43,7 +43,7 @@ COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m benchmarks.run") -> int:
-    """Run the benchmarks asked for; return 0, or 1 if this library failed a check or a claim.
+    """Run the benchmarks asked for; return 0, or 1 if this library failed a check or a claim, or anything raised.
 
     Args:
         arguments: of the command line; by default those of the process.
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
     if suite == "static":
         from benchmarks import static
 
-        return static.main([part for name in options.op or [] for part in ("--kernel", name)], program)
+        return static.main(
+            [part for name in static.kernels_of(options.op or []) for part in ("--kernel", name)], program
+        )
     options.device = "cuda" if suite == "gpu" else "cpu"
     if suite == "gpu" and not _has_gpu():
         sys.stderr.write(f"{program}: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
@@ -68,15 +70,35 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
         jobs = [(op, shape) for op, shape in shapes.sweep(options.sweep, suite) if op in (options.op or [op])]
     else:
         jobs = [(op, shape) for op in options.op or case_names() for shape in shapes_of(op, options.shape, suite)]
-    sound = True
+    options.where = machine.describe(options.device)
+    sound, raised = True, []
     with Progress(*COLUMNS, console=console, transient=True) as progress:
-        whole = progress.add_task(f"{suite} suite", total=len(jobs))
+        # by cost, not by count: else the time left is that of the small shapes
+        whole = progress.add_task(f"{suite} suite", total=sum(shapes.cost(shape) for _, shape in jobs))
         for op, shape in jobs:
-            for case in cases_of(op, shape, options.device):
-                if options.mode is None or case.mode == options.mode:
-                    sound &= _run(_chosen(case, options.provider), options, progress)
-            progress.advance(whole)
-    return 0 if sound else FAILED
+            try:
+                for case in cases_of(op, shape, options.device):
+                    if options.mode is None or case.mode == options.mode:
+                        sound &= measure(_chosen(case, options.provider), options, progress)
+            except Exception as error:
+                raised.append(f"{op} {sizes(shape)}: {told(error)}")
+                console.print(f"[red]raised:[/red] {escape(raised[-1])}\n")
+            _release(options.device)
+            progress.advance(whole, shapes.cost(shape))
+    if raised:
+        console.print(f"[red]{len(raised)} of {len(jobs)} raised and were left:[/red]")
+        for line in raised:
+            console.print(f"  {escape(line)}")
+    return 0 if sound and not raised else FAILED
+
+
+def _release(device: str) -> None:
+    """Give back the memory of a finished comparison: one that ran out of it must not take it from the next."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def _chosen(case: Case, providers: Sequence[str] | None) -> Case:
@@ -107,8 +129,17 @@ def shapes_of(op: str, shape: Sequence[dict[str, int]] | None, suite: str) -> Se
 
 
 def cases_of(op: str, shape: dict[str, int], device: str) -> Iterator[Case]:
-    """Yield the comparisons of one benchmark on one shape."""
-    yield from importlib.import_module(f"benchmarks.cases.{op}").cases(shape, device)
+    """Yield the comparisons of one benchmark on one shape; one without providers where a package is missing."""
+    module = importlib.import_module(f"benchmarks.cases.{op}")
+    reason = why_none(getattr(module, "NEEDS", ()))
+    if reason is not None:
+        yield Case(op, "fwd", shape, "float32", None, [], _never, missing={"all of it": reason})
+        return
+    yield from module.cases(shape, device)
+
+
+def _never(name: str) -> Check:
+    raise LookupError(f"there is no provider {name}")
 
 
 def _count(text: str) -> int:
@@ -135,88 +166,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder the rows are appended in")
     return parser
-
-
-def _run(case: Case, options: argparse.Namespace, progress: Any) -> bool:
-    console = progress.console
-    checks: dict[str, Check] = {}
-    peaks: dict[str, int] = {}
-    sizes = " ".join(f"{k}={v}" for k, v in case.shape.items())
-    task = progress.add_task(f"{case.op} {case.mode} {sizes}", total=2 * len(case.providers) + options.samples)
-    for provider in case.providers:
-        checks[provider.name] = case.check(provider.name)
-        progress.advance(task)
-    sound = [p for p in case.providers if checks[p.name].passed]
-    for provider in sound:
-        peaks[provider.name] = peak_bytes(provider.measure_memory or provider.fresh(), options.device)
-        progress.advance(task)
-    ours = case.providers[0].name
-    repeat = ours if checks[ours].passed else None
-    timings: dict[str, Any] = {}
-    began = time.monotonic()
-    for rounds, taken in enumerate(interleave(sound, options.samples, options.device, options.seed, repeat=repeat), 1):
-        timings = taken
-        progress.advance(task)
-        if rounds >= LEAST_SAMPLES and time.monotonic() - began > CASE_SECONDS:
-            break
-    progress.remove_task(task)
-    records = _records(case, options, timings, checks, peaks)
-    path = options.results / f"{case.op}.jsonl"
-    for row in records:
-        record.append(path, row, checks[row.provider.removesuffix(AGAIN)])
-    console.print(table(records, ours, case.note))
-    for name, reason in case.missing.items():
-        console.print(f"not measured: {name}: {reason}")
-    for name, check in checks.items():
-        if not check.passed:
-            console.print(f"[red]{name} failed its check and was not timed:[/red] {check.reason}")
-    lines, held = claim_lines(case.claims, records, ours)
-    for line in lines:
-        console.print(line)
-    console.print(f"appended {len(records)} rows to {path}\n")
-    return held and checks[ours].passed
-
-
-def _records(
-    case: Case,
-    options: argparse.Namespace,
-    timings: dict[str, Any],
-    checks: dict[str, Check],
-    peaks: dict[str, int],
-) -> list[record.Record]:
-    where = machine.describe(options.device)
-    floor = machine.floor_ms(options.device, case.dtype, case.bytes_moved, case.flops)
-    rows = []
-    for name, timing in timings.items():
-        check = checks[name.removesuffix(AGAIN)]
-        # the second slot is for the time alone
-        peak = None if name.endswith(AGAIN) else peaks[name] / 2**20
-        rows.append(
-            record.Record(
-                schema=record.SCHEMA,
-                timestamp_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-                op=case.op,
-                provider=name,
-                mode=case.mode,
-                shape=case.shape,
-                dtype=case.dtype,
-                block_size=case.block_size,
-                median_ms=timing.median_ms,
-                p20_ms=timing.p20_ms,
-                p80_ms=timing.p80_ms,
-                samples=len(timing.samples_ms),
-                warmup_ms=timing.warmup_ms,
-                peak_mib=peak,
-                bytes_moved=case.bytes_moved,
-                flops=case.flops,
-                floor_ms=floor,
-                max_error=check.max_error,
-                rms_error=check.rms_error,
-                seed=options.seed,
-                **where,
-            )
-        )
-    return rows
 
 
 if __name__ == "__main__":

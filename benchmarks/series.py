@@ -8,6 +8,7 @@ from benchmarks.record import RESULTS, Record, read
 from benchmarks.shapes import ordered, swept_only
 from benchmarks.timing import AGAIN
 
+OURS = "lora_core"
 # what measures the machine, not this library
 MACHINE = ("roof",)
 
@@ -47,12 +48,17 @@ def of_suites(found: Iterable[list[Record]]) -> list[list[Record]]:
     return [run for run in found if run[0].op not in MACHINE and not swept_only(run[0].op, run[0].shape)]
 
 
-def ours_of(run: list[Record]) -> Record:
-    """Return the row of the run's first provider, this library where it takes part."""
-    return run[0]
+def ours_of(run: list[Record]) -> Record | None:
+    """Return this library's row; None where it takes no part, or did not pass its check."""
+    return next((row for row in run if row.provider == OURS), None)
 
 
 def rivals_of(run: list[Record]) -> list[Record]:
-    """Return the rows of other providers that do the same work."""
-    first = run[0].provider
-    return [r for r in run if r.provider.removesuffix(AGAIN) != first and r.provider not in BOUNDS]
+    """Return the rows of other providers that do the same work; this library's by a path of its choice are none."""
+    others = [r for r in run if r.provider.split(" ")[0] != OURS and r.provider not in BOUNDS]
+    return [r for r in others if not r.provider.endswith(AGAIN)]
+
+
+def takes_part(row: Record) -> bool:
+    """Say whether this library does the work a row is about: full fine-tuning, a step without a rank, is PyTorch's."""
+    return row.op != "training_step" or "R" in row.shape

@@ -12,6 +12,9 @@ SQUARE_4096 = {"N": 4096, "K": 4096}
 # N x K of the quantiser's benchmarks on a GPU: attention of Llama-3-8B, its feed-forward, that of Llama-3-70B
 GPU_WEIGHTS = (SQUARE_4096, {"N": 4096, "K": 14336}, {"N": 8192, "K": 28672})
 
+# the same for the scales of blocks of 64, of which a weight has few: four times as many weights
+GPU_SCALES = (*GPU_WEIGHTS, {"N": 16384, "K": 57344})
+
 # small enough for a processor with two cores
 SMALL_LINEAR = {"M": TOKENS, "N": 512, "K": 512, "R": 16}
 SMALL_LINEARS = (
@@ -69,6 +72,16 @@ def swept_only(op: str, shape: dict[str, int]) -> bool:
 
 def _among(shape: dict[str, int], others: Iterable[dict[str, int]]) -> bool:
     return any(shape.items() <= other.items() for other in others)
+
+
+# what a comparison takes however small it is, in multiplications of a matrix product: building, checking, 15 rounds
+LEAST_COST = 2**27
+
+
+def cost(shape: dict[str, int]) -> int:
+    """Return how much longer one shape takes than another, roughly: M N K, where a model's N is its K."""
+    k = shape.get("K", 1)
+    return LEAST_COST + shape.get("M", 1) * shape.get("N", k) * k
 
 
 # Llama-2-7B; source: its config.json

@@ -21,6 +21,15 @@ from benchmarks.shapes import GPU_WEIGHTS
 PERFORMANCE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 COMMAND = "python -m benchmarks.static"
 ARCH = 90
+# the kernel files of operations that are made of several, or share their kernel
+LINEAR = ("low_rank_matmul", "row_sum", "shrink", "split_sum")
+KERNELS_OF = {
+    "lora_linear": LINEAR,
+    "lora_linears": LINEAR,
+    "nf4_lora_linear": ("nf4_matmul", "nf4_dequantize", *LINEAR),
+    "dora_norm": ("dora_norm", "split_sum"),
+    "grouped_lora": ("gather_expand", "gather_gradient", "gather_shrink"),
+}
 BLOCK_SIZE = 64
 
 
@@ -116,6 +125,11 @@ def main(arguments: Sequence[str] | None = None, program: str = COMMAND) -> int:
         (options.results / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         rewrite(options.page, COMMAND, table(found))
     return 0
+
+
+def kernels_of(operations: Iterable[str]) -> list[str]:
+    """Return the kernel files of these operations, each once; an operation without any stands for itself."""
+    return list(dict.fromkeys(kernel for op in operations for kernel in KERNELS_OF.get(op, (op,))))
 
 
 def predict(kernel: str, device: Device = H200) -> list[Prediction]:

@@ -43,8 +43,8 @@ def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
 
 
 def best_rival(records: Iterable[Record], ours: str) -> Record | None:
-    """Return the fastest row that is neither ours nor a lower bound."""
-    rivals = [r for r in records if r.provider.removesuffix(AGAIN) != ours and r.provider not in BOUNDS]
+    """Return the fastest row that is neither ours, by whatever path, nor a lower bound."""
+    rivals = [r for r in records if r.provider.split(" ")[0] != ours and r.provider not in BOUNDS]
     return min(rivals, key=lambda r: r.median_ms, default=None)
 
 

@@ -20,11 +20,21 @@ AGAIN = " (again)"
 P20_TO_P80_SIGMAS = 1.683
 # standard error of a median of n normal samples, in sigma / sqrt(n): sqrt(pi / 2)
 MEDIAN_ERROR = 1.2533
+# a ratio whose spread is above this says nothing at all: either may be twice as fast
+WIDEST_SPREAD = 1.0
 # two-sided 95%
 CONFIDENCE_SIGMAS = 1.96
 
 # more than the last-level cache of the processors and GPUs at hand
 FLUSH_BYTES = 256 * 2**20
+
+
+class ProviderError(Exception):
+    """A provider raised while it was timed; the cause is what it raised."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,8 @@ def interleave(
         warmup: runs of each before the first sample.
         flush_bytes: size of the buffer written between samples; 0 leaves the cache warm.
         repeat: the name that gets a second slot, for the self-against-self spread.
+    Raises:
+        ProviderError: if a provider raises.
     """
     import torch
 
@@ -130,13 +142,20 @@ def interleave(
         slots[repeat + AGAIN] = slots[repeat]
     buffer = torch.zeros(flush_bytes, dtype=torch.uint8, device=device) if flush_bytes else None
     clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
-    warmup_ms = {p.name: sum(clock(p, None) for _ in range(warmup)) for p in providers}
+
+    def sample(provider: Provider, buffer: Any) -> float:
+        try:
+            return clock(provider, buffer)
+        except Exception as error:
+            raise ProviderError(provider.name) from error
+
+    warmup_ms = {p.name: sum(sample(p, None) for _ in range(warmup)) for p in providers}
     taken: dict[str, list[float]] = {name: [] for name in slots}
     order, shuffle = list(slots), random.Random(seed).shuffle
     for _ in range(samples):
         shuffle(order)
         for name in order:
-            taken[name].append(clock(slots[name], buffer))
+            taken[name].append(sample(slots[name], buffer))
         yield {name: Timing(tuple(ms), warmup_ms[name.removesuffix(AGAIN)]) for name, ms in taken.items()}
 
 
@@ -159,7 +178,7 @@ def _cuda_ms(provider: Provider, buffer: Any) -> float:
     run = provider.fresh()
     if buffer is not None:
         buffer.add_(1)
-    torch.cuda.synchronize()
+    # not waiting here: while the device flushes, the host launches what is to be timed
     start.record()
     result = run()
     end.record()

@@ -51,6 +51,16 @@ def test_plot_takes_the_largest_sweep_and_leaves_out_the_second_slot(tmp_path):
     assert plot._sweep(found, "lora_linear", "R") == {}
 
 
+def test_bars_leave_out_what_says_nothing_and_what_is_not_this_librarys(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    told = rows(2.0, 2.5, 1.0, 2.1)
+    noise = rows(2.0, 2.5, 1.0, 4.1, shape={"N": 16, "K": 4})
+    failed = rows(2.0, 2.5, 1.0, shape={"N": 32, "K": 4})[1:]
+    assert not plot.bars(figure(), [noise, failed])
+    drawn = figure()
+    assert plot.bars(drawn, [told, noise, failed]) and len(drawn.axes[0].patches) == 1
+
+
 def test_plot_without_records_draws_nothing(tmp_path):
     assert plot.main(["--results", str(tmp_path), "--pictures", str(tmp_path / "p")]) == 0
     assert list((tmp_path / "p").iterdir()) == []

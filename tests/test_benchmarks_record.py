@@ -3,11 +3,20 @@
 import dataclasses
 import json
 import math
+import subprocess
 
 import pytest
 
-from benchmarks.case import Check, CheckError
+from benchmarks import machine, run
+from benchmarks.case import Case, Check, CheckError, Provider
 from benchmarks.record import NAMES, SCHEMA, Record, RecordError, append, read, validate
+
+
+def planted_case():
+    """A comparison of this library and a rival, both sound."""
+    providers = [Provider(name, list) for name in ("lora_core", "rival")]
+    return Case("planted", "fwd", {"N": 64}, "float32", None, providers, lambda _: PASSED)
+
 
 PASSED = Check(passed=True, max_error=0.25, rms_error=0.125)
 
@@ -62,6 +71,37 @@ def test_benchmark_record_round_trips_and_keeps_earlier_rows(tmp_path):
     append(path, second, PASSED)
     assert path.read_bytes().startswith(before)
     assert list(read(path)) == [first, second]
+
+
+def test_benchmark_checkout_is_dirty_by_code_and_not_by_records(tmp_path):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    for name in (*machine.WRITTEN, "lora_core/x.py"):
+        path = tmp_path / name if "." in name else tmp_path / name / "file"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    assert machine.checkout(tmp_path)["dirty"] is False and len(machine.checkout(tmp_path)["commit"]) == 40
+    (tmp_path / "benchmarks" / "results" / "file").write_text("b")
+    (tmp_path / "README.md").write_text("b")
+    assert machine.checkout(tmp_path)["dirty"] is False
+    (tmp_path / "lora_core" / "x.py").write_text("b")
+    assert machine.checkout(tmp_path)["dirty"] is True
+
+
+def test_benchmark_run_asks_about_the_checkout_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "checkout", lambda: asked.append(1) or {"commit": "0" * 40, "dirty": len(asked) > 1})
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}, {"N": 32}])
+    monkeypatch.setattr(run, "cases_of", lambda *_: iter([planted_case()]))
+    assert run.main(["--suite", "cpu", "--samples", "1", "--results", str(tmp_path)]) == 0
+    rows = list(read(tmp_path / "planted.jsonl"))
+    assert len(rows) == 6 and not any(r.dirty for r in rows)
 
 
 def test_benchmark_record_is_frozen():

@@ -8,7 +8,8 @@ from test_benchmarks_record import PASSED, row
 from benchmarks import results_table
 from benchmarks.markers import END, begin, replaced
 from benchmarks.record import Record, append
-from benchmarks.series import newest, runs
+from benchmarks.series import newest, rivals_of, runs
+from benchmarks.table import best_rival
 from benchmarks.timing import AGAIN
 
 
@@ -59,6 +60,36 @@ def test_results_table_names_the_best_rival_and_no_lower_bound(tmp_path):
 def test_results_table_calls_a_ratio_inside_its_spread_a_tie(tmp_path):
     write(tmp_path, *rows(1.0, 1.05, 0.5, 1.2))
     assert "1.05x, tie within 20%" in results_table.table(tmp_path)
+
+
+def test_results_table_gives_no_ratio_where_the_spread_is_wider_than_the_ratio(tmp_path):
+    write(tmp_path, *rows(1.0, 7.0, 0.5, 2.1))
+    text = results_table.table(tmp_path)
+    assert "| 1 | 7 (bitsandbytes) | not measurable here (spread 110%) |" in text and "7.00x" not in text
+
+
+def test_results_table_says_so_where_this_library_failed_its_check(tmp_path):
+    """What failed is not on record: another provider's number must not stand in for it."""
+    write(tmp_path, *rows(1.0, 2.0)[1:])
+    (line,) = [line for line in results_table.table(tmp_path).splitlines() if "nf4_quantize" in line]
+    assert "|  | 2 (bitsandbytes) | failed its check | 1.0 |" in line
+
+
+def test_results_table_lists_full_fine_tuning_as_another_librarys(tmp_path):
+    others = [
+        dataclasses.replace(r, provider=p)
+        for r, p in zip(rows(2.0, 1.0, 3.0), ("torch", "bitsandbytes", "torch" + AGAIN), strict=True)
+    ]
+    write(tmp_path, *(dataclasses.replace(r, op="training_step", shape={"M": 8, "K": 64}) for r in others))
+    (line,) = [line for line in results_table.table(tmp_path).splitlines() if "training_step" in line]
+    assert "|  | 1 (bitsandbytes), 2 (torch) | not this library | 1.0, 1.0 |" in line
+
+
+def test_no_path_of_this_library_is_its_rival():
+    run = rows(1.0, 2.0, 0.5, 1.0)
+    forced = [dataclasses.replace(run[0], provider=f"lora_core {path}", median_ms=1.0) for path in ("fused", "library")]
+    assert [r.provider for r in rivals_of([*run, *forced])] == ["bitsandbytes"]
+    assert best_rival([*run, *forced], "lora_core").provider == "bitsandbytes"
 
 
 def test_results_table_keeps_devices_apart_and_says_what_no_gpu_measured(tmp_path):

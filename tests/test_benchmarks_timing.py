@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_benchmarks_record import row
 
-from benchmarks import shapes
+from benchmarks import shapes, timing
 from benchmarks.case import Case, Check, Claim, Provider
 from benchmarks.memory import peak_bytes
 from benchmarks.record import Record, read
@@ -52,6 +52,37 @@ def test_benchmark_timing_leaves_preparation_out():
     provider = Provider("p", lambda made: made, prepare=lambda: time.sleep(0.02))
     timing = last(interleave([provider], samples=3, warmup=1, flush_bytes=0))["p"]
     assert timing.median_ms < 10
+
+
+def test_benchmark_timing_on_a_gpu_does_not_wait_between_the_flush_and_the_start(monkeypatch):
+    """A device that runs what is queued one after another, and a host that takes 3 ms to launch: only work counts."""
+    queue = {"host": 0.0, "free": 0.0}
+
+    def launch(host_ms, device_ms):
+        queue["host"] += host_ms
+        queue["free"] = max(queue["free"], queue["host"]) + device_ms
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            launch(0.0, 0.0)
+            self.at = queue["free"]
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class Buffer:
+        def add_(self, _):
+            launch(0.0, 10.0)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.update(host=max(queue["host"], queue["free"])))
+    # preparing is queued before, and is no part of it
+    provider = Provider("p", lambda _: launch(3.0, 1.0), prepare=lambda: launch(0.5, 7.0))
+    assert [timing._cuda_ms(provider, Buffer()) for _ in range(2)] == [1.0, 1.0]
+    assert timing._cuda_ms(Provider("p", lambda: launch(3.0, 1.0)), None) == 4.0
 
 
 def test_benchmark_quantiles_interpolate():

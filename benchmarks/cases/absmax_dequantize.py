@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from benchmarks.case import Case, Provider
 from benchmarks.cases.absmax_quantize import BLOCK_SIZE, equal, scales
-from benchmarks.shapes import SQUARE_4096
+from benchmarks.shapes import GPU_SCALES, SQUARE_4096
 
 SHAPES = (SQUARE_4096,)
+GPU_SHAPES = GPU_SCALES
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.case import Case, Check, Provider
-from benchmarks.shapes import SQUARE_4096
+from benchmarks.shapes import GPU_SCALES, SQUARE_4096
 
 SHAPES = (SQUARE_4096,)
+GPU_SHAPES = GPU_SCALES
 
 BLOCK_SIZE = 64
 

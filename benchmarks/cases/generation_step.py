@@ -1,7 +1,7 @@
 """One token of generation by a small Llama with adapters, after a prompt in the cache; on a dense and on an NF4 base.
 
-This library's adapters, fused, beside PEFT's (on bitsandbytes' layers for NF4). float32. A shape's K is the hidden
-size, M the sequences, R the rank.
+This library's adapters, fused, beside PEFT's (on bitsandbytes' layers for NF4). bfloat16 on a GPU, float32 on a CPU. A
+shape's K is the hidden size, M the sequences, R the rank.
 """
 
 import copy
@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks import llama
+from benchmarks import llama, peers
 from benchmarks.case import Case, Check, Claim, Provider
+from benchmarks.peers import Peer
 
 SHAPES = tuple({"M": 1, "K": k, "R": 16} for k in (256, 512))
 GPU_SHAPES = tuple({"M": m, "K": 4096, "R": 16} for m in (1, 16))
+NEEDS = llama.NEEDS
 
 PROMPT = 64
-UNIT_BF16 = 2.0**-9
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
@@ -27,26 +28,33 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     tokens = torch.randint(base.config.vocab_size, (shape["M"], PROMPT + 1), device=device)
     start = llama.start_of(base, shape["R"])
     for four_bit in (False, True):
-        peer = "peft on bitsandbytes" if four_bit else "peft"
-        arguments = (base, shape["R"], start, four_bit)
-        models = {"lora_core": llama.ours(*arguments).eval(), peer: llama.pefts(*arguments).eval()}
+        peer, needs = llama.peer_of(four_bit)
+        rest = (shape["R"], start, four_bit)
+        builders = {"lora_core": partial(_build, llama.ours, rest), peer: partial(_build, llama.pefts, rest)}
+        models, missing = peers.providers(
+            {"lora_core": builders["lora_core"](base)}, {peer: Peer(needs, partial(builders[peer], base))}
+        )
         with torch.no_grad():
-            wide = llama.spelt_out(models[peer]).double()
-            truth = wide(input_ids=tokens).logits[:, -1].flatten().tolist()
+            truth = llama.written(base, *rest)(input_ids=tokens).logits[:, -1].flatten().tolist()
         # in eval mode on a CPU, bitsandbytes multiplies in bfloat16 where the processor can
-        units = {peer: UNIT_BF16} if four_bit and device == "cpu" else {}
+        units = {peer: llama.UNIT_BF16} if four_bit and device == "cpu" else {}
         steps = {name: _step(model, tokens) for name, model in models.items()}
         yield Case(
             op="generation_step",
             mode="fwd",
             shape=shape,
-            dtype="float32",
+            dtype=llama.dtype_of(device),
             block_size=llama.BLOCK_SIZE if four_bit else None,
             providers=[Provider(name, run, prepare=prepare) for name, (prepare, run) in steps.items()],
-            check=partial(_check, steps, truth, base.config, units),
+            check=partial(_check, base, builders, steps, tokens, truth, units),
             claims=(Claim(against=peer, no_slower=True),),
             note=f"Llama of 4 layers, {PROMPT} tokens in the cache",
+            missing=missing,
         )
+
+
+def _build(make: Callable[..., Any], rest: tuple[Any, ...], base: Any) -> Any:
+    return make(base, *rest).eval()
 
 
 def _step(model: Any, tokens: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
@@ -63,8 +71,27 @@ def _step(model: Any, tokens: Any) -> tuple[Callable[[], Any], Callable[[Any], A
     return lambda: copy.deepcopy(cache), run
 
 
-def _check(steps: dict[str, Any], truth: list[float], config: Any, units: dict[str, float], name: str) -> Check:
-    """Compare the token's logits with those of the whole sequence at once in float64."""
-    prepare, run = steps[name]
+def _check(
+    base: Any,
+    builders: dict[str, Callable[[Any], Any]],
+    steps: dict[str, Any],
+    tokens: Any,
+    truth: list[float],
+    units: dict[str, float],
+    name: str,
+) -> Check:
+    """Compare the token's logits with those of the whole sequence at once in float64.
+
+    In bfloat16 they would hide a wrong scaling, so the same model in float32 has to pass first.
+    """
+
+    def logits(prepare: Callable[[], Any], run: Callable[[Any], Any]) -> list[float]:
+        found: list[float] = run(prepare()).flatten().tolist()
+        return found
+
     unit = units.get(name, llama.UNIT_FP32)
-    return llama.near(run(prepare()).flatten().tolist(), truth, config, "a logit", unit)
+    if llama.in_float32(base):
+        return llama.near(logits(*steps[name]), truth, base.config, "a logit", unit)
+    wide = _step(builders[name](copy.deepcopy(base).float()), tokens)
+    first = llama.near(logits(*wide), truth, base.config, "in float32, a logit", unit)
+    return llama.near_bf16(logits(*steps[name]), truth, base.config, "a logit") if first.passed else first

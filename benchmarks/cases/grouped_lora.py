@@ -1,20 +1,22 @@
 """One batch of M rows with G adapters of ranks R, R / 2 and R / 4, beside a loop over the adapters.
 
-bfloat16 on a GPU, float32 on a CPU. Every fourth row has no adapter.
+Forward, backward with gradients of x, A and B, and both. bfloat16 on a GPU, float32 on a CPU. Every fourth row has no
+adapter.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.case import Case, Claim, Provider
-from benchmarks.rounding import within_rounding
+from benchmarks import modes
+from benchmarks.case import Case, Claim
+from benchmarks.modes import Work
 
 SHAPES = ({"M": 64, "N": 512, "K": 512, "R": 16, "G": 15},)
 GPU_SHAPES = tuple({"M": m, "N": 4096, "K": 4096, "R": 16, "G": 63} for m in (64, 512, 4096))
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
-    """Yield the one comparison for M rows, B_g [N, R_g] and A_g [R_g, K]."""
+    """Yield one comparison a mode, for M rows, B_g [N, R_g] and A_g [R_g, K]."""
     import torch
 
     from lora_core.ops.grouped_lora import grouped_lora
@@ -27,35 +29,48 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     x, base, lora_a, lora_b = (
         torch.randn(*size, device=device).to(dtype) for size in ((m, k), (m, n), (sum(ranks), k), (n, sum(ranks)))
     )
+    d_y = torch.randn(m, n, device=device).to(dtype)
     rows = torch.arange(m, device=device)
     adapter = torch.where(rows % 4 == 3, -1, rows % adapters)
     scaling = torch.linspace(0.5, 2.0, adapters, device=device)
     ends = grouped.offsets(ranks)
     slices = [(g, slice(ends[g], ends[g + 1])) for g in range(adapters)]
 
-    def loop() -> Any:
+    def loop(x: Any, a: Any, b: Any) -> Any:
         y = base.clone()
         for g, part in slices:
             mine = adapter == g
-            y[mine] += scaling[g].to(dtype) * (x[mine] @ lora_a[part].T @ lora_b[:, part].T)
+            y[mine] += scaling[g].to(dtype) * (x[mine] @ a[part].T @ b[:, part].T)
         return y
 
-    runs = {"lora_core": lambda: grouped_lora(x, lora_a, lora_b, ranks, adapter, scaling, base), "torch": loop}
-    wide = [t.double() for t in (x, base, lora_a, lora_b)]
-    truth, magnitude = (
-        grouped.forward(*(t.abs() if absolute else t for t in wide), ranks, adapter, scaling.double())[0]
-        for absolute in (False, True)
-    )
-    yield Case(
-        op="grouped_lora",
-        mode="fwd",
-        shape=shape,
-        dtype=str(dtype).removeprefix("torch."),
-        block_size=None,
-        providers=[Provider(name, run) for name, run in runs.items()],
-        check=lambda name: within_rounding(runs[name](), truth, magnitude, k + r + 2, roundings=4),
-        bytes_moved=dtype.itemsize * (sum(ranks) * (k + n) + m * (k + 2 * n)),
-        flops=2 * m * (k + n) * sum(ranks) // adapters,
-        # on a CPU the reference runs, which sorts the rows; a loop need not
-        claims=() if device == "cpu" else (Claim(against="torch", no_slower=True),),
-    )
+    def truth(x: Any, base: Any, a: Any, b: Any, d_y: Any) -> Any:
+        y, hidden = grouped.forward(x, base, a, b, ranks, adapter, scaling.double())
+        if d_y is None:
+            return y
+        return grouped.backward(d_y, None, x, a, b, ranks, adapter, scaling.double(), hidden, (True, True, True))
+
+    leaves = tuple(t.requires_grad_() for t in (x, lora_a, lora_b))
+    layers = {"lora_core": lambda x, a, b: grouped_lora(x, a, b, ranks, adapter, scaling, base), "torch": loop}
+    operands = (x, base, lora_a, lora_b)
+    works = {name: Work(layer, leaves, truth, operands, m + n + k + r) for name, layer in layers.items()}
+    pairs = sum(ranks) * (k + n)
+    # adapters, x, base and y; then adapters and their gradients, dL/dy, x and dL/dx
+    moved = {"fwd": pairs + m * (k + 2 * n), "bwd": 2 * pairs + m * (2 * k + n)}
+    flops = {"fwd": 2 * m * (k + n) * sum(ranks) // adapters}
+    flops["bwd"] = 2 * flops["fwd"]
+    for name in (moved, flops):
+        name["fwdbwd"] = name["fwd"] + name["bwd"]
+    for mode in modes.MODES:
+        yield Case(
+            op="grouped_lora",
+            mode=mode,
+            shape=shape,
+            dtype=str(dtype).removeprefix("torch."),
+            block_size=None,
+            providers=modes.providers(works, mode, d_y),
+            check=modes.check(works, mode, d_y),
+            bytes_moved=dtype.itemsize * moved[mode],
+            flops=flops[mode],
+            # on a CPU the reference runs, which sorts the rows; a loop need not
+            claims=() if device == "cpu" else (Claim(against="torch", no_slower=True),),
+        )

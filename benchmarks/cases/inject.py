@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.case import Case, Check, Claim, Provider
+from benchmarks.peers import Peer, providers
 from benchmarks.shapes import LLAMA_2_7B
 
 SHAPES = ({"R": 16},)
+
+NEEDS = ("transformers",)
 
 LIMIT_MS = 500
 
@@ -14,7 +17,8 @@ LIMIT_MS = 500
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     """Yield the one comparison; no arithmetic runs, so the device does not matter."""
     rank = shape["R"]
-    runs = {"lora_core": lambda model: _ours(model, rank), "peft": lambda model: _peft(model, rank)}
+    peers = {"peft": Peer(("peft",), lambda: lambda model: _peft(model, rank))}
+    runs, missing = providers({"lora_core": lambda model: _ours(model, rank)}, peers)
     yield Case(
         op="inject",
         mode="fwd",
@@ -25,6 +29,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         check=lambda name: _check(runs[name](_llama()), rank),
         claims=(Claim(against="peft", no_slower=True, limit_ms=LIMIT_MS),),
         note="Llama-2-7B on meta, all-linear",
+        missing=missing,
     )
 
 

@@ -1,7 +1,8 @@
 """A LoRA linear layer: forward, backward with gradients of x, A and B, and both. bfloat16 on a GPU, float32 on a CPU.
 
 Beside it PEFT's layer, the formula in plain PyTorch as written ("reference") and under torch.compile ("compiled"), and
-as a lower bound the frozen product alone ("matmul").
+as a lower bound the frozen product alone ("matmul"). On a GPU the forward runs by either path of the kernels too, with
+the fused product and with a library's ("lora_core fused", "lora_core library"), without the operation around them.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 from benchmarks import modes
 from benchmarks.case import Case, Claim
 from benchmarks.modes import Work
-from benchmarks.peers import why_missing
+from benchmarks.peers import Peer, providers
 from benchmarks.shapes import LLAMA_3_LINEARS, SMALL_LINEARS
 
 SHAPES = SMALL_LINEARS
@@ -35,21 +36,25 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     )
     leaves = (x.requires_grad_(), nn.Parameter(lora_a), nn.Parameter(lora_b))
     operands = (x, weight, bias, *leaves[1:], SCALING)
-    compiled = torch.compile(reference.lora_linear, dynamic=False)
-    layers: dict[str, Callable[..., Any]] = {
+    compiled = modes.compiled(reference.lora_linear)
+    ours: dict[str, Callable[..., Any]] = {
         "lora_core": lambda x, a, b: lc.lora_linear(x, weight, bias, a, b, SCALING),
         "reference": lambda x, a, b: reference.lora_linear(x, weight, bias, a, b, SCALING),
         "compiled": lambda x, a, b: compiled(x, weight, bias, a, b, SCALING),
     }
-    missing = why_missing("peft", device)
-    if missing is None:
-        layer = peft_layer(linear_of(weight, bias), leaves[1:], SCALING)
-        layers["peft"] = lambda x, a, b: layer(x)
+    peers = {"peft": Peer(("peft",), lambda: on_x(peft_layer(linear_of(weight, bias), leaves[1:], SCALING)))}
+    layers, missing = providers(ours, peers)
     works = {name: Work(run, leaves, modes.lora_truth, operands, m + n + k + r) for name, run in layers.items()}
     works["matmul"] = Work(
         lambda x: nn.functional.linear(x, weight, bias), (x,), modes.linear_truth, (x, weight, bias), n + k
     )
+    forced = {}
+    if device != "cpu":
+        runs = forced_paths(weight, bias)
+        forced = {name: Work(run, leaves, modes.lora_truth, operands, m + n + k + r) for name, run in runs.items()}
     for mode in modes.MODES:
+        # a path is forced on the forward alone
+        those = {**works, **forced} if mode == "fwd" else works
         moved = x.numel() + weight.numel() + m * n
         yield Case(
             op="lora_linear",
@@ -57,14 +62,25 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
             shape=shape,
             dtype=str(dtype).removeprefix("torch."),
             block_size=None,
-            providers=modes.providers(works, mode, d_y),
-            check=modes.check(works, mode, d_y),
+            providers=modes.providers(those, mode, d_y),
+            check=modes.check(those, mode, d_y),
             bytes_moved=dtype.itemsize * moved * (2 if mode == "fwdbwd" else 1),
             flops=flops(shape, mode),
-            claims=tuple(Claim(against=name, no_slower=True) for name in works if name in ("reference", "peft")),
+            claims=tuple(Claim(against=name, no_slower=True) for name in ("reference", "peft")),
             note="bias",
-            missing={} if missing is None else {"peft": missing},
+            missing=missing,
         )
+
+
+def forced_paths(weight: Any, bias: Any) -> dict[str, Callable[..., Any]]:
+    """Return the forward of the kernels by each path that a linear layer may take."""
+    from lora_core.kernels.crossover import PATHS
+    from lora_core.kernels.lora_linear import launch_lora_linear
+
+    def by(path: str) -> Callable[..., Any]:
+        return lambda x, a, b: launch_lora_linear(x, weight, bias, a, b, SCALING, 0.0, None, path)[0]
+
+    return {f"lora_core {path}": by(path) for path in PATHS}
 
 
 def flops(shape: dict[str, int], mode: str) -> int:
@@ -72,6 +88,11 @@ def flops(shape: dict[str, int], mode: str) -> int:
     m, n, k, r = (shape[name] for name in "MNKR")
     forward, backward = 2 * m * (n * k + r * (n + k)), 2 * m * (n * k + 2 * r * (n + k))
     return {"fwd": forward, "bwd": backward, "fwdbwd": forward + backward}[mode]
+
+
+def on_x(layer: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return a layer that holds its adapter as one that is given A and B too."""
+    return lambda x, a, b: layer(x)
 
 
 def linear_of(weight: Any, bias: Any) -> Any:

@@ -12,6 +12,7 @@ from benchmarks import peers
 from benchmarks.case import Case, Check, Claim, Provider
 from benchmarks.cases.nf4_lora_linear import torchao_weight
 from benchmarks.llama import bitsandbytes_weight
+from benchmarks.peers import Peer
 from benchmarks.shapes import GPU_WEIGHTS, SQUARE_4096
 
 SHAPES = (SQUARE_4096,)
@@ -37,10 +38,10 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     n = weight.numel()
     plain = {"lora_core": ours.dequantize, "reference": lambda: reference.nf4.nf4_dequantize(*fields)}
     rivals = {
-        "bitsandbytes": lambda: _bitsandbytes(ours),
-        "torchao": lambda: torchao_weight(weight).get_original_weight,
+        "bitsandbytes": Peer(("bitsandbytes",), lambda: _bitsandbytes(ours)),
+        "torchao": Peer(("torchao",), lambda: torchao_weight(weight).get_original_weight),
     }
-    runs, missing = peers.providers(plain, rivals, device)
+    runs, missing = peers.providers(plain, rivals)
     runs["copy"] = truth.clone
     yield Case(
         op="nf4_dequantize",

@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks import modes
 from benchmarks.case import Case, Claim
-from benchmarks.cases.lora_linear import SCALING, flops, peft_layer
+from benchmarks.cases.lora_linear import SCALING, flops, on_x, peft_layer
 from benchmarks.llama import bitsandbytes_weight, linear4bit
 from benchmarks.modes import Work
-from benchmarks.peers import providers
+from benchmarks.peers import Peer, providers
 from benchmarks.shapes import FEW_TOKENS, LLAMA_3_LINEARS, SMALL_LINEARS
 
 SHAPES = (*SMALL_LINEARS, *FEW_TOKENS)
@@ -51,14 +51,16 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     ours = {
         "lora_core": lambda x, a, b: lc.nf4_lora_linear(x, q, bias, a, b, SCALING),
         "reference": written,
-        "compiled": torch.compile(written, dynamic=False),
+        "compiled": modes.compiled(written),
     }
     peers = {
-        "bitsandbytes": lambda: _bitsandbytes(q, bias),
-        "peft on bitsandbytes": lambda: _peft(linear4bit(q, dtype, bias), leaves[1:]),
-        "torchao": lambda: _torchao(weight, bias),
+        "bitsandbytes": Peer(("bitsandbytes",), lambda: _bitsandbytes(q, bias)),
+        "peft on bitsandbytes": Peer(
+            ("peft", "bitsandbytes"), lambda: on_x(peft_layer(linear4bit(q, dtype, bias), leaves[1:], SCALING))
+        ),
+        "torchao": Peer(("torchao",), lambda: _torchao(weight, bias)),
     }
-    layers, missing = providers(ours, peers, device)
+    layers, missing = providers(ours, peers)
     works = {
         name: Work(
             layer,
@@ -86,11 +88,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
             check=modes.check(works, mode, d_y),
             bytes_moved=moved * (2 if mode == "fwdbwd" else 1),
             flops=flops(shape, mode),
-            claims=tuple(
-                Claim(against=name, no_slower=True)
-                for name in ("bitsandbytes", "peft on bitsandbytes")
-                if name in works
-            ),
+            claims=tuple(Claim(against=name, no_slower=True) for name in ("bitsandbytes", "peft on bitsandbytes")),
             note="double quantised, bias",
             missing=missing,
         )
@@ -106,11 +104,6 @@ def _bitsandbytes(q: Any, bias: Any) -> Callable[..., Any]:
         return bnb.matmul_4bit(x, codes.t(), bias=bias, quant_state=state) + linear(linear(x, a), b) * SCALING
 
     return run
-
-
-def _peft(base: Any, pair: tuple[Any, Any]) -> Callable[..., Any]:
-    layer = peft_layer(base, pair, SCALING)
-    return lambda x, a, b: layer(x)
 
 
 def _torchao(weight: Any, bias: Any) -> Callable[..., Any]:

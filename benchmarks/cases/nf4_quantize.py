@@ -11,6 +11,7 @@ from benchmarks import peers
 from benchmarks.case import Case, Check, Claim, Provider
 from benchmarks.cases.nf4_dequantize import own_format
 from benchmarks.cases.nf4_lora_linear import torchao_weight
+from benchmarks.peers import Peer
 from benchmarks.shapes import GPU_WEIGHTS, SQUARE_4096
 
 SHAPES = (SQUARE_4096,)
@@ -36,8 +37,11 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         "lora_core": lambda: lc.quantize_nf4(weight, block_size=BLOCK_SIZE),
         "reference": lambda: _reference(weight),
     }
-    rivals = {"bitsandbytes": lambda: lambda: _peer(weight), "torchao": lambda: lambda: torchao_weight(weight)}
-    runs, missing = peers.providers(plain, rivals, device)
+    rivals = {
+        "bitsandbytes": Peer(("bitsandbytes",), lambda: lambda: _peer(weight)),
+        "torchao": Peer(("torchao",), lambda: lambda: torchao_weight(weight)),
+    }
+    runs, missing = peers.providers(plain, rivals)
 
     def check(name: str) -> Check:
         if name == "torchao":

@@ -7,8 +7,8 @@
     block_size  weights that share one scale
 
 MIDPOINTS[c] is the float32 half-way between levels c and c + 1; a value on it belongs to the lower one. A block of
-zeros has absmax 0 and the code of zero, 7. Weights may be tiny, and results are compared to the bit: divide by absmax as
-it is, and don't multiply by its reciprocal, which rounds twice.
+zeros has absmax 0 and the code of zero, 7. Weights may be tiny, and results are compared to the bit: divide by absmax
+as it is, and don't multiply by its reciprocal, which rounds twice.
 
 Source: Dettmers et al. 2023, section 3.
 """

@@ -53,13 +53,13 @@ def launch_grouped_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward; operands and results as the op has them, empty where needs says that none is wanted."""
     need_x, need_a, need_b = needs
-    none = d_y.new_empty(0)
     if d_y.dtype == torch.float64:
         wide = reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
-        d_x, d_lora_a, d_lora_b = (none if g is None else g for g in wide)
+        d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in wide)
         return d_x, d_lora_a, d_lora_b
     found, scaling = groups(adapter, len(ranks)), scaling.contiguous()
-    d_x = d_lora_a = d_lora_b = none
+    # a tensor each: an operation may not return one twice
+    d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) for _ in range(3))
     if need_x or need_a:
         d_s = launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_hidden)
         if need_x:

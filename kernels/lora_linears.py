@@ -113,8 +113,8 @@ def launch_lora_linears_backward(
         )
     ]
     d_ss = [d_s for d_s, *_ in found if d_s is not None]
-    empty = d_ys[0].new_empty(0)
-    d_x, d_lora_a, d_lora_bs = empty, empty, []
+    # a tensor each: an operation may not return one twice
+    d_x, d_lora_a, d_lora_bs = d_ys[0].new_empty(0), d_ys[0].new_empty(0), []
     if need_pairs and flat is not None:
         d_lora_bs = [d_b for *_, d_b in found if d_b is not None]
         if masked:
@@ -127,7 +127,7 @@ def launch_lora_linears_backward(
             together = (torch.cat(d_ss, 1), torch.cat(tuple(lora_as)), 0.0, None)
             ups = [together, *((d_s[:, :0], a[:0], 0.0, None) for d_s, a, *_ in ups[1:])]
         total = _input_gradient(grads, unflatten(tensors, formats), ups, path)
-        d_x = empty if total is None else total.view(*lead, lora_as[0].shape[1])
+        d_x = d_x if total is None else total.view(*lead, lora_as[0].shape[1])
     return [d_x, d_lora_a, *d_lora_bs]
 
 

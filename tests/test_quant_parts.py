@@ -196,7 +196,7 @@ def test_loading_a_state_keeps_nothing_of_the_callers_memory():
     assert torch.equal(q.dequantize(), before)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("bitsandbytes")
 @pytest.mark.parametrize("nested", [False, True])
 def test_weight_repacked_by_bitsandbytes_itself_is_refused(nested):
     """Its state dict says nothing of it; scales by block and row, and rows of codes, do."""
@@ -213,7 +213,7 @@ def test_weight_repacked_by_bitsandbytes_itself_is_refused(nested):
     assert bnb.__version__
 
 
-@pytest.mark.peer
+@pytest.mark.peer("bitsandbytes")
 @pytest.mark.parametrize("signed", [True, False])
 def test_dynamic_maps_are_those_of_bitsandbytes(signed):
     import bitsandbytes.functional as functional

@@ -120,6 +120,8 @@ def _low_rank_matmul_kernel(
         acc += widen(tl.load(bias_ptr + column * stride_bias, mask=column < N, other=0.0))[None, :]
 
     step = tl.arange(0, BLOCK_K)
+    # int64: the stride of a view times BLOCK_K can pass 2^31
+    ahead = tl.full((), BLOCK_K, tl.int64)
     x_tile = x_ptr + row[:, None] * stride_xm + step.to(tl.int64)[None, :] * stride_xk
     w_tile = w_ptr + column[None, :] * stride_wn + step.to(tl.int64)[:, None] * stride_wk
     for k in range(0, K, BLOCK_K):
@@ -127,8 +129,8 @@ def _low_rank_matmul_kernel(
         x = tl.load(x_tile, mask=row_ok & k_ok[None, :], other=0.0)
         w = tl.load(w_tile, mask=column_ok & k_ok[:, None], other=0.0)
         acc = dot(x, w, acc)
-        x_tile += BLOCK_K * stride_xk
-        w_tile += BLOCK_K * stride_wk
+        x_tile += ahead * stride_xk
+        w_tile += ahead * stride_wk
     y_tile = y_ptr + row[:, None] * stride_ym + column[None, :]
     if ACCUMULATE:
         acc += widen(tl.load(y_tile, mask=row_ok & column_ok, other=0.0))
@@ -192,13 +194,13 @@ def launch_low_rank_matmul(
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """Run the kernel; any strides.
+    """Run the kernel; any strides. Copies an S that is not contiguous.
 
     Args:
         x: float32, float16 or bfloat16, shape [M, K].
         weight: dtype of x, shape [N, K].
         bias: dtype of x, shape [N], or None.
-        hidden: S, dtype of lora_b, contiguous, shape [M, R].
+        hidden: S, dtype of lora_b, shape [M, R].
         lora_b: dtype of x or float32, shape [N, R].
         factor: multiplies the low-rank product.
         dropout: probability with which elements of the low-rank product are left out; the rest are not scaled up.
@@ -220,7 +222,7 @@ def launch_low_rank_matmul(
             x,
             weight,
             x if bias is None else bias,
-            hidden,
+            hidden.contiguous(),
             lora_b,
             seed if seed is not None and dropout else x,
             y,

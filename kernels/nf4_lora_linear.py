@@ -51,13 +51,13 @@ def panels(w: Packed, dtype: torch.dtype, panel_bytes: int = PANEL_BYTES) -> Ite
         block, last = start // w.block_size, -(-stop // w.block_size)
         nested = w.nested_absmax
         if nested is not None:
-            nested = nested[block // w.nested_block_size : -(-last // w.nested_block_size)]
+            nested = nested.reshape(-1)[block // w.nested_block_size : -(-last // w.nested_block_size)]
         yield (
             first,
             end,
             w._replace(
                 codes=w.codes.view(-1)[start // 2 : (stop + 1) // 2],
-                absmax=w.absmax[block:last],
+                absmax=w.absmax.reshape(-1)[block:last],
                 nested_absmax=nested,
                 shape=(end - first, k),
             ),
@@ -187,7 +187,7 @@ def packed_input_gradient(
     Args:
         d_y: G, dtype float32, float16 or bfloat16.
         w: W.
-        d_s: dS, dtype of lora_a, contiguous.
+        d_s: dS, dtype of lora_a.
         lora_a, dropout, seed: as the forward had them.
         path: as in low_rank_linear.
         out: shape [M, K], dtype of d_y, changed in place.

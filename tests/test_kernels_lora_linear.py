@@ -154,9 +154,22 @@ def test_lora_linear_kernels_take_any_strides(m, wider, dtype):
     for path in PATHS:
         y, hidden = launch_lora_linear(spread[0], spread[1], bias, *spread[2:], 0.5, 0.3, SEED, path=path)
         check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, 0.3, SEED, hidden)
-        rest = (*spread, hidden, 0.5, 0.3, SEED)
+        rest = (*spread, hidden.T.contiguous().T if wider else hidden, 0.5, 0.3, SEED)
         grads = launch_lora_linear_backward(d_y, None, *rest, (True,) * 5, path=path)
         check_backward(grads, d_y, None, *rest)
+
+
+@pytest.mark.parametrize("operand", ["x", "weight"])
+def test_low_rank_matmul_kernel_takes_strides_whose_steps_pass_two_to_the_31st(operand):
+    """A view of which only the elements read take memory: one column for every 16 MiB."""
+    x, weight, bias, lora_a, lora_b = linear_operands(4, 20, 130, 3, torch.float16, torch.float16, 0, DEVICE)
+    narrow = {"x": x, "weight": weight}[operand]
+    # a plain empty tensor would be filled, all of it
+    memory = torch.UntypedStorage(2 * 130 * 2**24, device=DEVICE)
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(memory, 0, narrow.shape, (1, 2**24)).copy_(narrow)
+    x, weight = (far, weight) if operand == "x" else (x, far)
+    y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None, path="fused")
+    check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

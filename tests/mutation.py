@@ -112,6 +112,13 @@ MUTATIONS = (
     Mutation("kernels/absmax_quantize.py", "tl.where(absmax2 == 0.0, 1.0, absmax2)", "absmax2", IN_ABSMAX),
     Mutation("kernels/absmax_dequantize.py", "place // BLOCK_SIZE,", "place // (BLOCK_SIZE + 1),", IN_ABSMAX),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
+    Mutation(SUM, "out.numel() % 16 == 0", "out.numel() % 2 == 0", IN_SUM),
+    Mutation(
+        SUM,
+        'do_not_specialize=["parts", "size", "factor"]',
+        'do_not_specialize=["parts", "factor"]',
+        "test_kernels_compiled.py::test_kernels_are_compiled_a_few_times_for_all_numbers_of_tokens",
+    ),
     Mutation(SUM, "in range(parts)", "in range(parts - 1)", IN_SUM),
     Mutation(SHRINK, "factor = factor / (1 - dropout)", "factor = factor * 1.0", IN_SHRINK),
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log
+from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.lora_linear import low_rank_gradients, low_rank_linear
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
 from lora_core.kernels.row_sum import launch_row_sum
@@ -45,6 +45,7 @@ def launch_lora_linears(
         Every y_i [..., N_i], then S [M, sum of R_i].
     """
     if x.dtype == torch.float64:
+        log_launch("lora_linears", "float64, reference")
         return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
     flat = x.reshape(-1, x.shape[-1])
     if any(dropouts):
@@ -96,6 +97,7 @@ def launch_lora_linears_backward(
     lead = d_ys[0].shape[:-1]
     adapter = (lora_as, lora_bs, hidden, scalings, dropouts, seeds)
     if d_ys[0].dtype == torch.float64:
+        log_launch("lora_linears_backward", "float64, reference")
         return backward(d_ys, x, tensors, formats, *adapter, need_x, need_pairs)
     grads = [g.reshape(-1, g.shape[-1]) for g in d_ys]
     flat = None if x is None else x.reshape(-1, x.shape[-1])

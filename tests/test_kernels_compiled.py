@@ -46,12 +46,12 @@ for file in codegen.kernel_names():
     setattr(module, name, Recorded(file, getattr(module, name)))
 processors = importlib.import_module("lora_core.kernels.processors")
 processors.processors = lambda device: 132
-launches = {
-    n: getattr(importlib.import_module(f"lora_core.kernels.{f}"), n)
-    for f in ("lora_linear", "nf4_lora_linear", "grouped_lora", "nf4_quantize", "nf4_dequantize", "absmax_quantize", "absmax_dequantize",
-              "dora_norm")
-    for n in vars(importlib.import_module(f"lora_core.kernels.{f}")) if n.startswith("launch_")
-}
+files = (
+    "lora_linear", "nf4_lora_linear", "grouped_lora", "nf4_quantize", "nf4_dequantize", "absmax_quantize",
+    "absmax_dequantize", "dora_norm",
+)
+kernels = [importlib.import_module(f"lora_core.kernels.{file}") for file in files]
+launches = {name: getattr(k, name) for k in kernels for name in vars(k) if name.startswith("launch_")}
 
 N, K = 528, 1040
 many = [*range(1, 140), *range(140, 20000, 977), *(2**i + d for i in range(7, 14) for d in (-1, 0, 1)), 20000]

@@ -62,6 +62,7 @@ IN_ROWS = "test_kernels_lora_linear.py::test_row_sum_kernel_splits"
 IN_PARTS = "test_kernels_lora_linear.py::test_row_sum_kernel_adds_the_gradient"
 IN_SUM = "test_kernels_lora_linear.py::test_split_sum_kernel_adds_in_order"
 ANY_STRIDES = "test_kernels_lora_linear.py::test_lora_linear_kernels_take_any_strides"
+WIDE_LOADS = "test_kernels_lora_linear.py::test_operands_of_single_elements"
 GROUPED_STRIDES = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_take_any_strides"
 IN_NF4 = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_match_the_formula"
 IN_NF4_BACKWARD = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_match"
@@ -124,6 +125,7 @@ MUTATIONS = (
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
     Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
     Mutation(PRODUCT, "    if HAS_BIAS:", "    if HAS_BIAS and BLOCK_M < 64:", IN_LINEAR),
+    Mutation(PRODUCT, "rest = (t.shape[unit], ", "rest = (", WIDE_LOADS),
     Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_TILES),
     Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),

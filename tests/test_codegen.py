@@ -71,6 +71,9 @@ def check(rows: list[dict]) -> None:
         if row["tile_m"] and row["arch"] == 90:
             # HGMMA is wgmma, which takes 64 rows at least
             assert row["instructions"]["HGMMA" if row["tile_m"] >= 64 else "HMMA"], said
+        if row["tile_m"] and row["arch"] == 100:
+            # UTCHMMA is tcgen05, of 64 rows at least, too
+            assert row["instructions"].get("UTCHMMA" if row["tile_m"] >= 64 else "HMMA"), said
         if row["kernel"] in LEANEST and row["arch"] == 90 and "words" in row["variant"]:
             assert row["per_element"] <= LEANEST[row["kernel"]], said
         if row["kernel"] in EXACT_QUOTIENTS:

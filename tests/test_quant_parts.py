@@ -270,6 +270,12 @@ def test_weights_beyond_two_to_the_31st_are_decoded_where_they_lie(loops, start)
         (lambda: absmax_quantize(torch.ones(3), torch.zeros(()), "256"), lc.ConfigError, "block_size is '256'"),
         (lambda: absmax_quantize(torch.ones(3), torch.zeros((), device="meta")), lc.DeviceError, "offset on meta"),
         (
+            lambda: absmax_quantize(torch.ones(3) / 0, torch.zeros(())),
+            lc.NonFiniteError,
+            "scales to quantise holds inf",
+        ),
+        (lambda: absmax_quantize(torch.ones(3), torch.zeros(()) / 0), lc.NonFiniteError, "offset .* holds nan"),
+        (
             lambda: absmax_dequantize(torch.zeros(3, dtype=torch.uint8), torch.ones(1, device="meta"), torch.zeros(())),
             lc.DeviceError,
             "absmax2 on meta",

@@ -28,6 +28,8 @@ SAMPLE = {
         "fp16 fp16 64x64x64 rank 64 transposed dropout",
         "bf16 fp32 128x128x64 rank 16 plain",
         "fp32 fp32 16x64x32 rank 16 added",
+        "bf16 bf16 64x64x32 rank 16 bias odd",
+        "bf16 bf16 64x64x32 rank 16 transposed dropout strided",
     ),
     "nf4_dequantize": ("bf16 64 nested words", "fp16 64 plain bytes", "fp32 4096 nested words"),
     "nf4_matmul": (
@@ -37,7 +39,12 @@ SAMPLE = {
     ),
     "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
     "row_sum": ("bf16 bf16 rank 16 bias hidden split", "bf16 fp32 rank 16 transposed dropout"),
-    "shrink": ("bf16 bf16 64x16 dropout", "fp16 fp16 16x64 split", "fp32 fp32 64x16"),
+    "shrink": (
+        "bf16 bf16 64x16 dropout",
+        "fp16 fp16 16x64 split",
+        "fp32 fp32 64x16",
+        "bf16 bf16 64x16 transposed split",
+    ),
     "split_sum": ("bf16 added",),
 }
 # the matrix instructions of each architecture, by the first word of their names

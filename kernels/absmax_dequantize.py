@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.tables import levels
 from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_dequantize import op
@@ -61,6 +62,7 @@ def launch_absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, blo
     absmax = absmax2.new_empty(count)
     if count == 0:
         return absmax
+    log_launch("absmax_dequantize", "kernel", codes, absmax2)
     with torch.cuda.device_of(codes):
         _absmax_dequantize_kernel[(triton.cdiv(count, SCALES),)](
             codes.contiguous(),

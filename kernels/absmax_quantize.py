@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.tables import thresholds
 from lora_core.kernels.tile import nearest_code
 from lora_core.kernels.variant import Variant
@@ -87,6 +88,7 @@ def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> t
     if count == 0:
         return codes, absmax2
     shares = tiling(block_size)
+    log_launch("absmax_quantize", "kernel", absmax)
     with torch.cuda.device_of(absmax):
         _absmax_quantize_kernel[(triton.cdiv(blocks, shares["BLOCKS"]),)](
             absmax.contiguous(),

@@ -15,11 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 SHIPPED = Path(__file__).with_name("crossover.json")
 VARIABLE = "LORA_CORE_CROSSOVER"
 PATHS = ("fused", "library")
 log = logging.getLogger("lora_core.kernels")
+
+
+def log_launch(name: str, path: str, *copied: Tensor | None) -> None:
+    """Say at level DEBUG which path an operation takes, and whether it has to copy any of these tensors first."""
+    if log.isEnabledFor(logging.DEBUG):
+        copies = sum(t is not None and not t.is_contiguous() for t in copied)
+        log.debug("%s: %s%s", name, path, f", copies {copies} operands" if copies else "")
 
 
 @dataclass(frozen=True)

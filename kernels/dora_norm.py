@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.nf4_tile import arguments, in_words, nf4_tile
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
@@ -178,6 +179,7 @@ def _norms(
     splits = triton.cdiv(max(k, 1), k_per_split)
     part = like.new_empty((splits * grid_r, n), dtype=torch.float32)
     kind = "dense" if w is None else "words" if in_words(w) else "elements"
+    log_launch("dora_norm" if w is None else "nf4_dora_norm", kind, *(() if w is None else (w.absmax, w.nested_absmax)))
     if n:
         with torch.cuda.device_of(like):
             _dora_norm_kernel[(grid_n, grid_r, splits)](
@@ -218,6 +220,7 @@ def launch_dora_norm(
         splits: parts of the sum over columns; by default as many as fill the device.
     """
     if lora_a.dtype == torch.float64:
+        log_launch("dora_norm", "float64, reference")
         return reference.dora_norm(weight, lora_a, lora_b, scaling)
     return _norms(weight, None, lora_a, lora_b, scaling, splits)
 
@@ -243,6 +246,7 @@ def launch_nf4_dora_norm(
     """
     w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     if lora_a.dtype == torch.float64:
+        log_launch("nf4_dora_norm", "float64, reference")
         return reference.dora_norm(w.dense(dtype), lora_a, lora_b, scaling)
     return _norms(codes.new_empty(0, dtype=dtype), w, lora_a, lora_b, scaling, splits)
 

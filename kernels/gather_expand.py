@@ -109,10 +109,10 @@ def launch_gather_expand(
     base: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run the kernel; any strides of p and base.
+    """Run the kernel; any strides of p and base. Copies an S that is not contiguous.
 
     Args:
-        s: S, dtype of p, contiguous, shape [M, max rank].
+        s: S, dtype of p, shape [M, max rank].
         p: the adapters' B^T one below the other, or A: shape [sum of ranks, C].
         found: which rows belong to which adapter.
         ranks: of the adapters.
@@ -127,7 +127,7 @@ def launch_gather_expand(
     if y.numel():
         with torch.cuda.device_of(s):
             _gather_expand_kernel[(found.tiles, triton.cdiv(columns, BLOCK_C[low]))](
-                s,
+                s.contiguous(),
                 p,
                 y if base is None else base,
                 found.starts if scaling is None else scaling,

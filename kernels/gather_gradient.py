@@ -97,10 +97,10 @@ def variants() -> Iterator[Variant]:
 def launch_gather_gradient(
     t: Tensor, d: Tensor, found: Groups, ranks: Sequence[int], scaling: Tensor | None, out: Tensor
 ) -> None:
-    """Run the kernel; any strides of d and out.
+    """Run the kernel; any strides of d and out. Copies a T that is not contiguous.
 
     Args:
-        t: S or dS, contiguous, shape [M, max rank].
+        t: S or dS, shape [M, max rank].
         d: dL/dy or x, the dtype of t or half precision under float32, shape [M, C].
         found: which rows belong to which adapter.
         ranks: of the adapters.
@@ -114,7 +114,8 @@ def launch_gather_gradient(
     chunks = rank_chunks(tuple(ranks), ranks_of_program, t.device)
     with torch.cuda.device_of(t):
         _gather_gradient_kernel[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
-            t,
+            # rows of T are taken to lie one behind the other
+            t.contiguous(),
             d,
             found.starts if scaling is None else scaling,
             out,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.gather_expand import launch_gather_expand
 from lora_core.kernels.gather_gradient import launch_gather_gradient
 from lora_core.kernels.gather_shrink import launch_gather_shrink
@@ -33,7 +34,9 @@ def launch_grouped_lora(
 ) -> tuple[Tensor, Tensor]:
     """Run the forward; operands and results as the op has them, any strides of x, base, lora_a and lora_b."""
     if x.dtype == torch.float64:
+        log_launch("grouped_lora", "float64, reference")
         return reference.forward(x, base, lora_a, lora_b, ranks, adapter, scaling)
+    log_launch("grouped_lora", "kernels", scaling)
     found = groups(adapter, len(ranks))
     hidden = launch_gather_shrink(x, lora_a, found, ranks, None)
     return launch_gather_expand(hidden, lora_b.T, found, ranks, scaling.contiguous(), base, x.dtype), hidden
@@ -53,13 +56,15 @@ def launch_grouped_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward; operands and results as the op has them, empty where needs says that none is wanted."""
     need_x, need_a, need_b = needs
-    none = d_y.new_empty(0)
     if d_y.dtype == torch.float64:
+        log_launch("grouped_lora_backward", "float64, reference")
         wide = reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
-        d_x, d_lora_a, d_lora_b = (none if g is None else g for g in wide)
+        d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in wide)
         return d_x, d_lora_a, d_lora_b
+    log_launch("grouped_lora_backward", "kernels", scaling, hidden, d_hidden)
     found, scaling = groups(adapter, len(ranks)), scaling.contiguous()
-    d_x = d_lora_a = d_lora_b = none
+    # a tensor each: an operation may not return one twice
+    d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) for _ in range(3))
     if need_x or need_a:
         d_s = launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_hidden)
         if need_x:

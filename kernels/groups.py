@@ -1,6 +1,7 @@
 """Rows of a batch sorted by adapter on the device, in tiles of one adapter each: what the gathering kernels share.
 
-A tile holds rows of one adapter, so that work and traffic follow each adapter's own rank; nothing waits for the host.
+A tile holds rows of one adapter, so that work and traffic follow each adapter's own rank; nothing waits for the host
+but the first call with a new tuple of ranks, whose table is copied to the device.
 Rows without an adapter form a last group of rank 0.
 """
 
@@ -22,6 +23,8 @@ BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
 WARPS = 4
 STAGES = 2
+# tables of ranks that are kept on devices
+KEPT = 512
 # adapters that a compiled kernel searches among, as variants list them: few, and many
 SEARCHED = (8, 64)
 
@@ -52,18 +55,42 @@ def groups(adapter: Tensor, count: int) -> Groups:
     return Groups(order, starts, tile_ends, min(rows, triton.cdiv(rows, BLOCK_M) + count + 1))
 
 
-@functools.cache
 def rank_offsets(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 [G + 2]: where each adapter's ranks begin; group G has none."""
-    found = reference.offsets(ranks)
-    return torch.tensor([*found, found[-1]], dtype=torch.int64).to(device)
+    return _kept(ranks, 0, device)
 
 
-@functools.cache
 def rank_chunks(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
     """Return int64 [chunks, 2]: adapter and first rank of every block of ranks."""
-    found = [(g, first) for g, rank in enumerate(ranks) for first in range(0, rank, block_r)]
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).to(device)
+    return _kept(ranks, block_r, device)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _table(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
+    """Return rank_offsets, or for a block_r of ranks rank_chunks, copied to the device: other streams may read it."""
+    if block_r:
+        found = [(g, first) for g, rank in enumerate(ranks) for first in range(0, rank, block_r)]
+        return torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device)
+    starts = reference.offsets(ranks)
+    return torch.tensor([*starts, starts[-1]], dtype=torch.int64, device="cpu").to(device)
+
+
+# what a captured graph reads at every replay must outlive the cache
+_of_graphs: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
+
+
+def _kept(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
+    key = (ranks, block_r, device)
+    table = _of_graphs.get(key)
+    if table is None:
+        table = _table(*key)
+        if _capturing(device):
+            _of_graphs[key] = table
+    return table
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def block_r(ranks: Sequence[int], low: torch.dtype) -> int:

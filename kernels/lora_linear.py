@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.kernels import row_sum
-from lora_core.kernels.crossover import device_name, faster_path, log
+from lora_core.kernels.crossover import device_name, faster_path, log, log_launch
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.row_sum import launch_row_sum
 from lora_core.kernels.shrink import launch_shrink
@@ -124,6 +124,9 @@ def low_rank_gradients(
     together = (
         need_s and ranks <= row_sum.BLOCK_R[lora_b.dtype][0] and PART_BYTES * ranks < columns * d_y.element_size()
     )
+    log_launch(
+        "gradients of A and B", "one read of dy" if together and need_b else "a read of dy each", hidden, d_hidden
+    )
     if need_b:
         d_lora_b, d_bias, d_s = launch_row_sum(
             d_y, hidden, scaling, hidden_of=lora_b if together else None, add=d_hidden, bias=need_bias
@@ -161,6 +164,7 @@ def launch_lora_linear_backward(
     flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
     d_x = d_weight = None
     if d_y.dtype == torch.float64:
+        log_launch("lora_linear_backward", "float64, reference")
         d_x, d_weight, d_bias, d_lora_a, d_lora_b = reference.backward(
             grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
         )

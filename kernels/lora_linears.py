@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log
+from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.lora_linear import low_rank_gradients, low_rank_linear
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
 from lora_core.kernels.row_sum import launch_row_sum
@@ -45,6 +45,7 @@ def launch_lora_linears(
         Every y_i [..., N_i], then S [M, sum of R_i].
     """
     if x.dtype == torch.float64:
+        log_launch("lora_linears", "float64, reference")
         return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
     flat = x.reshape(-1, x.shape[-1])
     if any(dropouts):
@@ -96,6 +97,7 @@ def launch_lora_linears_backward(
     lead = d_ys[0].shape[:-1]
     adapter = (lora_as, lora_bs, hidden, scalings, dropouts, seeds)
     if d_ys[0].dtype == torch.float64:
+        log_launch("lora_linears_backward", "float64, reference")
         return backward(d_ys, x, tensors, formats, *adapter, need_x, need_pairs)
     grads = [g.reshape(-1, g.shape[-1]) for g in d_ys]
     flat = None if x is None else x.reshape(-1, x.shape[-1])
@@ -113,8 +115,8 @@ def launch_lora_linears_backward(
         )
     ]
     d_ss = [d_s for d_s, *_ in found if d_s is not None]
-    empty = d_ys[0].new_empty(0)
-    d_x, d_lora_a, d_lora_bs = empty, empty, []
+    # a tensor each: an operation may not return one twice
+    d_x, d_lora_a, d_lora_bs = d_ys[0].new_empty(0), d_ys[0].new_empty(0), []
     if need_pairs and flat is not None:
         d_lora_bs = [d_b for *_, d_b in found if d_b is not None]
         if masked:
@@ -127,7 +129,7 @@ def launch_lora_linears_backward(
             together = (torch.cat(d_ss, 1), torch.cat(tuple(lora_as)), 0.0, None)
             ups = [together, *((d_s[:, :0], a[:0], 0.0, None) for d_s, a, *_ in ups[1:])]
         total = _input_gradient(grads, unflatten(tensors, formats), ups, path)
-        d_x = empty if total is None else total.view(*lead, lora_as[0].shape[1])
+        d_x = d_x if total is None else total.view(*lead, lora_as[0].shape[1])
     return [d_x, d_lora_a, *d_lora_bs]
 
 

@@ -19,10 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
+# bytes, or elements, that addresses and sizes are multiples of where 16 bytes are loaded at once
+ALIGNMENT = 16
 # rows of tiles whose columns are walked together, so that tiles at work share W in the cache
 GROUP = 8
 
@@ -53,6 +56,9 @@ TILINGS = {
     torch.float16: HALF,
     torch.bfloat16: HALF,
 }
+# where elements are loaded one by one their addresses take the registers: fewer of them, and the fewest ranks of a step
+LOOSE = Tiling(64, 64, 32, 4, 3)
+LOOSE_TILINGS = {dtype: (few, LOOSE if dtype != torch.float32 else many) for dtype, (few, many, *_) in TILINGS.items()}
 # ranks of a step, by the dtype of S and B: a float32 product is unrolled into single multiply-adds
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
 
@@ -120,6 +126,8 @@ def _low_rank_matmul_kernel(
         acc += widen(tl.load(bias_ptr + column * stride_bias, mask=column < N, other=0.0))[None, :]
 
     step = tl.arange(0, BLOCK_K)
+    # int64: the stride of a view times BLOCK_K can pass 2^31
+    ahead = tl.full((), BLOCK_K, tl.int64)
     x_tile = x_ptr + row[:, None] * stride_xm + step.to(tl.int64)[None, :] * stride_xk
     w_tile = w_ptr + column[None, :] * stride_wn + step.to(tl.int64)[:, None] * stride_wk
     for k in range(0, K, BLOCK_K):
@@ -127,8 +135,8 @@ def _low_rank_matmul_kernel(
         x = tl.load(x_tile, mask=row_ok & k_ok[None, :], other=0.0)
         w = tl.load(w_tile, mask=column_ok & k_ok[:, None], other=0.0)
         acc = dot(x, w, acc)
-        x_tile += BLOCK_K * stride_xk
-        w_tile += BLOCK_K * stride_wk
+        x_tile += ahead * stride_xk
+        w_tile += ahead * stride_wk
     y_tile = y_ptr + row[:, None] * stride_ym + column[None, :]
     if ACCUMULATE:
         acc += widen(tl.load(y_tile, mask=row_ok & column_ok, other=0.0))
@@ -138,22 +146,34 @@ def _low_rank_matmul_kernel(
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose: forward with and without bias, backward with and without dropout.
 
-    "added" is the low-rank product alone, added to what a library's product left in y.
+    "added" is the low-rank product alone, added to what a library's product left in y. "narrow": B has fewer than 16
+    ranks, or a number that is no multiple of 16. "odd": nor is any size. "strided": no dimension is contiguous.
     """
     for dtype, low in DTYPE_PAIRS:
         for tiling in TILINGS[dtype]:
             for block_r in BLOCK_R[low]:
                 for use in ("plain", "bias", "transposed", "transposed dropout", "added", "added dropout"):
                     yield _variant(dtype, low, tiling, block_r, use)
+            yield _variant(dtype, low, tiling, BLOCK_R[low][0], "bias", "narrow")
+        for tiling in LOOSE_TILINGS[dtype]:
+            for use in ("bias", "transposed dropout", "added dropout"):
+                for kind in ("odd", "strided"):
+                    yield _variant(dtype, low, tiling, BLOCK_R[low][0], use, kind)
 
 
-def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int, use: str) -> Variant:
+def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int, use: str, kind: str = "") -> Variant:
     transposed = use.startswith("transposed") or use == "added dropout"
     # what is contiguous: the last dimension, and of a transpose the first
     unit = ("stride_wn", "stride_bn") if transposed else ("stride_wk", "stride_br")
     long = ("stride_wk", "stride_br") if transposed else ("stride_wn", "stride_bn")
+    fixed = ("stride_xk", "stride_bias", *unit)
+    aligned = ("N", "K", "stride_xm", "stride_ym", *(long[:1] if kind == "narrow" else long))
+    if kind == "strided":
+        fixed, long = (), ("stride_xk", "stride_bias", *unit, *long)
     return Variant(
-        name=f"{TYPES[dtype]} {TYPES[low]} {tiling.m}x{tiling.n}x{tiling.k} rank {block_r} {use}",
+        name=" ".join(
+            (TYPES[dtype], TYPES[low], f"{tiling.m}x{tiling.n}x{tiling.k} rank {block_r} {use} {kind}")
+        ).strip(),
         kernel=_low_rank_matmul_kernel,
         signature={
             **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{TYPES[dtype]}"),
@@ -164,7 +184,7 @@ def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int,
             "threshold": "i64",
         },
         constants={
-            **dict.fromkeys(("stride_xk", "stride_bias", *unit), 1),
+            **dict.fromkeys(fixed, 1),
             "HAS_BIAS": use == "bias",
             "ACCUMULATE": use.startswith("added"),
             "DROPOUT": use.endswith("dropout"),
@@ -174,10 +194,17 @@ def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int,
             "BLOCK_R": block_r,
             "GROUP": GROUP,
         },
-        aligned=("N", "K", "stride_xm", "stride_ym", *long),
+        aligned=() if kind in ("odd", "strided") else aligned,
         options={"num_warps": tiling.warps, "num_stages": tiling.stages},
         tile_m=tiling.m if dtype != torch.float32 else 0,
     )
+
+
+def in_wide_loads(t: Tensor) -> bool:
+    """Say whether a matrix can be loaded 16 bytes at once: one dimension contiguous, and all a multiple of 16."""
+    unit = 1 if t.stride(1) == 1 else 0
+    rest = (t.shape[unit], t.stride(1 - unit), t.data_ptr())
+    return t.stride(unit) == 1 and not any(number % ALIGNMENT for number in rest)
 
 
 def launch_low_rank_matmul(
@@ -192,13 +219,13 @@ def launch_low_rank_matmul(
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """Run the kernel; any strides.
+    """Run the kernel; any strides. Copies an S that is not contiguous.
 
     Args:
         x: float32, float16 or bfloat16, shape [M, K].
         weight: dtype of x, shape [N, K].
         bias: dtype of x, shape [N], or None.
-        hidden: S, dtype of lora_b, contiguous, shape [M, R].
+        hidden: S, dtype of lora_b, shape [M, R].
         lora_b: dtype of x or float32, shape [N, R].
         factor: multiplies the low-rank product.
         dropout: probability with which elements of the low-rank product are left out; the rest are not scaled up.
@@ -213,14 +240,18 @@ def launch_low_rank_matmul(
     accumulate = accumulate and out is not None
     if y.numel() == 0:
         return y
-    tiling = next((t for t in TILINGS[x.dtype] if m <= t.m), TILINGS[x.dtype][-1])
-    block_r = next((b for b in BLOCK_R[lora_b.dtype] if r <= b), BLOCK_R[lora_b.dtype][-1])
+    wide = in_wide_loads(x) and in_wide_loads(weight) and in_wide_loads(y)
+    tilings = TILINGS[x.dtype] if wide else LOOSE_TILINGS[x.dtype]
+    tiling = next((t for t in tilings if m <= t.m), tilings[-1])
+    steps = BLOCK_R[lora_b.dtype] if wide else BLOCK_R[lora_b.dtype][:1]
+    block_r = next((b for b in steps if r <= b), steps[-1])
+    log_launch("low_rank_matmul", "loads of 16 bytes" if wide else "loads of single elements", hidden)
     with torch.cuda.device_of(x):
         _low_rank_matmul_kernel[(triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](
             x,
             weight,
             x if bias is None else bias,
-            hidden,
+            hidden.contiguous(),
             lora_b,
             seed if seed is not None and dropout else x,
             y,

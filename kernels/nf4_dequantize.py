@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.tables import level_pairs, levels
 from lora_core.kernels.tile import round_to
 from lora_core.kernels.variant import TYPES, Variant
@@ -138,9 +139,11 @@ def launch_nf4_dequantize(
     n = w.numel()
     if n == 0:
         return w
+    given = (codes, absmax, nested_absmax)
     codes, absmax = codes.contiguous(), absmax.contiguous()
     # a slice of a larger buffer may begin between two words
     words = n % 32 == 0 and codes.data_ptr() % 4 == 0
+    log_launch("nf4_dequantize", "words" if words else "bytes", *given)
     per_unit, units = (8, UNITS["words"]) if words else (2, UNITS["bytes"])
     nested = nested_absmax is not None
     pairs, levels8 = level_pairs("nf4", codes.device), levels("dynamic", codes.device)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log
+from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.lora_linear import (
     launch_lora_linear,
     launch_lora_linear_backward,
@@ -51,13 +51,13 @@ def panels(w: Packed, dtype: torch.dtype, panel_bytes: int = PANEL_BYTES) -> Ite
         block, last = start // w.block_size, -(-stop // w.block_size)
         nested = w.nested_absmax
         if nested is not None:
-            nested = nested[block // w.nested_block_size : -(-last // w.nested_block_size)]
+            nested = nested.reshape(-1)[block // w.nested_block_size : -(-last // w.nested_block_size)]
         yield (
             first,
             end,
             w._replace(
                 codes=w.codes.view(-1)[start // 2 : (stop + 1) // 2],
-                absmax=w.absmax[block:last],
+                absmax=w.absmax.reshape(-1)[block:last],
                 nested_absmax=nested,
                 shape=(end - first, k),
             ),
@@ -92,6 +92,7 @@ def launch_nf4_lora_linear(
     """
     w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     if x.dtype == torch.float64:
+        log_launch("nf4_lora_linear", "float64, W made whole", codes, absmax)
         return launch_lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
     flat = x.reshape(-1, shape[1])
     hidden = launch_shrink(flat, lora_a, dropout, seed)
@@ -187,13 +188,15 @@ def packed_input_gradient(
     Args:
         d_y: G, dtype float32, float16 or bfloat16.
         w: W.
-        d_s: dS, dtype of lora_a, contiguous.
+        d_s: dS, dtype of lora_a.
         lora_a, dropout, seed: as the forward had them.
         path: as in low_rank_linear.
         out: shape [M, K], dtype of d_y, changed in place.
     """
     up = (d_s, lora_a.T, 1 / (1 - dropout), dropout, seed)
-    if len(d_y) <= MOST_TOKENS:
+    few = len(d_y) <= MOST_TOKENS
+    log_launch("nf4 dx", "decoded in the product" if few else "W made whole", w.codes, w.absmax, w.nested_absmax)
+    if few:
         d_x = launch_nf4_matmul(d_y, *w, None, *up, transposed=True)
         return d_x if out is None else out.add_(d_x)
     return low_rank_linear(d_y, w.dense(d_y.dtype).T, None, *up, path, out, out is not None)

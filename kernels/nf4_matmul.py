@@ -225,13 +225,13 @@ def launch_nf4_matmul(
     transposed: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """Run the kernel; any strides of x and lora_b. Copies codes, scales or a bias that are not contiguous.
+    """Run the kernel; any strides of x and lora_b. Copies codes, scales, a bias or an S that are not contiguous.
 
     Args:
         x: float32, float16 or bfloat16, at most MOST_TOKENS rows: shape [M, K], or with transposed [M, N].
         codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size: W, as in nf4_dequantize.
         bias: dtype of x, shape [N], or None; none with transposed.
-        hidden: S, dtype of lora_b, contiguous, shape [M, R].
+        hidden: S, dtype of lora_b, shape [M, R].
         lora_b: dtype of x or float32, shape [N, R], or with transposed [K, R].
         factor: multiplies the low-rank product.
         dropout: probability with which elements of the low-rank product are left out, with transposed.
@@ -262,7 +262,7 @@ def launch_nf4_matmul(
                 x,
                 *arguments(w),
                 x if bias is None else bias.contiguous(),
-                hidden,
+                hidden.contiguous(),
                 lora_b,
                 seed if seed is not None and dropout else x,
                 part,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.tables import thresholds
 from lora_core.kernels.tile import nearest_code, widen
 from lora_core.kernels.variant import TYPES, Variant
@@ -115,6 +116,7 @@ def launch_nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor
         return codes, absmax
     # whole words, by fours
     words = n % 32 == 0
+    log_launch("nf4_quantize", "words" if words else "bytes", weight)
     with torch.cuda.device_of(weight):
         _nf4_quantize_kernel[(triton.cdiv(n, ELEMENTS),)](
             weight.contiguous(),

@@ -167,11 +167,11 @@ def launch_row_sum(
     transposed: bool = False,
     splits: int | None = None,
 ) -> RowSums:
-    """Run the kernel; any strides of d and hidden_of.
+    """Run the kernel; any strides of d and hidden_of. Copies a T that is not contiguous.
 
     Args:
         d: D, float32, float16 or bfloat16, shape [M, C].
-        t: T, dtype of d or float32, contiguous, shape [M, R].
+        t: T, dtype of d or float32, shape [M, R].
         factor: multiplies both products.
         dropout: probability of zeroing an element of D in P, in [0, 1).
         seed: int64, one element; needed where dropout > 0.
@@ -183,6 +183,8 @@ def launch_row_sum(
     Returns:
         product [C, R] or [R, C] in the dtype of t, d_bias in that of d, d_hidden in that of t.
     """
+    # rows of T are taken to lie one behind the other
+    t = t.contiguous()
     (m, c), r = d.shape, t.shape[1]
     low = t.dtype
     block_r = next((x for x in BLOCK_R[low] if r <= x), BLOCK_R[low][-1]) if hidden_of is None else BLOCK_R[low][0]

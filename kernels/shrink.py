@@ -86,33 +86,37 @@ def _shrink_kernel(
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, x and A with their last dimension contiguous."""
-    for (dtype, low), dropout, block_m in itertools.product(DTYPE_PAIRS, (False, True), BLOCK_M):
+    """Every configuration the launch can choose, x and A with their last dimension contiguous.
+
+    "transposed" is the backward's, where A is B^T and a number of ranks need be no multiple of 16.
+    """
+    for (dtype, low), use, block_m in itertools.product(DTYPE_PAIRS, ("", " dropout", " transposed"), BLOCK_M):
+        unit, long = ("stride_ar", "stride_ak") if use == " transposed" else ("stride_ak", "stride_ar")
         for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
             if split and low == torch.float32:
                 # the parts are float32 in any case
                 continue
             yield Variant(
-                name=f"{TYPES[dtype]} {TYPES[low]} {block_m}x{block_r}{' dropout' * dropout}{' split' * split}",
+                name=f"{TYPES[dtype]} {TYPES[low]} {block_m}x{block_r}{use}{' split' * split}",
                 kernel=_shrink_kernel,
                 signature={
                     "x_ptr": f"*{TYPES[dtype]}",
                     "a_ptr": f"*{TYPES[low]}",
                     "seed_ptr": "*i64",
                     "s_ptr": "*fp32" if split else f"*{TYPES[low]}",
-                    **dict.fromkeys(("M", "K", "R", "stride_xm", "stride_ar", "k_per_split"), "i32"),
+                    **dict.fromkeys(("M", "K", "R", "stride_xm", long, "k_per_split"), "i32"),
                     "factor": "fp32",
                     "threshold": "i64",
                 },
                 constants={
                     "stride_xk": 1,
-                    "stride_ak": 1,
-                    "DROPOUT": dropout,
+                    unit: 1,
+                    "DROPOUT": use == " dropout",
                     "BLOCK_M": block_m,
                     "BLOCK_K": BLOCK_K[low],
                     "BLOCK_R": block_r,
                 },
-                aligned=("K", "stride_xm", "stride_ar", "k_per_split"),
+                aligned=("K", "stride_xm", "k_per_split", *((long,) if unit == "stride_ak" else ())),
                 options={"num_warps": WARPS[block_r], "num_stages": STAGES},
                 tile_m=block_m if low != torch.float32 else 0,
             )

@@ -1,4 +1,7 @@
-"""Codebooks on the device that a kernel reads them from, copied there once."""
+"""Codebooks on the device that a kernel reads them from, copied there once.
+
+Made on the CPU in dtypes that are named: what is made once must not depend on the defaults in force at the first call.
+"""
 
 import functools
 
@@ -20,7 +23,7 @@ def level_pairs(name: str, device: torch.device) -> Tensor:
 
     The first of the two, whose code is in the byte's high half, lies in the low half: first in memory.
     """
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     pairs = codebook(name).levels[torch.stack([byte >> 4, byte & 15], dim=1)]
     return pairs.view(torch.int64).reshape(-1).to(device)
 
@@ -36,12 +39,13 @@ def thresholds(name: str, device: torch.device) -> Tensor:
     middle = book.midpoints.double()
     nearest = middle.float()
     # a value half-way goes down, or, for ties to even, to the even one of codes i and i + 1
-    goes_up = torch.arange(len(middle)) % 2 == 1 if book.ties_to_even else torch.zeros(len(middle), dtype=torch.bool)
+    code = torch.arange(len(middle), device="cpu")
+    goes_up = (code % 2 == 1) & book.ties_to_even
     exact = nearest.double() == middle
     reached = (nearest.double() > middle) | (exact & goes_up)
-    ordered = torch.where(reached, nearest, torch.nextafter(nearest, torch.tensor(float("inf"))))
+    ordered = torch.where(reached, nearest, torch.nextafter(nearest, torch.full_like(nearest, float("inf"))))
     count = len(ordered) + 1
-    tree = torch.zeros(count)
+    tree = torch.zeros(count, dtype=torch.float32, device="cpu")
     for node in range(1, count):
         depth = node.bit_length() - 1
         width = count >> (depth + 1)

@@ -5,6 +5,7 @@ bit, matrix products within a rounding bound.
 """
 
 import importlib.metadata
+import logging
 import os
 import platform
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class SelfCheck:
         implementation: the module that ran it, or "reference".
         passed: whether it agrees with the reference.
         detail: what was compared, or what went wrong.
+        paths: which ways its kernels took, as they log them; empty where they log none.
     """
 
     operation: str
@@ -50,6 +52,7 @@ class SelfCheck:
     implementation: str
     passed: bool
     detail: str
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,16 +98,45 @@ def self_check(device: str) -> list[SelfCheck]:
         "lora_linears_backward": _check_linears_backward,
         "dora_norm": _check_dora_norm,
         "grouped_lora": _check_grouped,
+        "grouped_lora_backward": _check_grouped_backward,
     }
     return [_run(operation, device, check) for operation, check in checks.items()]
 
 
 def _run(operation: str, device: str, check: Callable[[str], str]) -> SelfCheck:
+    with _Paths() as paths:
+        try:
+            passed, detail = True, check(device)
+        except Exception as error:
+            passed, detail = False, f"{type(error).__name__}: {error}"
+    # asked after the check, as a kernel may be imported by it
     where = backends.implementation(operation, device)
-    try:
-        return SelfCheck(operation, device, where, True, check(device))
-    except Exception as error:
-        return SelfCheck(operation, device, where, False, f"{type(error).__name__}: {error}")
+    return SelfCheck(operation, device, where, passed, detail, tuple(dict.fromkeys(paths.said)))
+
+
+class _Paths(logging.Handler):
+    """What the kernels log of their paths while this is entered."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def __enter__(self) -> "_Paths":
+        log = logging.getLogger("lora_core.kernels")
+        self._before = log.level, log.propagate
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
+        log.addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        log = logging.getLogger("lora_core.kernels")
+        log.removeHandler(self)
+        level, log.propagate = self._before
+        log.setLevel(level)
 
 
 class Disagreement(Exception):
@@ -251,6 +283,25 @@ def _check_grouped(device: str) -> str:
     )
     _require(_within(got, truth, magnitude, K + R), "outside the rounding bound")
     return "within rounding"
+
+
+def _check_grouped_backward(device: str) -> str:
+    x, _, _, a, b = _operands(device, torch.float32)
+    adapter = torch.tensor([1, -1, 0, 1, 0], device=device)
+    scaling, ranks = torch.tensor([0.5, 2.0], device=device), [1, 2]
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    got = torch.autograd.grad(grouped_lora(*leaves, ranks, adapter, scaling).sum(), leaves)
+
+    def gradients(wide: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+        ones = x.new_ones(M, N, dtype=torch.float64)
+        rest = (wide(a), wide(b), ranks, adapter, wide(scaling))
+        hidden = grouped.forward(wide(x), None, *rest)[1]
+        return grouped.backward(ones, None, wide(x), *rest, hidden, (True,) * 3)
+
+    for name, g, t, m in zip(("x", "lora_a", "lora_b"), got, gradients(_double), gradients(_magnitude), strict=True):
+        right = t is not None and m is not None and _within(g, t, m, M + N + K + R)
+        _require(right, f"d_{name} is outside the rounding bound")
+    return "gradients within rounding"
 
 
 def _double(t: Tensor) -> Tensor:

@@ -71,6 +71,11 @@ def check_input(x: Tensor, block_size: int) -> None:
         raise DtypeError(
             f"cannot quantise {x.dtype}: want {', '.join(map(str, DTYPES))}; cast the weight first, e.g. with .float()"
         )
+    check_finite(x, "a weight to quantise")
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise NonFiniteError if x holds NaN or infinity, naming the first place; waits for a GPU."""
     if x.layout != torch.strided:
         raise DtypeError(f"cannot quantise a tensor of layout {x.layout}: want a dense one, e.g. weight.to_dense()")
     if x.is_meta or isinstance(x, FakeTensor) or not x.numel():
@@ -82,8 +87,8 @@ def check_input(x: Tensor, block_size: int) -> None:
         where = (~finite).nonzero()
         index = tuple(where[0].tolist())
         raise NonFiniteError(
-            f"a weight to quantise holds {x[index].item()} at index {index}, and {len(where)} non-finite values in "
-            "all: one would spoil its whole block; repair or leave out the weight"
+            f"{what} holds {x[index].item()} at index {index}, and {len(where)} non-finite values in "
+            "all: one would spoil its whole block; repair it or leave it out"
         )
 
 

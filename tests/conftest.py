@@ -1,8 +1,10 @@
-"""Shared set-up of the test suite: interpreter mode, NaN-poisoned allocations, GPU tests left out without a GPU."""
+"""Shared set-up of the test suite: interpreter mode, NaN-poisoned memory, tests left out without what they need."""
 
 import errno
+import importlib.util
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from hypothesis import HealthCheck, settings
 # without a GPU the kernels run in Triton's interpreter; it must be chosen before triton is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# what makes cuBLAS deterministic, which deterministic mode warns of; it must be set before CUDA starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # the models are tiny and the tests run in two processes: more threads would only wait for one another
 torch.set_num_threads(1)
@@ -28,11 +33,47 @@ settings.register_profile("thorough", deadline=None, max_examples=300, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def absent(library: str) -> bool:
+    """Say whether a library cannot be imported."""
+    try:
+        return importlib.util.find_spec(library) is None
+    except ValueError:
+        return True
+
+
+# other libraries that the files of tests import as they are read
+PEERS = ("bitsandbytes", "peft", "transformers", "numba", "playwright")
+IMPORTED = re.compile(rf"^(?:import|from) ({'|'.join(PEERS)})\b", re.MULTILINE)
+
+
+def needed(path: Path) -> set[str]:
+    """Return the other libraries without which a file cannot be read."""
+    return {*IMPORTED.findall(path.read_text(encoding="utf-8"))}
+
+
+FILES = sorted(Path(__file__).parent.glob("test_*.py"))
+collect_ignore = [path.name for path in FILES if any(map(absent, needed(path)))]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the files that are left out, as nothing of them is counted."""
+    if collect_ignore:
+        terminalreporter.write_line(f"{len(collect_ignore)} files left out for want of what they import:")
+        for name in collect_ignore:
+            lacking = ", ".join(sorted(filter(absent, needed(Path(__file__).with_name(name)))))
+            terminalreporter.write_line(f"  {name} (without {lacking})")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect GPU tests without a GPU, and what only its own `-m` asks for: counted, never passing for nothing."""
+    """Deselect tests without the GPU or library they need, and what only its own `-m` asks for: counted, not passed."""
     unwanted = set() if torch.cuda.is_available() else {"gpu"}
     unwanted |= {name for name in ("codegen", "browser") if name not in config.getoption("-m")}
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
+
+    def lacks(item: pytest.Item) -> bool:
+        libraries = [name for marker in item.iter_markers("peer") for name in marker.args]
+        return any(item.get_closest_marker(name) for name in unwanted) or any(map(absent, libraries))
+
+    left_out = [item for item in items if lacks(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

@@ -61,6 +61,9 @@ IN_SHRINK = "test_kernels_lora_linear.py::test_shrink_kernel_splits"
 IN_ROWS = "test_kernels_lora_linear.py::test_row_sum_kernel_splits"
 IN_PARTS = "test_kernels_lora_linear.py::test_row_sum_kernel_adds_the_gradient"
 IN_SUM = "test_kernels_lora_linear.py::test_split_sum_kernel_adds_in_order"
+ANY_STRIDES = "test_kernels_lora_linear.py::test_lora_linear_kernels_take_any_strides"
+WIDE_LOADS = "test_kernels_lora_linear.py::test_operands_of_single_elements"
+GROUPED_STRIDES = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_take_any_strides"
 IN_NF4 = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_match_the_formula"
 IN_NF4_BACKWARD = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_match"
 IN_NF4_SPLIT = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_splits"
@@ -110,14 +113,24 @@ MUTATIONS = (
     Mutation("kernels/absmax_quantize.py", "tl.where(absmax2 == 0.0, 1.0, absmax2)", "absmax2", IN_ABSMAX),
     Mutation("kernels/absmax_dequantize.py", "place // BLOCK_SIZE,", "place // (BLOCK_SIZE + 1),", IN_ABSMAX),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
+    Mutation(SUM, "out.numel() % 16 == 0", "out.numel() % 2 == 0", IN_SUM),
+    Mutation(
+        SUM,
+        'do_not_specialize=["parts", "size", "factor"]',
+        'do_not_specialize=["parts", "factor"]',
+        "test_kernels_compiled.py::test_kernels_are_compiled_a_few_times_for_all_numbers_of_tokens",
+    ),
     Mutation(SUM, "in range(parts)", "in range(parts - 1)", IN_SUM),
     Mutation(SHRINK, "factor = factor / (1 - dropout)", "factor = factor * 1.0", IN_SHRINK),
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
     Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
     Mutation(PRODUCT, "    if HAS_BIAS:", "    if HAS_BIAS and BLOCK_M < 64:", IN_LINEAR),
+    Mutation(PRODUCT, "rest = (t.shape[unit], ", "rest = (", WIDE_LOADS),
     Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_TILES),
     Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
+    Mutation(ROWS, "t = t.contiguous()", "t = t + 0", ANY_STRIDES),
+    Mutation("kernels/gather_gradient.py", "t.contiguous(),\n", "t,\n", GROUPED_STRIDES),
     Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_PARTS),
     Mutation(ROWS, "        if DROPOUT:", "        if DROPOUT and BLOCK_M < 32:", IN_ROWS),
     Mutation(ROWS, "split * C * R +", "split * C * 0 +", IN_ROWS),
@@ -127,7 +140,7 @@ MUTATIONS = (
     Mutation(NF4, "round_to(w, x_ptr.dtype.element_ty)", "(w * 1.01).to(x_ptr.dtype.element_ty)", IN_NF4),
     Mutation(DECODE, "byte >> 4, byte & 15", "byte & 15, byte >> 4", IN_NF4),
     Mutation(DECODE, "block = place * 8 >> block_shift", "block = place * 4 >> block_shift", IN_NF4_BACKWARD),
-    Mutation(PANELS, "absmax=w.absmax[block:last]", "absmax=w.absmax[: last - block]", IN_PANELS),
+    Mutation(PANELS, "absmax=w.absmax.reshape(-1)[block:last]", "absmax=w.absmax[: last - block]", IN_PANELS),
     Mutation(PANELS, "up = (d_s, lora_a.T, 1 / (1 - dropout)", "up = (d_s, lora_a.T, 1 + dropout", IN_NF4_BACKWARD),
     Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),
     Mutation(DORA, "tl.program_id(1) == 0, squares", "tl.program_id(1) >= 0, squares", IN_DORA),

@@ -18,7 +18,9 @@ dtype_pairs = st.sampled_from(
 )
 # one, odd, prime, just over a tile
 sizes = st.sampled_from([1, 2, 7, 16, 17, 33, 65, 131])
-ranks = st.sampled_from([1, 3, 8, 16, 17, 33, 65, 130])
+# of matrices: the same, and multiples of 16, whose elements are loaded many at once
+widths = st.sampled_from([1, 7, 16, 33, 48, 65, 131, 144])
+ranks = st.sampled_from([1, 3, 8, 16, 17, 33, 65, 130, 256])
 dropouts = st.sampled_from([0.0, 0.1, 0.5, 0.9])
 seeds = st.integers(0, 2**31 - 1)
 # standard deviations of a tensor's values: zeros, subnormal, tiny, plain, huge

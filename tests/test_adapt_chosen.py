@@ -73,7 +73,7 @@ def test_quantised_module_is_not_trained_whole():
     assert not adapter_layers(model)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("bitsandbytes")
 def test_module_that_bitsandbytes_quantised_is_not_trained_whole():
     import bitsandbytes as bnb
 
@@ -117,7 +117,7 @@ def test_part_that_is_compiled_is_adapted_by_its_plain_name(tmp_path):
     lc.load_adapter(TinyDecoder(), tmp_path)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("peft")
 @pytest.mark.parametrize(
     ("targets", "layers", "pattern"),
     [
@@ -205,7 +205,7 @@ def test_convolution_that_pads_otherwise_is_told_of_when_saving(tmp_path):
         lc.save_adapter(model, tmp_path)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("by_transformers", [False, True])
 def test_gradients_are_let_in_once_and_kept_out_again(by_transformers):
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -170,7 +170,7 @@ def test_embedding_that_looks_up_otherwise_is_refused():
     lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["tokens"]))
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 def test_transposed_layer_of_another_forward_is_called_as_it_is():
     from transformers.pytorch_utils import Conv1D
 

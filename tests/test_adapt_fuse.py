@@ -18,7 +18,7 @@ from lora_core.ops.lora_linear import op
 from lora_core.quant import QuantizedWeight
 
 pytestmark = [
-    pytest.mark.peer,
+    pytest.mark.peer("bitsandbytes", "peft", "transformers"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
 ]

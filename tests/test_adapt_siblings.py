@@ -18,7 +18,10 @@ import lora_core as lc
 from lora_core.adapt.siblings import called_together
 from lora_core.layers.fused import Fused
 
-pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::UserWarning:peft.*")]
+pytestmark = [
+    pytest.mark.peer("bitsandbytes", "peft", "transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+]
 
 WIDTH = 64
 # just enough to share

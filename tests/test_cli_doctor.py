@@ -13,7 +13,7 @@ from lora_core import cli, doctor
 def test_doctor_finds_every_operation_sound(capsys):
     cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] and len(report["checks"]) == 12
+    assert report["healthy"] and len(report["checks"]) == 13
     assert report["versions"]["torch"] == torch.__version__
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
     assert (

@@ -31,6 +31,8 @@ WIDE = {
 UNFUSED = ("nf4_dequantize", "absmax_dequantize", "nf4_matmul")
 # what other versions may keep in memory: Triton 3.6.0 keeps 2 registers of some configurations, 4 of four
 OTHER_COMPILERS_STACK = 16
+# kernels that also have configurations for operands whose elements are loaded one by one
+LOOSE = ("low_rank_matmul",)
 # a quotient decides the code
 EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
 
@@ -62,11 +64,16 @@ def check(rows: list[dict]) -> None:
         if row["kernel"] in UNFUSED and not (row["kernel"] == "nf4_matmul" and "fp32" in row["variant"].split()):
             assert row["ptx"]["fma.rn.f32"] == row["instructions"].get("FFMA", 0) == 0, said
         if row["tile_m"] and row["arch"] == 80:
-            # large tiles are fed by asynchronous copies
-            assert row["instructions"]["HMMA"] and (row["tile_m"] < 64 or row["instructions"]["LDGSTS"]), said
+            # large tiles are fed by asynchronous copies, which take 4 bytes at least
+            loose = {"odd", "strided"} & {*row["variant"].split()} if row["kernel"] in LOOSE else ()
+            assert row["instructions"]["HMMA"], said
+            assert row["tile_m"] < 64 or loose or row["instructions"]["LDGSTS"], said
         if row["tile_m"] and row["arch"] == 90:
             # HGMMA is wgmma, which takes 64 rows at least
             assert row["instructions"]["HGMMA" if row["tile_m"] >= 64 else "HMMA"], said
+        if row["tile_m"] and row["arch"] == 100:
+            # UTCHMMA is tcgen05, of 64 rows at least, too
+            assert row["instructions"].get("UTCHMMA" if row["tile_m"] >= 64 else "HMMA"), said
         if row["kernel"] in LEANEST and row["arch"] == 90 and "words" in row["variant"]:
             assert row["per_element"] <= LEANEST[row["kernel"]], said
         if row["kernel"] in EXACT_QUOTIENTS:

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PROGRAM = """
+REGISTER = """
 import importlib
 import torch
 import lora_core as lc
@@ -26,6 +26,7 @@ files = {
     "absmax_quantize": {"op": "launch_absmax_quantize"},
     "absmax_dequantize": {"op": "launch_absmax_dequantize"},
     "lora_linear": {"op": "launch_lora_linear", "backward_op": "launch_lora_linear_backward"},
+    "lora_linears": {"op": "launch_lora_linears", "backward_op": "launch_lora_linears_backward"},
     "nf4_lora_linear": {"op": "launch_nf4_lora_linear", "backward_op": "launch_nf4_lora_linear_backward"},
     "dora_norm": {"op": "launch_dora_norm", "nf4_op": "launch_nf4_dora_norm"},
     "grouped_lora": {"op": "launch_grouped_lora", "backward_op": "launch_grouped_lora_backward"},
@@ -46,6 +47,48 @@ for file, launches in files.items():
     for op, launch in launches.items():
         getattr(ops, op).register_kernel(device)(counted(f"{file}.{op}", getattr(kernels, launch)))
 
+"""
+
+SUBSETS = (
+    REGISTER
+    + """
+import itertools
+from lora_core.ops.grouped_lora import grouped_lora
+from lora_core.ops.lora_linears import Layer, lora_linears
+
+make = lambda *shape: torch.randn(*shape).to(device)
+adapter, scaling = torch.tensor([0, 1, -1, 0, 1, 1], device=device), torch.ones(2, device=device)
+
+
+def differentiate(name, dtype, needs, run, *operands):
+    leaves = [t.to(dtype).requires_grad_(need) for t, need in zip(operands, needs)]
+    run(*leaves).sum().backward()
+    made = [t.grad is not None and t.grad.shape == t.shape for t in leaves]
+    assert made == list(needs), (name, dtype, needs, made)
+
+
+for dtype, needs in itertools.product((torch.float32, torch.float64), itertools.product((False, True), repeat=4)):
+    if not any(needs):
+        continue
+    x, bias, a, b, weight = make(6, 8), make(4), make(5, 8), make(4, 5), make(4, 8).to(dtype)
+    q = lc.quantize_nf4(weight.float())
+    linear = lambda x, bias, a, b: lc.lora_linear(x, weight, bias, a, b, 0.5)
+    differentiate("lora_linear", dtype, needs, linear, x, bias, a, b)
+    packed = lambda x, bias, a, b: lc.nf4_lora_linear(x, q, bias, a, b, 0.5)
+    differentiate("nf4_lora_linear", dtype, needs, packed, x, bias, a, b)
+    if not needs[1]:
+        own = (needs[0], *needs[2:])
+        grouped = lambda x, a, b: grouped_lora(x, a, b, [2, 3], adapter, scaling)
+        differentiate("grouped_lora", dtype, own, grouped, x, a, b)
+        several = lambda x, a, b: sum(lora_linears(x, [Layer(weight, None, a, b, 0.5)] * 2))
+        differentiate("lora_linears", dtype, own, several, x, a, b)
+print("sound")
+"""
+)
+
+PROGRAM = (
+    REGISTER
+    + """
 failed = [check for check in doctor.self_check(device) if not check.passed]
 assert not failed, failed
 
@@ -87,6 +130,7 @@ for _ in range(12):
 assert losses[-1] < 0.95 * losses[0], losses
 print("sound")
 """
+)
 
 
 def test_kernels_are_registered_for_a_gpu_and_not_imported_before_their_first_call():
@@ -123,7 +167,15 @@ def test_kernels_behind_their_operations_are_sound(path, tmp_path):
     ]
     table = tmp_path / "crossover.json"
     table.write_text(f"[{', '.join(rows)}]")
+    check(PROGRAM, LORA_CORE_CROSSOVER=str(table))
+
+
+def test_kernels_behind_their_operations_make_every_subset_of_the_gradients():
+    check(SUBSETS)
+
+
+def check(program, **variables):
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    environment = os.environ | {"LORA_CORE_CROSSOVER": str(table)} | interpreted
-    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = os.environ | variables | interpreted
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip().endswith("sound"), run.stderr[-3000:]

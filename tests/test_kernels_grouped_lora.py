@@ -132,8 +132,10 @@ def test_grouped_lora_kernels_take_any_strides_give_the_same_bits_twice_and_chan
         runs.append(
             (y, hidden, *launch_grouped_lora_backward(loose[1], None, x, *loose[2:], *rest, hidden, (True,) * 3))
         )
+    spread = hidden.T.contiguous().T
+    runs.append((y, hidden, *launch_grouped_lora_backward(loose[1], None, x, *loose[2:], *rest, spread, (True,) * 3)))
     check_forward(*runs[0][:2], args)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(loose, before, strict=True))
 
 

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_bounds import check_backward, check_forward
-from strategies import dropouts, dtype_pairs, linear_operands, ranks, seeds, sizes, values
+from strategies import dropouts, dtype_pairs, linear_operands, ranks, seeds, sizes, values, widths
 from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.crossover import PATHS
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.low_rank_matmul import in_wide_loads
 from lora_core.kernels.row_sum import launch_row_sum
 from lora_core.kernels.shrink import launch_shrink
 from lora_core.kernels.split_sum import launch_split_sum
@@ -21,7 +22,7 @@ paths = st.sampled_from(PATHS)
 scalings = st.sampled_from([0.5, 2.0, -1.7, 0.0])
 
 
-@given(sizes, sizes, sizes, ranks, dtype_pairs, st.booleans(), scalings, dropouts, paths, seeds)
+@given(sizes, widths, widths, ranks, dtype_pairs, st.booleans(), scalings, dropouts, paths, seeds)
 def test_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, bias, scaling, dropout, path, seed):
     x, weight, b, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
     operands = (x, weight, b if bias else None, lora_a, lora_b, scaling, dropout, SEED)
@@ -30,7 +31,7 @@ def test_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, bias, scaling
     check_forward(y, *operands, hidden)
 
 
-@given(sizes, sizes, sizes, ranks, dtype_pairs, scalings, dropouts, paths, st.booleans(), seeds)
+@given(sizes, widths, widths, ranks, dtype_pairs, scalings, dropouts, paths, st.booleans(), seeds)
 def test_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, scaling, dropout, path, through, seed):
     """`through`: a gradient reaches S by another way, too."""
     x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
@@ -154,18 +155,39 @@ def test_lora_linear_kernels_take_any_strides(m, wider, dtype):
     for path in PATHS:
         y, hidden = launch_lora_linear(spread[0], spread[1], bias, *spread[2:], 0.5, 0.3, SEED, path=path)
         check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, 0.3, SEED, hidden)
-        rest = (*spread, hidden, 0.5, 0.3, SEED)
+        rest = (*spread, hidden.T.contiguous().T if wider else hidden, 0.5, 0.3, SEED)
         grads = launch_lora_linear_backward(d_y, None, *rest, (True,) * 5, path=path)
         check_backward(grads, d_y, None, *rest)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("m", "n"), [(131, 200), (200, 131), (1100, 130)])
-def test_low_rank_matmul_kernel_walks_every_tile(m, n, dtype):
-    """Several tiles each way, in groups that are full and in one that is not: an element left out would be NaN."""
-    x, weight, bias, lora_a, lora_b = linear_operands(m, n, 5, 3, dtype, dtype, 0, DEVICE)
+@pytest.mark.parametrize("operand", ["x", "weight"])
+def test_low_rank_matmul_kernel_takes_strides_whose_steps_pass_two_to_the_31st(operand):
+    """A view of which only the elements read take memory: one column for every 16 MiB."""
+    x, weight, bias, lora_a, lora_b = linear_operands(4, 20, 130, 3, torch.float16, torch.float16, 0, DEVICE)
+    narrow = {"x": x, "weight": weight}[operand]
+    # a plain empty tensor would be filled, all of it
+    memory = torch.UntypedStorage(2 * 130 * 2**24, device=DEVICE)
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(memory, 0, narrow.shape, (1, 2**24)).copy_(narrow)
+    x, weight = (far, weight) if operand == "x" else (x, far)
     y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None, path="fused")
     check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(131, 208, 16), (208, 144, 16), (1100, 144, 16), (131, 200, 5)])
+def test_low_rank_matmul_kernel_walks_every_tile(m, n, k, dtype):
+    """Several tiles each way, in groups that are full and in one that is not: an element left out would be NaN."""
+    x, weight, bias, lora_a, lora_b = linear_operands(m, n, k, 3, dtype, dtype, 0, DEVICE)
+    y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None, path="fused")
+    check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden)
+
+
+def test_operands_of_single_elements_are_told_from_those_of_wide_loads():
+    """By the contiguous dimension, the size along it, the stride of the other and the address."""
+    whole = torch.zeros(48, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert all(in_wide_loads(t) for t in (whole, whole.T, whole[:5], whole[:, :48], whole[:, :0]))
+    odd = (whole[:, :40], whole[:, 1:33], whole[::2, ::2], whole.T[:, :5].T[:, :5], torch.zeros(16, 24, device=DEVICE))
+    assert not any(in_wide_loads(t) for t in odd)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0), (2, 3, 4)], ids=str)

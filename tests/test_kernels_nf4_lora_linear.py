@@ -82,6 +82,8 @@ def test_nf4_matmul_kernel_splits_its_sum_without_a_trace(m, n, k, splits, trans
 def test_panels_put_together_are_the_weight(n, k, block, nested, panel_bytes):
     """Every row once, in order, to the bit, no panel larger than it need be."""
     w, dense = quantised(torch.randn(n, k, device=DEVICE), block, nested)
+    # scales of any shape
+    w = w._replace(absmax=w.absmax[None], nested_absmax=w.nested_absmax[None] if nested else None)
     found = list(panels(w, torch.float32, panel_bytes))
     assert [first for first, *_ in found] == [0, *(end for _, end, _ in found[:-1])] and found[-1][1] == n
     assert torch.equal(torch.cat([part.dense(torch.float32) for *_, part in found]), dense)
@@ -116,7 +118,7 @@ def test_nf4_lora_linear_kernels_take_any_strides(m, spread):
     y, hidden = launch_nf4_lora_linear(loose[0], *scattered, bias, *loose[1:], 0.5, 0.3, SEED)
     check_forward(y, x, dense, bias, lora_a, lora_b, 0.5, 0.3, SEED, hidden)
     d_y = torch.randn(21, m, device=DEVICE).bfloat16().T
-    rest = (*loose[1:], hidden, 0.5, 0.3, SEED)
+    rest = (*loose[1:], hidden.T.contiguous().T, 0.5, 0.3, SEED)
     d_x, *others = launch_nf4_lora_linear_backward(d_y, None, loose[0], *scattered, *rest, (True,) * 4)
     check_backward((d_x, None, *others), d_y, None, loose[0], dense, *rest)
 

@@ -89,7 +89,7 @@ def test_lora_linear_layer_does_not_bypass_a_changed_base(kind):
         assert torch.equal(layer(x), base(x))
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 def test_lora_transposed_linear_follows_its_formula():
     from transformers.pytorch_utils import Conv1D
 

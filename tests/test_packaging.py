@@ -78,7 +78,7 @@ def test_wheel_starts_the_exercises(installed):
     assert copied == {p.name: p.read_bytes() for p in stubs.glob("*.py")}
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 def test_transformers_imports_beside_the_checkout():
     """Run from the root, where a regular package kernels/ would shadow the one that transformers imports."""
     run("import lora_core; from transformers import PreTrainedModel", cwd=ROOT)
@@ -94,3 +94,19 @@ def test_importing_loads_nothing_heavy_that_torch_does_not():
     code = "import sys, torch; own = set(sys.modules); import lora_core; print(*sorted(set(sys.modules) - own))"
     loaded = {name.split(".")[0] for name in run(code, cwd=ROOT).split()}
     assert "lora_core" in loaded and loaded & HEAVY == set()
+
+
+def test_suite_leaves_out_and_counts_what_needs_an_absent_library(tmp_path):
+    """A file that imports it is named, a test that needs it deselected."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.machinery as m\n"
+        "find = m.PathFinder.find_spec\n"
+        "hidden = lambda c, name, *a, **k: None if name.split('.')[0] == 'bitsandbytes' else find(name, *a, **k)\n"
+        "m.PathFinder.find_spec = classmethod(hidden)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command.append("tests/test_adapt_chosen.py")
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "(1 deselected)" in run.stdout, run.stdout
+    assert "test_peer_bitsandbytes.py (without bitsandbytes)" in run.stdout

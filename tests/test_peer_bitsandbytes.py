@@ -13,7 +13,7 @@ import lora_core as lc
 from lora_core.errors import CheckpointError
 from lora_core.quant import QuantizedWeight, quantize
 
-pytestmark = pytest.mark.peer
+pytestmark = pytest.mark.peer("bitsandbytes")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 64), (3, 100), (1, 1), (33, 71), (130, 256)]

@@ -13,7 +13,7 @@ import lora_core as lc
 from lora_core.adapt.walk import adapter_layers
 
 pytestmark = [
-    pytest.mark.peer,
+    pytest.mark.peer("peft", "transformers"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:peft.*"),
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),

@@ -10,7 +10,7 @@ from models import randomise
 import lora_core as lc
 from lora_core.adapt.walk import adapter_layers
 
-pytestmark = pytest.mark.peer
+pytestmark = pytest.mark.peer("transformers")
 
 
 def llama(**fields):

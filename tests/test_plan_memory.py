@@ -65,7 +65,7 @@ def saved_bytes(model, setup: Setup) -> int:
     return sum(size for pointer, (_, size) in seen.items() if pointer not in own)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +77,7 @@ def test_kept_bytes_are_those_autograd_saves(method, dtype, targets, checkpointi
     assert kept_bytes(TINY, setup) == saved_bytes(setup_model(TINY, setup), setup)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kept_bytes_of_a_model_with_layer_norms_and_two_matrices(dtype):
     shape = ModelShape(
@@ -90,7 +90,7 @@ def test_kept_bytes_of_a_model_with_layer_norms_and_two_matrices(dtype):
     assert kept_bytes(shape, setup) - narrower == saved_bytes(setup_model(shape, setup), setup)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
@@ -116,7 +116,7 @@ def is_quantized(module) -> bool:
     return isinstance(module, lc.quant.QuantizedWeight)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("vocabulary", [512, 8000])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ from lora_core.plan.figures import figures
 from lora_core.plan.parameters import houlsby_parameters, ia3_parameters, lora_parameters, prefix_parameters
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("rank", [1, 5, 16])
 @pytest.mark.parametrize("targets", ["all-linear", "attention", ["down_proj", "k_proj"]])
 def test_lora_count_is_that_of_an_adapted_model(rank, targets):
@@ -24,7 +24,7 @@ def test_lora_count_is_that_of_an_adapted_model(rank, targets):
     assert count_parameters(model) == (adapters, shape.parameters + adapters)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("peft", "transformers")
 def test_ia3_and_prefix_counts_are_those_of_peft():
     import peft
 
@@ -38,7 +38,7 @@ def test_ia3_and_prefix_counts_are_those_of_peft():
     assert prefix_parameters(shape, 7) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 def test_houlsby_count_is_that_of_the_layers_it_adds():
     shape = TINY
     bottleneck, norm = 3, transformers_model().model.layers[0].input_layernorm

@@ -44,7 +44,7 @@ def test_gpt3_has_175_billion_parameters():
     assert round(find_shape("gpt-3").parameters / 1e9) == 175
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_shape_counts_what_transformers_builds(shape):
     model = on_meta(transformers_config(shape))
@@ -56,7 +56,7 @@ def test_shape_counts_what_transformers_builds(shape):
             assert tuple(found.shape) == (layer.rows, layer.columns)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("name", ["GPT-2", "Llama-3-8B", "Mistral-7B", "Qwen2.5-0.5B"])
 def test_config_file_gives_the_shape(name, tmp_path):
     from dataclasses import replace
@@ -68,7 +68,7 @@ def test_config_file_gives_the_shape(name, tmp_path):
     assert read_shape(tmp_path / "config.json").parameters == shape.parameters
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 def test_config_file_reads_a_head_size_of_its_own(tmp_path):
     import transformers
 
@@ -91,7 +91,7 @@ def tiny_config(kind, **more):
     return transformers.AutoConfig.for_model(kind, **(gpt2 if kind == "gpt2" else rotary), **more)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize(
     ("kind", "more"),
     [(kind, {"tie_word_embeddings": tied}) for kind in MODEL_TYPES for tied in (False, True)]
@@ -103,7 +103,7 @@ def test_config_file_counts_what_transformers_builds(kind, more, tmp_path):
     assert read_shape(tmp_path).parameters == sum(p.numel() for p in on_meta(config).parameters())
 
 
-@pytest.mark.peer
+@pytest.mark.peer("transformers")
 def test_config_file_of_a_model_with_other_parts_gives_its_text_model(tmp_path):
     import transformers
 

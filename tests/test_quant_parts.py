@@ -196,7 +196,7 @@ def test_loading_a_state_keeps_nothing_of_the_callers_memory():
     assert torch.equal(q.dequantize(), before)
 
 
-@pytest.mark.peer
+@pytest.mark.peer("bitsandbytes")
 @pytest.mark.parametrize("nested", [False, True])
 def test_weight_repacked_by_bitsandbytes_itself_is_refused(nested):
     """Its state dict says nothing of it; scales by block and row, and rows of codes, do."""
@@ -213,7 +213,7 @@ def test_weight_repacked_by_bitsandbytes_itself_is_refused(nested):
     assert bnb.__version__
 
 
-@pytest.mark.peer
+@pytest.mark.peer("bitsandbytes")
 @pytest.mark.parametrize("signed", [True, False])
 def test_dynamic_maps_are_those_of_bitsandbytes(signed):
     import bitsandbytes.functional as functional
@@ -269,6 +269,12 @@ def test_weights_beyond_two_to_the_31st_are_decoded_where_they_lie(loops, start)
         (lambda: absmax_quantize([1.0], torch.zeros(())), lc.DtypeError, "scales is a list"),
         (lambda: absmax_quantize(torch.ones(3), torch.zeros(()), "256"), lc.ConfigError, "block_size is '256'"),
         (lambda: absmax_quantize(torch.ones(3), torch.zeros((), device="meta")), lc.DeviceError, "offset on meta"),
+        (
+            lambda: absmax_quantize(torch.ones(3) / 0, torch.zeros(())),
+            lc.NonFiniteError,
+            "scales to quantise holds inf",
+        ),
+        (lambda: absmax_quantize(torch.ones(3), torch.zeros(()) / 0), lc.NonFiniteError, "offset .* holds nan"),
         (
             lambda: absmax_dequantize(torch.zeros(3, dtype=torch.uint8), torch.ones(1, device="meta"), torch.zeros(())),
             lc.DeviceError,

@@ -36,5 +36,7 @@ def _show(result: "Examination") -> None:
         table.add_column(head, overflow="fold")
     for check in result.checks:
         verdict = "[green]PASS[/green]" if check.passed else "[red]FAIL[/red]"
-        table.add_row(check.operation, check.device, check.implementation, verdict, check.detail)
+        table.add_row(
+            check.operation, check.device, check.implementation, verdict, "; ".join((check.detail, *check.paths))
+        )
     console.print(table)

@@ -6,6 +6,7 @@ from torch import Tensor
 from lora_core.errors import ConfigError, DtypeError, ShapeError
 from lora_core.ops.checks import check_devices, check_tensors
 from lora_core.quant import double as reference
+from lora_core.quant.blockwise import check_finite
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 
@@ -33,9 +34,12 @@ def absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLO
         codes uint8 [b], absmax2 float32 [ceil(b / block_size)].
     Raises:
         DtypeError, ShapeError, DeviceError, ConfigError: if the operands do not fit together.
+        NonFiniteError: if absmax or offset holds NaN or infinity.
     Source: Dettmers et al. 2023, section 3.
     """
     check(absmax, offset, block_size, "absmax_quantize")
+    check_finite(absmax, "scales to quantise")
+    check_finite(offset, "the offset of scales to quantise")
     codes, absmax2 = op(absmax.detach(), offset.detach(), block_size)
     return codes, absmax2
 

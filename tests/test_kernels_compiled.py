@@ -1,0 +1,101 @@
+"""How often kernels are compiled: what Triton tells launches apart by, over many numbers of tokens, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import codegen
+
+ROOT = Path(__file__).resolve().parent.parent
+# compiled at most so often for all numbers of tokens: tiles of few and many rows, whole and split sums
+# (split_sum, to which one row must not be a case of its own: sizes that are multiples of 16, and others)
+MOST, MOST_OF_SUMS = 4, 2
+
+# prints, for every kernel file and way of calling, how many different launches Triton would compile for
+PROGRAM = """
+import importlib, itertools, json, random
+import torch
+import lora_core as lc
+from benchmarks import codegen
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import create_function_from_signature
+
+backend = CUDABackend(GPUTarget("cuda", 90, 32))
+keys = {}
+
+
+class Recorded:
+    def __init__(self, file, kernel):
+        self.file = file
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            _, specialization, options = self.bind(*args, **kwargs)
+            keys.setdefault((self.file, use), set()).add(str((specialization, sorted(options.items()))))
+
+        return launch
+
+
+for file in codegen.kernel_names():
+    module = importlib.import_module(f"lora_core.kernels.{file}")
+    (name,) = [n for n in vars(module) if n == f"_{file}_kernel"]
+    setattr(module, name, Recorded(file, getattr(module, name)))
+processors = importlib.import_module("lora_core.kernels.processors")
+processors.processors = lambda device: 132
+files = (
+    "lora_linear", "nf4_lora_linear", "grouped_lora", "nf4_quantize", "nf4_dequantize", "absmax_quantize",
+    "absmax_dequantize", "dora_norm",
+)
+kernels = [importlib.import_module(f"lora_core.kernels.{file}") for file in files]
+launches = {name: getattr(k, name) for k in kernels for name in vars(k) if name.startswith("launch_")}
+
+N, K = 528, 1040
+many = [*range(1, 140), *range(140, 20000, 977), *(2**i + d for i in range(7, 14) for d in (-1, 0, 1)), 20000]
+seed, weight = torch.tensor([5]), torch.randn(N, K).bfloat16()
+codes, absmax = torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.ones(N * K // 64)
+packed = (codes, absmax, None, None, (N, K), 64, 256)
+x_all, d_all = torch.zeros(20000, K, dtype=torch.bfloat16), torch.zeros(20000, N, dtype=torch.bfloat16)
+for r, m in itertools.product((1, 16, 100), many):
+    a, b = torch.zeros(r, K, dtype=torch.bfloat16), torch.zeros(N, r, dtype=torch.bfloat16)
+    x, d_y, hidden = x_all[:m], d_all[:m], a.new_zeros(m, r)
+    use = f"dense r={r}"
+    launches["launch_lora_linear"](x, weight, None, a, b, 0.5, 0.0, None, path="fused")
+    use = f"dense backward r={r}"
+    rest = (a, b, hidden, 0.5, 0.0, None)
+    needs = (True, False, True, True, True)
+    launches["launch_lora_linear_backward"](d_y, None, x, weight, *rest, needs, path="fused")
+    use = f"nf4 r={r}"
+    launches["launch_nf4_lora_linear"](x, *packed, None, a, b, 0.5, 0.0, None, path="fused", panel_bytes=2**30)
+    use = f"nf4 backward r={r}"
+    launches["launch_nf4_lora_linear_backward"](d_y, None, x, *packed, *rest, needs[1:], path="fused")
+    ranks, adapter, scaling = [r // 2, r - r // 2], torch.zeros(m, dtype=torch.int64), torch.ones(2)
+    widest = a.new_zeros(m, max(ranks))
+    use = f"grouped r={r}"
+    launches["launch_grouped_lora"](x, d_y, a, b, ranks, adapter, scaling)
+    use = f"grouped backward r={r}"
+    launches["launch_grouped_lora_backward"](d_y, None, x, a, b, ranks, adapter, scaling, widest, (True,) * 3)
+use = "weight"
+for n in (N, 2 * N, 7 * N):
+    w = torch.zeros(n, K)
+    launches["launch_nf4_quantize"](w, 64)
+    halves = torch.zeros(n * K // 2, 1, dtype=torch.uint8), torch.ones(n * K // 64)
+    launches["launch_nf4_dequantize"](*halves, None, None, (n, K), torch.bfloat16, 64)
+    scales, offset = torch.ones(n * K // 64), torch.zeros(())
+    launches["launch_absmax_quantize"](scales, offset, 256)
+    launches["launch_absmax_dequantize"](torch.zeros(n, dtype=torch.uint8), torch.ones(n), offset, 256)
+    launches["launch_dora_norm"](w, torch.zeros(4, K), torch.zeros(n, 4), 0.5)
+print(json.dumps([[file, use, len(found)] for (file, use), found in keys.items()]))
+"""
+
+
+def test_kernels_are_compiled_a_few_times_for_all_numbers_of_tokens():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert {file for file, *_ in found} == set(codegen.kernel_names())
+    assert [row for row in found if row[2] > (MOST_OF_SUMS if row[0] == "split_sum" else MOST)] == []

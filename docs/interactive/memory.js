@@ -174,7 +174,7 @@ const memory = (() => {
       ["card", ...plans.map((plan) => NAMES[plan.method])],
       ...CARDS.map((size) => [`${size} GB`, ...plans.map(({ method }) => {
         const found = memory.fit(m, { ...settings(v), method }, size * 1e9);
-        const most = found.rank === null ? `batch ${found.batch}` : `rank ${found.rank}, batch ${found.batch}`;
+        const most = found.rank === null ? `batch ${found.batch}` : `rank ${found.rank} or batch ${found.batch}`;
         return found.fits ? `fits; at most ${most}` : found.batch || found.rank ? `no; ${most} would` : "no";
       })]),
     ]);

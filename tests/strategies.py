@@ -42,16 +42,35 @@ def values(count: int, dtype: torch.dtype, scale: float, seed: int, mixed: bool 
     return (x * scale).clamp(-largest, largest).to(dtype)
 
 
+# how a matrix lies in memory: contiguous, by columns, every other column, one row for all, one element for all
+layouts = st.sampled_from(["rows", "rows", "columns", "spread", "one row", "one element"])
+
+
+def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return a matrix that lies so; of one row or element for all, its first one is repeated with a stride of 0."""
+    if layout == "columns":
+        return t.T.contiguous().T
+    if layout == "spread":
+        return t.repeat_interleave(2, 1)[:, ::2]
+    repeated = {"one row": t[:1], "one element": t[:1, :1]}
+    return repeated[layout].expand(t.shape) if layout in repeated else t
+
+
 def linear_operands(
     m: int, n: int, k: int, r: int, dtype: torch.dtype, low: torch.dtype, seed: int, device: str = "cpu"
 ) -> tuple[torch.Tensor, ...]:
-    """Return x [m, k], W [n, k], b [n], A [r, k] and B [n, r]; one seed in four makes some of them zero or mixed."""
+    """Return x [m, k], W [n, k], b [n], A [r, k] and B [n, r].
+
+    One seed in four makes one of them each zero, mixed, subnormal and huge.
+    """
     shapes = ((m, k, dtype), (n, k, dtype), (1, n, dtype), (r, k, low), (n, r, low))
     kinds = (seed // 4 + i for i in range(5)) if seed % 4 == 3 else (2,) * 5
     made = []
     for (rows, columns, own), kind in zip(shapes, kinds, strict=True):
-        # mixed values end near 4: S in float16 must stay below 65504
-        scale, mixed = [(0.0, False), (1e-3, True), (1.0, False)][kind % 3]
+        # mixed values end near 4, and none is huge in float16: S must stay below 65504
+        half = torch.float16 in (dtype, low)
+        subnormal = (0.1 * torch.finfo(own).smallest_normal, False)
+        scale, mixed = [(0.0, False), (1e-3, True), (1.0, False), subnormal, (1.0 if half else 1e12, False)][kind % 5]
         made.append(values(rows * columns, own, scale, seed + len(made), mixed).view(rows, columns).to(device))
     made[2] = made[2][0]
     return tuple(made)

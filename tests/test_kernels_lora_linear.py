@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_bounds import check_backward, check_forward
-from strategies import dropouts, dtype_pairs, linear_operands, ranks, seeds, sizes, values, widths
+from strategies import dropouts, dtype_pairs, laid_out, layouts, linear_operands, ranks, seeds, sizes, values, widths
 from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.crossover import PATHS
@@ -22,20 +22,22 @@ paths = st.sampled_from(PATHS)
 scalings = st.sampled_from([0.5, 2.0, -1.7, 0.0])
 
 
-@given(sizes, widths, widths, ranks, dtype_pairs, st.booleans(), scalings, dropouts, paths, seeds)
-def test_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, bias, scaling, dropout, path, seed):
+@given(sizes, widths, widths, ranks, dtype_pairs, st.booleans(), scalings, dropouts, paths, seeds, layouts, layouts)
+def test_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, bias, scaling, dropout, path, seed, lie, lie_w):
     x, weight, b, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
+    x, weight = laid_out(x, lie), laid_out(weight, lie_w)
     operands = (x, weight, b if bias else None, lora_a, lora_b, scaling, dropout, SEED)
     y, hidden = launch_lora_linear(*operands, path=path)
     assert y.dtype == dtypes[0] and hidden.dtype == dtypes[1]
     check_forward(y, *operands, hidden)
 
 
-@given(sizes, widths, widths, ranks, dtype_pairs, scalings, dropouts, paths, st.booleans(), seeds)
-def test_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, scaling, dropout, path, through, seed):
+@given(sizes, widths, widths, ranks, dtype_pairs, scalings, dropouts, paths, st.booleans(), seeds, layouts)
+def test_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, scaling, dropout, path, through, seed, lie):
     """`through`: a gradient reaches S by another way, too."""
     x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
-    d_y = values(m * n, dtypes[0], 1.0, seed + 1).view(m, n).to(DEVICE)
+    # of y.sum() it is one element for all
+    d_y = laid_out(values(m * n, dtypes[0], 1.0, seed + 1).view(m, n).to(DEVICE), lie)
     d_hidden, hidden = values(2 * m * r, dtypes[1], 1.0, seed + 2).view(2, m, r).to(DEVICE)
     rest = (x, weight, lora_a, lora_b, hidden, scaling, dropout, SEED)
     d_hidden = d_hidden if through else None

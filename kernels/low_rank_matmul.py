@@ -165,8 +165,8 @@ def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int,
     transposed = use.startswith("transposed") or use == "added dropout"
     # what is contiguous: the last dimension, and of a transpose the first
     unit = ("stride_wn", "stride_bn") if transposed else ("stride_wk", "stride_br")
-    long = ("stride_wk", "stride_br") if transposed else ("stride_wn", "stride_bn")
-    fixed = ("stride_xk", "stride_bias", *unit)
+    long: tuple[str, ...] = ("stride_wk", "stride_br") if transposed else ("stride_wn", "stride_bn")
+    fixed: tuple[str, ...] = ("stride_xk", "stride_bias", *unit)
     aligned = ("N", "K", "stride_xm", "stride_ym", *(long[:1] if kind == "narrow" else long))
     if kind == "strided":
         fixed, long = (), ("stride_xk", "stride_bias", *unit, *long)

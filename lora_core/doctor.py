@@ -289,8 +289,9 @@ def _check_grouped_backward(device: str) -> str:
     x, _, _, a, b = _operands(device, torch.float32)
     adapter = torch.tensor([1, -1, 0, 1, 0], device=device)
     scaling, ranks = torch.tensor([0.5, 2.0], device=device), [1, 2]
-    leaves = [t.requires_grad_() for t in (x, a, b)]
-    got = torch.autograd.grad(grouped_lora(*leaves, ranks, adapter, scaling).sum(), leaves)
+    for leaf in (x, a, b):
+        leaf.requires_grad_()
+    got = torch.autograd.grad(grouped_lora(x, a, b, ranks, adapter, scaling).sum(), (x, a, b))
 
     def gradients(wide: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
         ones = x.new_ones(M, N, dtype=torch.float64)

@@ -26,17 +26,21 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everythin
 
 def _show(result: "Examination") -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from lora_core.terminal import Column, print_table
 
     console = Console()
     for name, value in {**result.machine, **result.versions}.items():
         console.print(f"{name:14} {value}", highlight=False)
-    table = Table()
-    for head in ("operation", "device", "runs", "check", "detail"):
-        table.add_column(head, overflow="fold")
-    for check in result.checks:
-        verdict = "[green]PASS[/green]" if check.passed else "[red]FAIL[/red]"
-        table.add_row(
-            check.operation, check.device, check.implementation, verdict, "; ".join((check.detail, *check.paths))
+    heads = (Column("operation"), Column("device"), Column("runs", "name"), Column("check"), Column("detail", "prose"))
+    rows = [
+        (
+            check.operation,
+            check.device,
+            check.implementation,
+            "PASS" if check.passed else "FAIL",
+            "; ".join((check.detail, *check.paths)),
         )
-    console.print(table)
+        for check in result.checks
+    ]
+    print_table(console, heads, rows)

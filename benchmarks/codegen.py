@@ -10,14 +10,13 @@ import argparse
 import importlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine_code import count, listings, resources
 
 ARCHITECTURES = (80, 90, 100)
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
@@ -96,65 +95,32 @@ def build(variant: Any, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=dict(variant.options))
 
 
-def listing(built: Any) -> str:
-    """Return the machine code of a compiled kernel as text (SASS)."""
-    return _tool("-sass", built.asm["cubin"])
+def compile_variants(name: str, variants: Sequence[Any], arch: int) -> list[Compiled]:
+    """Compile configurations of a kernel for one architecture and count what came out of each."""
+    built = [build(variant, arch) for variant in variants]
+    texts = listings([b.asm["cubin"] for b in built], arch)
+    return [counted(name, *of_one, arch) for of_one in zip(variants, built, texts, strict=True)]
 
 
-def compile_variant(name: str, variant: Any, arch: int) -> Compiled:
-    """Compile one configuration for one architecture and count what came out."""
-    built = build(variant, arch)
-    usage = _tool("-res-usage", built.asm["cubin"])
-    instructions, accesses = _count(listing(built))
+def counted(name: str, variant: Any, built: Any, text: str, arch: int) -> Compiled:
+    """Count what came out of a configuration: `built` is what build returns, `text` its machine code."""
+    usage = resources(built.asm["cubin"])
+    instructions, accesses = count(text)
     threads = WARP * built.metadata.num_warps
-    total = sum(instructions.values())
     return Compiled(
         kernel=name,
         variant=variant.name,
         arch=arch,
-        registers=_usage(usage, "REG"),
-        stack_bytes=_usage(usage, "STACK"),
-        spill_bytes=_usage(usage, "LOCAL"),
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        spill_bytes=usage["LOCAL"],
         shared_bytes=built.metadata.shared,
         instructions=dict(instructions),
         accesses=dict(accesses),
         ptx={name: len(re.findall(rf"\b{re.escape(name)}\b", built.asm["ptx"])) for name in PTX},
         tile_m=variant.tile_m,
-        per_element=total * threads / variant.weights if variant.weights else None,
+        per_element=instructions.total() * threads / variant.weights if variant.weights else None,
     )
-
-
-def _tool(option: str, code: bytes) -> str:
-    import triton
-
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        return subprocess.run([program, option, file.name], check=True, capture_output=True, text=True).stdout
-
-
-def _usage(text: str, name: str) -> int:
-    found = re.search(rf"\b{name}:(\d+)", text)
-    if found is None:
-        raise ValueError(f"cuobjdump says nothing of {name}: {text[:200]!r}")
-    return int(found.group(1))
-
-
-def _count(text: str) -> tuple[Counter[str], Counter[str]]:
-    """Instructions by name, and global accesses by name and width; what follows the last EXIT is padding."""
-    instructions: Counter[str] = Counter()
-    accesses: Counter[str] = Counter()
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
-    while names and (names[-1].startswith("NOP") or names[-1].startswith("BRA")):
-        names.pop()
-    for full in names:
-        head = full.split(".")[0]
-        instructions[head] += 1
-        if head in ("LDG", "STG", "LDGSTS", "UBLKCP"):
-            width = next((part for part in full.split(".") if part in ("64", "128", "U8", "S8", "U16", "S16")), "32")
-            accesses[f"{head}.{width}"] += 1
-    return instructions, accesses
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,19 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--listing", action="store_true", help="print the machine code instead of what it counts to")
     options = parser.parse_args(arguments)
     for name in options.kernel or kernel_names():
-        for variant in variants_of(name):
-            if options.variant and variant.name not in options.variant:
-                continue
-            if isinstance(variant.kernel, InterpretedFunction):
-                sys.stderr.write(
-                    "benchmarks.codegen: unset TRITON_INTERPRET, which keeps kernels from being compiled\n"
-                )
-                return 2
-            for arch in options.arch or ARCHITECTURES:
-                if options.listing:
-                    print(listing(build(variant, arch)), flush=True)
-                else:
-                    print(json.dumps(asdict(compile_variant(name, variant, arch))), flush=True)
+        chosen = [v for v in variants_of(name) if not options.variant or v.name in options.variant]
+        if any(isinstance(variant.kernel, InterpretedFunction) for variant in chosen):
+            sys.stderr.write("benchmarks.codegen: unset TRITON_INTERPRET, which keeps kernels from being compiled\n")
+            return 2
+        for arch in options.arch or ARCHITECTURES:
+            if options.listing:
+                print("\n".join(listings([build(variant, arch).asm["cubin"] for variant in chosen], arch)), flush=True)
+            else:
+                for row in compile_variants(name, chosen, arch):
+                    print(json.dumps(asdict(row)), flush=True)
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.codegen import WARP, Compiled, compile_variant, kernel_names, variants_of
+from benchmarks.codegen import WARP, Compiled, compile_variants, kernel_names, variants_of
 from benchmarks.codegen_table import SAMPLE
 from benchmarks.markers import rewrite, row
 from benchmarks.record import RESULTS
@@ -136,9 +136,8 @@ def predict(kernel: str, device: Device = H200) -> list[Prediction]:
     """Return the sampled configurations of a kernel, each on every shape that its work is known for."""
     known = {variant.name: variant for variant in variants_of(kernel)}
     found = []
-    for name in SAMPLE[kernel]:
-        built = compile_variant(kernel, known[name], ARCH)
-        warps = known[name].options["num_warps"]
+    for built in compile_variants(kernel, [known[name] for name in SAMPLE[kernel]], ARCH):
+        warps = known[built.variant].options["num_warps"]
         weights = GPU_WEIGHTS if kernel in BYTES and built.per_element else (None,)
         found += [_prediction(built, warps, shape, device) for shape in weights]
     return found

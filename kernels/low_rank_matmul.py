@@ -60,7 +60,7 @@ TILINGS = {
 LOOSE = Tiling(64, 64, 32, 4, 3)
 LOOSE_TILINGS = {dtype: (few, LOOSE if dtype != torch.float32 else many) for dtype, (few, many, *_) in TILINGS.items()}
 # ranks of a step, by the dtype of S and B: a float32 product is unrolled into single multiply-adds
-BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
+BLOCK_R = {torch.float32: (16,), torch.float16: (16, 32), torch.bfloat16: (16, 32)}
 
 
 @triton.jit(do_not_specialize=["M", "R", "factor", "threshold"])

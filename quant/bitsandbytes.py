@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lora_core.dtypes import FLOATS
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.codebook import codebook
@@ -31,7 +32,6 @@ STATE_KEY = "quant_state.bitsandbytes__"
 # the uniform codebook is this project's own, under a key that bitsandbytes does not take for one of its own
 OWN_STATE_KEY = "quant_state.lora_core__"
 SHARED_TYPES = ("nf4", "fp4")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LONGEST_SHOWN = 60
 
 

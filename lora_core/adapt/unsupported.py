@@ -1,14 +1,12 @@
 """Modules that match and cannot be adapted, and why."""
 
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_core.adapt.kinds import SUPPORTED, adapted_kind, is_held_by_others
+from lora_core.dtypes import FLOATS
 from lora_core.errors import ConfigError, DtypeError
 from lora_core.layers.adapter import AdapterLayer
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def bypassed(model: nn.Module, name: str) -> bool:
@@ -35,9 +33,9 @@ def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
     kind = module if isinstance(module, AdapterLayer) else adapted_kind(module)
     dtype = getattr(getattr(module, "weight", None), "dtype", None)
     if kind is not None and dtype is not None and (dtype.is_floating_point or dtype.is_complex):
-        if dtype not in FLOATING:
+        if dtype not in FLOATS:
             raise DtypeError(
-                f"{name} has a weight of {dtype}; want one of {', '.join(map(str, FLOATING))}, or a layer of "
+                f"{name} has a weight of {dtype}; want one of {', '.join(map(str, FLOATS))}, or a layer of "
                 "quantize_model: leave it out with exclude_modules, or convert it"
             )
         if _looks_up_otherwise(module):

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_core.dtypes import FLOATS
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
 
 LARGEST = sys.float_info.max
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_tensors(op: str, tensors: dict[str, object]) -> None:

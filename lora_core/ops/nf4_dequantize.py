@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_core.dtypes import FLOATS
 from lora_core.errors import DtypeError
-from lora_core.ops.checks import FLOATS, refuse_tangents
+from lora_core.ops.checks import refuse_tangents
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.quant.parts import check_parts
 from lora_core.reference import nf4 as reference

@@ -26,10 +26,12 @@ def main(file: str, arch: str) -> None:
         weights=8 * module.WORDS,
     )  # fmt: skip
     # the benchmarks are no part of the package
-    codegen = importlib.import_module("benchmarks.codegen")
-    row = codegen.compile_variant("yours", variant, int(arch))
+    codegen, machine_code = (importlib.import_module(f"benchmarks.{name}") for name in ("codegen", "machine_code"))
+    built = codegen.build(variant, int(arch))
+    (text,) = machine_code.listings([built.asm["cubin"]], int(arch))
+    row = codegen.counted("yours", variant, built, text, int(arch))
     found = {"per_element": row.per_element, "accesses": row.accesses, "spilled": row.spill_bytes}
-    print(json.dumps(found | {"loops": loops(codegen.build(variant, int(arch)).asm["ptx"])}))
+    print(json.dumps(found | {"loops": loops(built.asm["ptx"])}))
 
 
 def loops(ptx: str) -> int:

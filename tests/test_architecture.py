@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "terminal"},
+    {"dtypes", "errors", "terminal"},
     {"quant"},
     {"reference"},
     {"ops"},

@@ -1,10 +1,12 @@
 """What the compiler makes of every kernel, without a GPU: in a process of its own, as the interpreter is on here."""
 
 import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,14 +39,22 @@ LOOSE = ("low_rank_matmul",)
 EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
 
 
-@functools.cache
-def compiled(kernel: str, arch: int, variants: tuple[str, ...] = ()) -> list[dict]:
-    chosen = [part for name in variants for part in ("--variant", name)]
-    command = [sys.executable, "-m", "benchmarks.codegen", "--kernel", kernel, "--arch", str(arch), *chosen]
+def compiled(arch: int, kernels: Iterable[str], variants: Iterable[str] = ()) -> list[dict]:
+    """What python -m benchmarks.codegen prints of these kernels; of these configurations only, if any are named."""
+    named = [("--kernel", kernel) for kernel in kernels] + [("--variant", variant) for variant in variants]
+    command = [sys.executable, "-m", "benchmarks.codegen", "--arch", str(arch), *itertools.chain(*named)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@functools.cache
+def sample(arch: int) -> dict[str, list[dict]]:
+    """By kernel, what an architecture makes of the sample's first configuration; sm_90 of all of it."""
+    asked = {kernel: names if arch == 90 else names[:1] for kernel, names in SAMPLE.items()}
+    rows = {(row["kernel"], row["variant"]): row for row in compiled(arch, asked, itertools.chain(*asked.values()))}
+    return {kernel: [rows[kernel, name] for name in names] for kernel, names in asked.items()}
 
 
 @functools.cache
@@ -87,25 +97,21 @@ def test_codegen_sample_names_every_kernel():
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", SAMPLE)
 def test_codegen_of_a_sample_is_sound(kernel, arch):
-    # every architecture compiles the first of the sample; sm_90 all of it
-    variants = SAMPLE[kernel] if arch == 90 else SAMPLE[kernel][:1]
-    rows = compiled(kernel, arch, variants)
-    assert len(rows) == len(variants)
-    check(rows)
+    check(sample(arch)[kernel])
 
 
 @pytest.mark.codegen
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", SAMPLE)
 def test_codegen_of_every_configuration_is_sound(kernel, arch):
-    rows = compiled(kernel, arch)
+    rows = compiled(arch, [kernel])
     assert len(rows) == len(codegen.variants_of(kernel))
     check(rows)
 
 
 @pytest.mark.parametrize("kernel", WIDE)
 def test_codegen_of_streaming_kernels_is_wide(kernel):
-    row = next(r for r in compiled(kernel, 90, SAMPLE[kernel]) if r["variant"] == SAMPLE[kernel][0])
+    row = sample(90)[kernel][0]
     for width, count in WIDE[kernel].items():
         assert row["accesses"].get(width) == count, row["accesses"]
 
@@ -119,7 +125,7 @@ def test_codegen_refuses_to_run_in_the_interpreter():
 
 def test_codegen_listing_holds_the_instructions_that_are_counted():
     kernel, variant = "nf4_dequantize", SAMPLE["nf4_dequantize"][0]
-    (row,) = compiled(kernel, 90, (variant,))
+    row = sample(90)[kernel][0]
     command = [sys.executable, "-m", "benchmarks.codegen", "--listing", "--kernel", kernel, "--arch", "90"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(

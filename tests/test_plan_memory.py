@@ -117,7 +117,7 @@ def is_quantized(module) -> bool:
 
 
 @pytest.mark.peer("transformers")
-@pytest.mark.parametrize("vocabulary", [512, 8000])
+@pytest.mark.parametrize("vocabulary", [512, 4000])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
@@ -132,7 +132,8 @@ def test_peak_of_a_step_is_as_planned(method, dtype, checkpointing, vocabulary):
         output.loss.backward()
 
     # gradients are there when the measured pass begins, as in the plan
-    step()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     taken = peak_bytes(step)
     rows = {row.name: row.bytes for row in plan_memory(shape, setup).rows}
     planned = rows["activations"] + rows["workspace"]

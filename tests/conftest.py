@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # without a GPU the kernels run in Triton's interpreter; it must be chosen before triton is imported
 if not torch.cuda.is_available():
@@ -30,6 +30,9 @@ _empty = np.empty
 
 settings.register_profile("default", deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 settings.register_profile("thorough", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+# where a failure is expected, a smaller example of it is of no use
+UNSHRUNK = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
+settings.register_profile("planted", settings.get_profile("default"), phases=UNSHRUNK, report_multiple_bugs=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

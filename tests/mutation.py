@@ -278,11 +278,11 @@ def main() -> int:
     chosen = MUTATIONS[::SAMPLED] if options.sample else MUTATIONS
     with tempfile.TemporaryDirectory() as folder:
         clean = _copy(Path(folder) / "clean")
-        code, output = _pytest(clean, sorted({m.test for m in chosen}))
-        if code != 0:
-            print(f"a test is red without any mutation:\n{output[-4000:]}")
-            return 1
         with ThreadPoolExecutor(WORKERS) as pool:
+            for code, output in pool.map(lambda test: _pytest(clean, test), sorted({m.test for m in chosen})):
+                if code != 0:
+                    print(f"a test is red without any mutation:\n{output[-4000:]}")
+                    return 1
             outcomes = list(pool.map(lambda pair: _plant(Path(folder) / str(pair[0]), pair[1]), enumerate(chosen)))
     survived = [m for m, red in zip(chosen, outcomes, strict=True) if not red]
     print(f"{len(chosen) - len(survived)} of {len(chosen)} planted errors were seen")
@@ -296,7 +296,7 @@ def _plant(folder: Path, mutation: Mutation) -> bool:
     if text.count(mutation.old) != 1:
         raise ValueError(f"{mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times; want once")
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-    code, output = _pytest(folder, [mutation.test])
+    code, output = _pytest(folder, mutation.test)
     # 1 is a failed test; anything else is a test that did not run
     if code not in (0, 1):
         raise RuntimeError(f"{mutation.test} could not run (exit {code}):\n{output[-4000:]}")
@@ -316,19 +316,17 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _pytest(folder: Path, tests: list[str]) -> tuple[int, str]:
-    """Run tests in a folder, on its sources; return the exit code and what was printed."""
-    files = sorted({test.partition("::")[0] for test in tests})
-    names = " or ".join(test.partition("::")[2] for test in tests)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names]
+def _pytest(folder: Path, test: str) -> tuple[int, str]:
+    """Run a test in a folder, on its sources; return the exit code and what was printed."""
+    file, _, name = test.partition("::")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", name, f"tests/{file}"]
     # the copy's own examples, not those that a run before found
     environment = os.environ | {
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"),
+        "HYPOTHESIS_PROFILE": "planted",
     }
-    run = subprocess.run(
-        [*command, *(f"tests/{file}" for file in files)], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
 

@@ -54,13 +54,13 @@ class DemoSettings:
     """How large a run is; with the corpus and the base, this decides every figure but the timings."""
 
     seed: int = 0
-    steps: int = 48
+    steps: int = 32
     batch: int = 16
     # windows of the held-out text per domain, for the table and for each point of the curves
-    table_windows: int = 96
+    table_windows: int = 64
     curve_windows: int = 32
     # points of each curve
-    curve_points: int = 6
+    curve_points: int = 8
     # windows on which the three forms of the QLoRA model are compared
     agreement_windows: int = 16
     sample_tokens: int = 96

@@ -22,7 +22,10 @@ def describe(device: str) -> dict[str, Any]:
     import torch
 
     on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{processor()}, {torch.get_num_threads()} threads"
+    # a maker's processors may share a name and differ in what they run, and by a factor of two and more in speed
+    instructions = torch.backends.cpu.get_cpu_capability()
+    here = f"{processor()}, {instructions}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if on_gpu else here
     try:
         import triton
 

@@ -14,6 +14,8 @@ LOG = sphinx.util.logging.getLogger(__name__)
 DOCS = Path(__file__).resolve().parent
 # a notebook that takes longer than this, in seconds, fails the build
 NOTEBOOK_LIMIT_S = 60
+# from an interactive page to the site around it
+BACK = '<a href="../interactive.html">lora-core</a>'
 
 project = "lora-core"
 author = "the lora-core developers"
@@ -73,10 +75,14 @@ def keep_formulas(app: Any, what: str, name: str, obj: Any, options: Any, lines:
 
 
 def copy_pages(app: Any, exception: Exception | None) -> None:
-    """Put the interactive pages, which are complete as they are, beside the rest."""
+    """Put the interactive pages, complete but for the way back, beside the rest."""
     if exception is None and app.builder.name == "html":
         left_out = shutil.ignore_patterns("*.py", "__pycache__")
-        shutil.copytree(DOCS / "interactive", Path(app.outdir) / "interactive", dirs_exist_ok=True, ignore=left_out)
+        copied = Path(app.outdir) / "interactive"
+        shutil.copytree(DOCS / "interactive", copied, dirs_exist_ok=True, ignore=left_out)
+        for page in copied.glob("*.html"):
+            text = page.read_text(encoding="utf-8")
+            page.write_text(text.replace("<header>", f"<header>{BACK}", 1), encoding="utf-8")
 
 
 def time_notebooks(app: Any, exception: Exception | None) -> None:

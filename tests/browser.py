@@ -55,10 +55,21 @@ def overflow(page: Any) -> int:
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
+def cut_texts(page: Any) -> list[str]:
+    """Texts of the pictures that do not lie in them whole."""
+    return page.evaluate(
+        """[...document.querySelectorAll("svg text")].filter((text) => {
+            const box = text.getBBox(), { width, height } = text.ownerSVGElement.viewBox.baseVal;
+            return box.x < 0 || box.y < 0 || box.x + box.width > width || box.y + box.height > height;
+        }).map((text) => text.textContent)"""
+    )
+
+
 def check_page(browser: Any, name: str, control: str) -> None:
     """What all pages promise: phones, themes, keys, and an address that brings the settings back."""
     with opened(browser, name, viewport=PHONE) as page:
         assert overflow(page) == 0
+        assert not cut_texts(page)
     for scheme in ("light", "dark"):
         with opened(browser, name, color_scheme=scheme) as page:
             assert page.evaluate("document.documentElement.dataset.theme") == scheme

@@ -86,6 +86,45 @@ def test_lora_page_takes_the_step_that_autograd_takes():
 
 
 @pytest.mark.browser
+def test_lora_page_shows_what_each_scaling_makes_of_the_rank_at_one_rate():
+    """At a rate that stays, higher ranks learn less under alpha/r and more under alpha/sqrt(r)."""
+    errors = {}
+    with chromium() as browser, opened(browser, "lora.html") as page:
+        for control, value in (("steps", 60), ("rate", "0.03"), ("needed", 32)):
+            set_to(page, control, value)
+        for rule in ("r", "sqrt"):
+            set_to(page, "rule", rule)
+            for rank in (8, 32, 64):
+                set_to(page, "rank", rank)
+                assert page.inner_text("#used") == "0.0300"
+                errors[rule, rank] = float(page.inner_text("#error").rstrip("%"))
+    assert errors["r", 8] < errors["r", 32] < errors["r", 64]
+    assert errors["sqrt", 8] > errors["sqrt", 32] > errors["sqrt", 64]
+
+
+@pytest.mark.browser
+def test_lora_page_says_what_it_makes_of_a_size_that_cannot_be():
+    with chromium() as browser, opened(browser, "lora.html") as page:
+        set_to(page, "rows", 250_000)
+        assert page.inner_text("#note") == (
+            "rows of W, d out: 250000 counts as 100,000; want a whole number from 1 to 100,000."
+        )
+        set_to(page, "rows", "")
+        assert "nothing counts as 1" in page.inner_text("#note")
+        set_to(page, "rows", 4096)
+        assert page.inner_text("#note") == ""
+
+
+@pytest.mark.browser
+def test_pages_lead_to_one_another():
+    with chromium() as browser, opened(browser, "lora.html") as page:
+        for name in ("low-rank", "nf4", "memory", "roofline", "lora"):
+            page.click(f"nav a[href='{name}.html']")
+            page.wait_for_url(f"**/{name}.html*")
+            assert page.get_attribute("nav a[aria-current]", "href") == f"{name}.html"
+
+
+@pytest.mark.browser
 def test_lora_page_works_on_phones_in_the_dark_and_by_keys():
     with chromium() as browser:
         check_page(browser, "lora.html", "rank")

@@ -43,6 +43,8 @@ def test_low_rank_page_takes_a_picture_and_refuses_what_is_none(tmp_path):
     flat, wide = tmp_path / "flat.png", tmp_path / "wide.png"
     Image.new("L", (40, 30), 51).save(flat)
     Image.linear_gradient("L").resize((900, 300)).convert("RGB").save(wide)
+    black = tmp_path / "black.png"
+    Image.new("L", (20, 10), 0).save(black)
     broken, text = tmp_path / "broken.png", tmp_path / "notes.txt"
     broken.write_bytes(flat.read_bytes()[:40])
     text.write_text("no picture")
@@ -59,6 +61,9 @@ def test_low_rank_page_takes_a_picture_and_refuses_what_is_none(tmp_path):
             page.set_input_files("#file", path)
             page.wait_for_function(f"document.getElementById('message').textContent.includes('{said}')")
             assert path.name in page.inner_text("#message") and page.evaluate("shown.columns") == 160
+        page.set_input_files("#file", black)
+        page.wait_for_function("shown.rows === 10")
+        assert "NaN" not in page.inner_html("#spectrum") and page.inner_text("#error") == "0.000%"
         page.click("#again")
         assert page.evaluate("shown.columns") == 64 and page.inner_text("#message") == ""
 

@@ -69,9 +69,10 @@ def test_memory_page_says_what_fits():
                 for method, cell in zip(METHODS, cells, strict=True):
                     found = fit(find_shape(model), Setup(method=method), int(card.split()[0]) * 10**9)
                     assert cell.startswith("fits") == found.fits
-                    if found.fits:
-                        assert cell.endswith(f"batch {found.largest_batch}")
-                        assert found.largest_rank is None or f"rank {found.largest_rank} or " in cell
+                    most = {"rank": found.largest_rank, "batch": found.largest_batch}
+                    most["sequence"] = found.largest_sequence
+                    said = ", or ".join(f"{name} {size:,}" for name, size in most.items() if size)
+                    assert cell == (f"fits; at most {said}" if found.fits else f"no; {said} would" if said else "no")
 
 
 @pytest.mark.browser

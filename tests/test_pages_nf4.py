@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from browser import check_page, chromium, opened, set_to
+from browser import PHONE, check_page, chromium, opened, set_to
 
 from lora_core.quant import quantize
 from lora_core.quant.packing import unpack
@@ -81,9 +81,28 @@ def test_nf4_page_follows_a_dragged_distribution_by_mouse_and_keys():
         page.keyboard.press("ArrowDown")
         assert float(handle.get_attribute("aria-valuenow")) < raised and page.inner_text("#error") != dragged
         check_numbers(page, "nf4", 64, True)
+        for key, at in (("End", 1), ("PageDown", 0.8), ("Home", 0)):
+            page.keyboard.press(key)
+            assert float(handle.get_attribute("aria-valuenow")) == at
         address, last = page.evaluate("location.hash"), page.inner_text("#error")
     with chromium() as browser, opened(browser, "nf4.html", address) as page:
         assert page.inner_text("#error") == last
+
+
+@pytest.mark.browser
+def test_nf4_page_is_dragged_by_a_finger_beside_the_dot_and_keeps_some_density():
+    with chromium() as browser, opened(browser, "nf4.html", viewport=PHONE) as page:
+        columns, handles = page.locator("#curve .column"), page.locator("#curve circle")
+        box = columns.nth(5).bounding_box()
+        # 24 CSS pixels, WCAG 2.2 criterion 2.5.8, in one direction; neighbours leave less in the other
+        assert box["height"] >= 24 and box["width"] >= 18
+        columns.nth(5).click(position={"x": 2, "y": box["height"] / 2})
+        assert abs(float(handles.nth(5).get_attribute("aria-valuenow")) - 0.5) < 0.15
+        for i in range(handles.count()):
+            handles.nth(i).focus()
+            page.keyboard.press("Home")
+        left = [float(handles.nth(i).get_attribute("aria-valuenow")) for i in range(handles.count())]
+        assert sorted(left) == [0.0] * (len(left) - 1) + [0.001] and page.inner_text("#error").endswith("%")
 
 
 @pytest.mark.browser

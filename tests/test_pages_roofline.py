@@ -5,10 +5,12 @@ import random
 import pytest
 from browser import check_page, chromium, opened, set_to
 
-from lora_core.plan.roofline import GPUS, PATHS, roofline
+from lora_core.plan.roofline import BYTES, GPUS, PATHS, roofline
 
 
 def shown_time(seconds):
+    # rounded before the unit is chosen: 999.9 us are 1.00 ms
+    seconds = float(f"{seconds:.2e}")
     scale, unit = (1e6, "us") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1, "s")
     return seconds * scale, unit
 
@@ -25,6 +27,7 @@ def test_roofline_page_says_what_the_library_says():
                 "m": draw.randint(0, 14),
                 "rank": draw.randint(0, 9),
                 "gpu": draw.choice(GPUS).name,
+                "dtype": draw.choice([*BYTES]),
             }
             setting |= {"memory": draw.randint(10, 100), "matmul": draw.randint(10, 100)}
             for control, value in setting.items():
@@ -33,7 +36,7 @@ def test_roofline_page_says_what_the_library_says():
             gpu = next(gpu for gpu in GPUS if gpu.name == setting["gpu"])
             rank = 2 ** (setting["rank"] - 1) if setting["rank"] else 0
             shares = (setting["memory"] / 100, setting["matmul"] / 100)
-            found = [roofline(2 ** setting["m"], n, k, rank, gpu, path, *shares) for path in PATHS]
+            found = [roofline(2 ** setting["m"], n, k, rank, gpu, path, *shares, setting["dtype"]) for path in PATHS]
             rows = {
                 cells[0]: cells[1:] for cells in (row.split("\t") for row in page.inner_text("#terms").splitlines())
             }
@@ -65,7 +68,7 @@ def test_roofline_page_fills_in_a_layers_sizes():
         assert "469,762,048" in page.inner_text("#terms")
         set_to(page, "n", "")
         # nothing typed yet counts as 1
-        assert "16,384" in page.inner_text("#terms")
+        assert "16,384" in page.inner_text("#terms") and "rows N: nothing counts as 1" in page.inner_text("#note")
 
 
 @pytest.mark.browser

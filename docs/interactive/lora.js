@@ -13,17 +13,17 @@
     const [rows, columns] = page.find("preset").value.split(" ");
     if (columns) { page.find("rows").value = rows; page.find("columns").value = columns; }
   });
-  const size = (value) => Math.min(1e5, Math.max(1, Math.round(value) || 1));
   const largest = (matrix) => matrix.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
   const shades = (id, matrix, rows, columns, scale) => page.paint(page.find(id), matrix.map((x) => x / scale), rows, columns, true);
 
   function show(v) {
-    const counted = count(size(v.rows), size(v.columns), v.rank);
+    const rows = page.size("rows", 1e5), columns = page.size("columns", 1e5);
+    const counted = count(rows.used, columns.used, v.rank);
     const s = v.rule === "r" ? v.alpha / v.rank : v.alpha / Math.sqrt(v.rank);
     // the largest singular value of A at the start, squared; s |B| |A| = 1 where the change is learnt
     const a2 = (1 + Math.sqrt(v.rank / SIDE)) ** 2 / 3;
     // half of 2 / sharpness, beyond which gradient descent diverges
-    const rate = 1 / (s * s * a2 + 1 / a2);
+    const rate = v.rate === "stable" ? 1 / (s * s * a2 + 1 / a2) : Number(v.rate);
     const found = fit({ rows: SIDE, columns: SIDE, rank: v.rank, needed: v.needed, seed: SEED }, s, rate, v.steps);
     const { adapter, errors } = found, product = update(adapter, s);
     const values = svd(product, SIDE, SIDE).s;
@@ -35,7 +35,12 @@
       scaling: s.toPrecision(4),
       error: page.percent(errors.at(-1)),
       least: page.percent(leastError(adapter.targetValues, v.rank)),
-      note: counted.ratio <= 1 ? "At this rank the adapter has as many numbers as the weight itself, or more." : errors.length <= v.steps ? "The steps were too long: training diverged." : "",
+      used: rate.toPrecision(3),
+      note: [
+        rows.said, columns.said,
+        counted.ratio <= 1 ? "At this rank the adapter has as many numbers as the weight itself, or more." : "",
+        errors.length <= v.steps ? `The steps were too long: training diverged after ${errors.length - 1}.` : "",
+      ].filter(Boolean).join(" "),
     });
     const scale = largest(adapter.target);
     shades("frozen", adapter.weight, SIDE, SIDE, largest(adapter.weight));

@@ -80,7 +80,7 @@ const lowRank = (() => {
   function spectrum(s, rank, rows, columns) {
     const svg = page.find("spectrum"), floor = -6;
     svg.replaceChildren();
-    const x = (i) => 40 + (570 * i) / s.length, y = (value) => 20 + (170 * Math.max(floor, Math.log10(value / s[0]))) / floor;
+    const x = (i) => 40 + (570 * i) / s.length, y = (value) => 20 + (170 * Math.max(floor, Math.log10(value / (s[0] || 1)))) / floor;
     page.draw(svg, "line", { x1: 40, x2: 610, y1: 190, y2: 190, class: "axis" });
     s.forEach((value, i) => page.draw(svg, "circle", { cx: x(i + 0.5), cy: y(value), r: 3, fill: i < rank ? "var(--blue)" : "var(--grey)" }));
     const held = Array.from({ length: s.length + 1 }, (_, i) => `${x(i)},${190 - 170 * lowRank.kept(s, i, rows, columns).energy}`);

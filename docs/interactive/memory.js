@@ -1,7 +1,7 @@
 "use strict";
 // The bytes that fine-tuning holds at its peak: lora_core/plan/memory.py and activations.py, sum by sum.
 const memory = (() => {
-  const FP32 = 4, INT64 = 8, ADAPTER = 4, BLOCK = 64, NESTED = 256, STATE_BLOCK = 256, SMALLEST_8BIT = 4096;
+  const FP32 = 4, INT64 = 8, ADAPTER = 4, BLOCK = 64, NESTED = 256, STATE_BLOCK = 256, SMALLEST_8BIT = 4096, SEARCH_END = 2 ** 20;
   const ROWS = ["weights", "adapters", "master copy", "gradients", "optimiser states", "activations", "workspace"];
   const METHODS = ["full", "lora", "qlora"];
   const sum = (list) => list.reduce((total, x) => total + x, 0);
@@ -98,7 +98,8 @@ const memory = (() => {
     return {
       fits: holds({}),
       rank: s.method === "full" ? null : largest((rank) => holds({ rank }), widest, falls),
-      batch: largest((batch) => holds({ batch }), 2 ** 20),
+      batch: largest((batch) => holds({ batch }), SEARCH_END),
+      sequence: largest((sequence) => holds({ sequence }), SEARCH_END),
     };
   }
 
@@ -124,14 +125,15 @@ const memory = (() => {
   function bars(plans) {
     const svg = page.find("bars");
     svg.replaceChildren();
-    const right = 1.15 * Math.max(...plans.map((plan) => plan.total)), x = (bytes) => 60 + (560 * bytes) / right;
-    for (const size of CARDS.filter((card) => card * 1e9 < right)) {
+    const right = 1.25 * Math.max(...plans.map((plan) => plan.total)), x = (bytes) => 70 + (560 * bytes) / right;
+    const shown = CARDS.filter((card) => card * 1e9 < right);
+    for (const size of shown) {
       page.draw(svg, "line", { x1: x(size * 1e9), x2: x(size * 1e9), y1: 10, y2: 225, stroke: "var(--soft)", "stroke-dasharray": "3 4" });
-      page.draw(svg, "text", { x: x(size * 1e9), y: 242, "text-anchor": "middle", class: "soft" }, `${size} GB`);
+      page.draw(svg, "text", { x: Math.min(x(size * 1e9), 606), y: 242, "text-anchor": "middle", class: "soft" }, size === shown.at(-1) ? `${size} GB` : size);
     }
     plans.forEach((plan, i) => {
       const y = 20 + 70 * i;
-      page.draw(svg, "text", { x: 52, y: y + 28, "text-anchor": "end" }, NAMES[plan.method]);
+      page.draw(svg, "text", { x: 62, y: y + 28, "text-anchor": "end" }, NAMES[plan.method]);
       let start = 0;
       plan.rows.forEach((bytes, j) => {
         const bar = page.draw(svg, "rect", { x: x(start), y, width: Math.max(0, x(start + bytes) - x(start)), height: 46, fill: `var(${COLOURS[j]})` });
@@ -174,8 +176,9 @@ const memory = (() => {
       ["card", ...plans.map((plan) => NAMES[plan.method])],
       ...CARDS.map((size) => [`${size} GB`, ...plans.map(({ method }) => {
         const found = memory.fit(m, { ...settings(v), method }, size * 1e9);
-        const most = found.rank === null ? `batch ${found.batch}` : `rank ${found.rank} or batch ${found.batch}`;
-        return found.fits ? `fits; at most ${most}` : found.batch || found.rank ? `no; ${most} would` : "no";
+        const most = { rank: found.rank, batch: found.batch, sequence: found.sequence };
+        const said = Object.entries(most).filter(([, size]) => size).map(([name, size]) => `${name} ${page.whole(size)}`);
+        return found.fits ? `fits; at most ${said.join(", or ")}` : said.length ? `no; ${said.join(", or ")} would` : "no";
       })]),
     ]);
   }

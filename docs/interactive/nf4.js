@@ -74,7 +74,8 @@ const nf4 = (() => {
 })();
 
 (() => {
-  const PLACES = 17, TOP = 150, LEFT = 20, WIDE = 600;
+  const PLACES = 17, TOP = 150, LEFT = 20, WIDE = 600, LEAST = 0.001;
+  const STEPS = { ArrowUp: 0.05, ArrowRight: 0.05, ArrowDown: -0.05, ArrowLeft: -0.05, PageUp: 0.2, PageDown: -0.2 };
   const x = (i) => LEFT + (WIDE * i) / (PLACES - 1), y = (height) => TOP - 130 * height;
   const at = (i) => -1 + (2 * i) / (PLACES - 1);
   const SHAPES = {
@@ -93,6 +94,8 @@ const nf4 = (() => {
 
   function move(i, height) {
     heights[i] = Math.round(1000 * Math.min(1, Math.max(0, height))) / 1000;
+    // weights have to lie somewhere
+    if (!heights.some((h) => h > 0)) heights[i] = LEAST;
     own.value = heights.join(" ");
     page.find("shape").value = "own";
     own.dispatchEvent(new Event("input"));
@@ -103,19 +106,21 @@ const nf4 = (() => {
   page.draw(svg, "line", { x1: LEFT, x2: LEFT + WIDE, y1: TOP, y2: TOP, class: "axis" });
   const area = page.draw(svg, "polygon", { fill: "var(--sky)", opacity: 0.5 });
   const handles = Array.from({ length: PLACES }, (_, i) => {
-    const handle = page.draw(svg, "circle", { cx: x(i), r: 8, fill: "var(--blue)", tabindex: 0, role: "slider", "aria-valuemin": 0, "aria-valuemax": 1, "aria-label": `density at ${at(i).toFixed(2)}`, style: "cursor: ns-resize; touch-action: none" });
+    const handle = page.draw(svg, "circle", { cx: x(i), r: 8, fill: "var(--blue)", tabindex: 0, role: "slider", "aria-valuemin": 0, "aria-valuemax": 1, "aria-orientation": "vertical", "aria-label": `density at ${at(i).toFixed(2)}` });
     handle.addEventListener("keydown", (event) => {
-      const step = { ArrowUp: 0.05, ArrowRight: 0.05, ArrowDown: -0.05, ArrowLeft: -0.05 }[event.key];
-      if (!step) return;
+      const to = { Home: 0, End: 1 }[event.key] ?? heights[i] + (STEPS[event.key] ?? NaN);
+      if (Number.isNaN(to)) return;
       event.preventDefault();
-      move(i, heights[i] + step);
+      move(i, to);
     });
-    handle.addEventListener("pointerdown", (event) => { event.preventDefault(); handle.setPointerCapture(event.pointerId); handle.focus(); });
-    handle.addEventListener("pointermove", (event) => {
-      if (!handle.hasPointerCapture(event.pointerId)) return;
+    // a finger needs more than the dot: its whole column drags it
+    const column = page.draw(svg, "rect", { x: x(i) - WIDE / (PLACES - 1) / 2, y: 0, width: WIDE / (PLACES - 1), height: 170, fill: "transparent", class: "column", style: "cursor: ns-resize; touch-action: none" });
+    const drag = (event) => {
       const box = svg.getBoundingClientRect();
       move(i, (TOP - ((event.clientY - box.top) * 170) / box.height) / 130);
-    });
+    };
+    column.addEventListener("pointerdown", (event) => { event.preventDefault(); column.setPointerCapture(event.pointerId); handle.focus(); drag(event); });
+    column.addEventListener("pointermove", (event) => { if (column.hasPointerCapture(event.pointerId)) drag(event); });
     return handle;
   });
 

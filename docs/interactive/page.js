@@ -2,6 +2,7 @@
 // What the interactive pages share: controls that write themselves into the address, a theme, numbers and drawing.
 const page = (() => {
   const SVG = "http://www.w3.org/2000/svg";
+  const PAGES = { "low-rank": "low rank", lora: "LoRA", nf4: "NF4", memory: "memory", roofline: "roofline" };
   const find = (id) => document.getElementById(id);
 
   /** The value of a control: a number, a truth value or a text. */
@@ -40,6 +41,7 @@ const page = (() => {
     };
     for (const control of controls()) control.addEventListener("input", refresh);
     addEventListener("hashchange", () => { restore(); refresh(); });
+    links();
     theme(refresh);
     refresh();
     return refresh;
@@ -48,6 +50,15 @@ const page = (() => {
   function remember(now) {
     const hash = `#${new URLSearchParams(now)}`;
     if (hash !== location.hash) history.replaceState(null, "", hash);
+  }
+
+  /** The other pages, by relative addresses: they work from a folder as well as from a server. */
+  function links() {
+    for (const [file, name] of Object.entries(PAGES)) {
+      const link = Object.assign(document.createElement("a"), { href: `${file}.html`, textContent: name });
+      if (location.pathname.endsWith(`/${file}.html`)) link.setAttribute("aria-current", "page");
+      find("pages").append(link);
+    }
   }
 
   /** Light or dark: what the system says, until the button is pressed; remembered where the browser allows. */
@@ -81,6 +92,13 @@ const page = (() => {
     return made;
   }
 
+  /** A whole number from 1 to `most` from what was typed into a control, and what to say where that is not it. */
+  function size(control, most) {
+    const typed = find(control).value, number = Number(typed);
+    const used = Math.min(most, Math.max(1, Math.round(number) || 1));
+    return { used, said: number === used ? "" : `${find(control).labels[0].textContent}: ${typed === "" ? "nothing" : typed} counts as ${whole(used)}; want a whole number from 1 to ${whole(most)}.` };
+  }
+
   /** Write numbers into the elements with these ids. */
   function say(texts) {
     for (const [id, text] of Object.entries(texts)) find(id).textContent = text;
@@ -91,8 +109,11 @@ const page = (() => {
   const percent = (share, digits = 2) => `${(100 * share).toFixed(digits)}%`;
   /** Three significant digits, with a unit that fits. */
   const time = (seconds) => {
-    const [scale, unit] = seconds < 1e-3 ? [1e6, "us"] : seconds < 1 ? [1e3, "ms"] : [1, "s"];
-    return `${(seconds * scale).toPrecision(3)} ${unit}`;
+    // rounded first: 999.9 us are 1.00 ms
+    const rounded = Number(seconds.toPrecision(3));
+    const [scale, unit] = rounded < 1e-3 ? [1e6, "us"] : rounded < 1 ? [1e3, "ms"] : [1, "s"];
+    const shown = rounded * scale;
+    return `${shown < 1000 ? shown.toPrecision(3) : Math.round(shown)} ${unit}`;
   };
 
   /** Paint rows x columns greys of 0 to 1, or with signed a blue to vermilion scale around 0, into a canvas. */
@@ -109,5 +130,5 @@ const page = (() => {
     canvas.getContext("2d").putImageData(image, 0, 0);
   }
 
-  return { start, values, find, draw, say, whole, gb, percent, time, paint };
+  return { start, values, find, draw, say, size, whole, gb, percent, time, paint };
 })();

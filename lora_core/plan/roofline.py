@@ -2,9 +2,9 @@
 
     y = x W^T + s (x A^T) B^T        x [M, K], W [N, K], A [R, K], B [N, R]
 
-    weight bytes        2 N K in half precision; N K / 2 codes and a scale's share in NF4
-    activation bytes    2 M (K + N)
-    adapter bytes       2 R (N + K)
+    weight bytes        e N K with e bytes an element; N K / 2 codes and a scale's share in NF4
+    activation bytes    e M (K + N)
+    adapter bytes       e R (N + K)
     operations          2 M N K for the base, 2 M R (N + K) for the adapter
 
     time >= max(bytes / memory rate, operations / matmul rate)
@@ -21,9 +21,9 @@ from lora_core.errors import ConfigError
 from lora_core.plan.memory import quantized_bytes
 from lora_core.plan.parameters import check_count
 
-HALF_BYTES = 2
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 BLOCK_SIZE = 64
-PATHS = ("bf16", "nf4 fused", "nf4 dequantised")
+PATHS = ("dense", "nf4 fused", "nf4 dequantised")
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,23 @@ class Gpu:
         name: of the card.
         memory_gb_s: bandwidth of its memory.
         matmul_tflop_s: dense half-precision products with float32 sums, without sparsity.
+        float32_tflop_s: products in float32, without tensor cores, which would round the factors (TF32).
         source: the document.
     """
 
     name: str
     memory_gb_s: float
     matmul_tflop_s: float
+    float32_tflop_s: float
     source: str
 
 
 GPUS = (
-    Gpu("H200 SXM", 4800, 989, "NVIDIA H200 data sheet"),
-    Gpu("H100 SXM", 3350, 989, "NVIDIA H100 data sheet"),
-    Gpu("A100 80 GB SXM", 2039, 312, "NVIDIA A100 data sheet"),
-    Gpu("RTX 4090", 1008, 165.2, "NVIDIA Ada GPU architecture white paper, appendix A"),
-    Gpu("RTX 3090", 936, 71, "NVIDIA Ampere GA102 white paper, appendix A"),
+    Gpu("H200 SXM", 4800, 989, 67, "NVIDIA H200 data sheet"),
+    Gpu("H100 SXM", 3350, 989, 67, "NVIDIA H100 data sheet"),
+    Gpu("A100 80 GB SXM", 2039, 312, 19.5, "NVIDIA A100 data sheet"),
+    Gpu("RTX 4090", 1008, 165.2, 82.6, "NVIDIA Ada GPU architecture white paper, appendix A"),
+    Gpu("RTX 3090", 936, 71, 35.6, "NVIDIA Ampere GA102 white paper, appendix A"),
 )
 
 
@@ -96,9 +98,10 @@ def roofline(
     k: int,
     rank: int,
     gpu: Gpu,
-    path: str = "bf16",
+    path: str = "dense",
     memory_share: float = 0.9,
     matmul_share: float = 0.8,
+    dtype: str = "bfloat16",
 ) -> Roofline:
     """Return the least time of a forward of M tokens through a layer [N, K] with an adapter of this rank.
 
@@ -108,12 +111,13 @@ def roofline(
         k: columns of W.
         rank: R; 0 for no adapter.
         gpu: whose rates.
-        path: "bf16", "nf4 fused" (decoded inside the product) or "nf4 dequantised" (to bf16 first); NF4 in blocks of
-            64 with double quantisation.
+        path: "dense", "nf4 fused" (decoded inside the product) or "nf4 dequantised" (to the dtype first); NF4 in
+            blocks of 64 with double quantisation.
         memory_share: of the bandwidth that is reached.
         matmul_share: of the matmul rate that is reached.
+        dtype: "bfloat16", "float16" or "float32", of x, the adapter and a dense W.
     Raises:
-        ConfigError: on a size below 1, a share outside (0, 1] or an unknown path.
+        ConfigError: on a size below 1, a share outside (0, 1], an unknown path or dtype.
     """
     for name, size in (("m", m), ("n", n), ("k", k), ("rank", rank or 1)):
         check_count(name, size)
@@ -122,11 +126,14 @@ def roofline(
             raise ConfigError(f"{name} is {share}; want a share in (0, 1]")
     if path not in PATHS:
         raise ConfigError(f"path is {path!r}; want one of {', '.join(PATHS)}")
-    dense, packed = HALF_BYTES * n * k, quantized_bytes(n * k, BLOCK_SIZE, True)
+    if dtype not in BYTES:
+        raise ConfigError(f"dtype is {dtype!r}; want one of {', '.join(BYTES)}")
+    element, tflop_s = BYTES[dtype], gpu.float32_tflop_s if dtype == "float32" else gpu.matmul_tflop_s
+    dense, packed = element * n * k, quantized_bytes(n * k, BLOCK_SIZE, True)
     weight = packed if path == "nf4 fused" else dense
-    activations, adapter = HALF_BYTES * m * (k + n), HALF_BYTES * rank * (n + k)
+    activations, adapter = element * m * (k + n), element * rank * (n + k)
     base, low_rank = 2 * m * n * k, 2 * m * rank * (n + k)
-    memory_rate, matmul_rate = gpu.memory_gb_s * 1e9 * memory_share, gpu.matmul_tflop_s * 1e12 * matmul_share
+    memory_rate, matmul_rate = gpu.memory_gb_s * 1e9 * memory_share, tflop_s * 1e12 * matmul_share
     return Roofline(
         weight_bytes=weight,
         activation_bytes=activations,

@@ -18,7 +18,8 @@ CLAIMS = (
     "dropout", "B @ A @ x", "formulas without a scale", "start of A: sqrt(2/r)", "start of A: N(0, .02)",
     "start of A: 1/sqrt(d)", "the start changes nothing", "alpha / r", "why rsLoRA", "B = 0 is why", "DoRA",
     "AdaLoRA", "intrinsic dimension", '"Layer-wise Optimal', "adding adapters", "Delta W is of low rank",
-    "rank for reinforcement", "picture at rank",
+    "rank for reinforcement", "picture at rank", "sweep of r and alpha", "LoRA+", "VeRA", "8-bit AdamW", "recipe:",
+    "comparison of methods", "diag(3, 2, .01)",
 )  # fmt: skip
 # published, and nothing here to compute
 ONLY_PUBLISHED = ("IA3 scales the output", "Houlsby's adapter", "rank for reinforcement", '"Layer-wise')

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import sphinx.util.logging
+from myst_nb.sphinx_ import NbMetadataCollector
 
 LOG = sphinx.util.logging.getLogger(__name__)
 DOCS = Path(__file__).resolve().parent
-# a notebook that takes longer than this, in seconds, fails the build
+# what a notebook may take on two quiet cores, in seconds; a build on a slow or busy machine fails at SLACK times that
 NOTEBOOK_LIMIT_S = 60
+SLACK = 1.5
 # from an interactive page to the site around it
 BACK = '<a href="../interactive.html">lora-core</a>'
 
@@ -91,13 +93,16 @@ def time_notebooks(app: Any, exception: Exception | None) -> None:
         return
     slow = []
     for name in sorted(app.env.found_docs):
-        ran = app.env.metadata.get(name, {}).get("exec_data")
+        ran = NbMetadataCollector.get_exec_data(app.env, name)
         if ran:
             LOG.info("%s: %.0f s", name, ran["runtime"])
-            if ran["runtime"] > NOTEBOOK_LIMIT_S:
+            if ran["runtime"] > SLACK * NOTEBOOK_LIMIT_S:
                 slow.append(name)
     if slow:
-        raise RuntimeError(f"over {NOTEBOOK_LIMIT_S} s: {', '.join(slow)}; move what is heavy into a record")
+        raise RuntimeError(
+            f"over {SLACK * NOTEBOOK_LIMIT_S:g} s: {', '.join(slow)}; {NOTEBOOK_LIMIT_S} s is what a notebook may take "
+            "on two quiet cores: move what is heavy into a record"
+        )
 
 
 def setup(app: Any) -> None:

@@ -8,6 +8,8 @@ files nor on the seed, and a document that is the same in two Python versions is
 
 import ast
 import hashlib
+import inspect
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -29,6 +31,8 @@ HELD_OUT_ONE_IN = 16
 SMALLEST_DOMAIN_BYTES = 100_000
 
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+# what has statements, among which definitions are
+Holder = ast.stmt | ast.excepthandler | ast.match_case
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,11 @@ def load_corpus(code_limit_bytes: int = CODE_LIMIT_BYTES) -> Corpus:
                 tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue
-        prose.extend(_docstrings(tree))
-        code.append(_without_docstrings(source, tree))
+        documented = [
+            (node, text) for node in _definitions(tree) if (text := ast.get_docstring(node, clean=False)) is not None
+        ]
+        prose.extend(_docstrings(text for _, text in documented))
+        code.append(_without_docstrings(source, [node for node, _ in documented]))
     return Corpus(_domain("prose", prose), _domain("code", code, code_limit_bytes))
 
 
@@ -114,34 +121,37 @@ def _topics() -> Iterator[str]:
 
 def _source_files() -> Iterator[Path]:
     """The standard library's modules."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        folders = set(path.relative_to(root).parts[:-1])
-        if not folders & LEFT_OUT_FOLDERS and path.stat().st_size <= LONGEST_SOURCE_BYTES:
+    found = []
+    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
+        # in place: what is left out is not walked
+        folders[:] = [name for name in folders if name not in LEFT_OUT_FOLDERS]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    for path in sorted(found):
+        if path.stat().st_size <= LONGEST_SOURCE_BYTES:
             yield path
 
 
 def _definitions(tree: ast.Module) -> Iterator[Definition]:
-    """Everything in a module that may carry a docstring."""
-    for node in ast.walk(tree):
-        if isinstance(node, Definition):
-            yield node
+    """Everything in a module that may carry a docstring, level by level; expressions hold none and are passed by."""
+    level: list[ast.AST] = [tree]
+    while level:
+        yield from (node for node in level if isinstance(node, Definition))
+        held = (getattr(node, field, None) for node in level for field in node._fields)
+        level = [part for parts in held if isinstance(parts, list) for part in parts if isinstance(part, Holder)]
 
 
-def _docstrings(tree: ast.Module) -> Iterator[str]:
-    """The docstrings that are long enough to be prose."""
-    for node in _definitions(tree):
-        text = ast.get_docstring(node)
-        if text is not None and len(text.encode(errors="replace")) >= SHORTEST_DOCSTRING_BYTES:
-            yield text.encode(errors="replace").decode() + "\n"
+def _docstrings(texts: Iterable[str]) -> Iterator[str]:
+    """Docstrings, their indentation taken off, that are long enough to be prose."""
+    for text in texts:
+        clean = inspect.cleandoc(text).encode(errors="replace")
+        if len(clean) >= SHORTEST_DOCSTRING_BYTES:
+            yield clean.decode() + "\n"
 
 
-def _without_docstrings(source: str, tree: ast.Module) -> str:
+def _without_docstrings(source: str, documented: Iterable[Definition]) -> str:
     """The source less the lines that hold nothing but a docstring."""
     lines = source.splitlines(keepends=True)
-    for node in _definitions(tree):
-        if ast.get_docstring(node, clean=False) is None:
-            continue
+    for node in documented:
         text = node.body[0]
         if lines[text.lineno - 1][: text.col_offset].strip() or text.end_lineno is None:
             continue

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 # bytes of an instruction, compute capability 7.0 and later; source: CUDA binary utilities
@@ -28,16 +29,13 @@ def listings(cubins: Sequence[bytes], arch: int) -> list[str]:
         ValueError: if nvdisasm names more or fewer instructions than there are.
     """
     codes = [function(cubin) for cubin in cubins]
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(codes))
-        file.flush()
-        text = _tool("nvdisasm", "-b", CODES[arch], file.name)
+    text = _tool("nvdisasm", b"".join(codes), "-b", CODES[arch])
     lines = [line for line in text.splitlines() if LINE.search(line)]
     sizes = [len(code) // INSTRUCTION for code in codes]
     if len(lines) != sum(sizes):
         raise ValueError(f"nvdisasm names {len(lines)} instructions of {sum(sizes)}")
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return ["\n".join(lines[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    rest = iter(lines)
+    return ["\n".join(islice(rest, size)) for size in sizes]
 
 
 def function(cubin: bytes) -> bytes:
@@ -61,10 +59,7 @@ def function(cubin: bytes) -> bytes:
 
 def resources(cubin: bytes) -> dict[str, int]:
     """Return what a kernel takes, by cuobjdump's names: REG and STACK of a thread, LOCAL (bytes spilled), and more."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = _tool("cuobjdump", "-res-usage", file.name)
+    text = _tool("cuobjdump", cubin, "-res-usage")
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
@@ -84,11 +79,14 @@ def count(listing: str) -> tuple[Counter[str], Counter[str]]:
     return instructions, accesses
 
 
-def _tool(program: str, *arguments: str) -> str:
+def _tool(program: str, code: bytes, *options: str) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / program
-    run = subprocess.run([path, *arguments], capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        run = subprocess.run([path, *options, file.name], capture_output=True, text=True)
     if run.returncode:
         raise ValueError(f"{program} failed: {run.stderr.strip() or run.stdout.strip()}")
     return run.stdout

@@ -8,10 +8,13 @@ const roofline = (() => {
     return Math.floor((elements + 1) / 2) + blocks + 4 * (Math.ceil(blocks / 256) + 1);
   }
 
+  /** The rate of products in a dtype: float32 does without tensor cores. */
+  const tflops = (gpu, dtype) => (dtype === "float32" ? gpu.float32_tflop_s : gpu.matmul_tflop_s);
+
   function terms({ m, n, k, rank, gpu, memoryShare, matmulShare, dtype }, path) {
-    const element = dtype === "float32" ? 4 : 2, tflops = dtype === "float32" ? gpu.float32_tflop_s : gpu.matmul_tflop_s;
+    const element = dtype === "float32" ? 4 : 2;
     const dense = element * n * k, packed = packedBytes(n * k);
-    const memoryRate = gpu.memory_gb_s * 1e9 * memoryShare, matmulRate = tflops * 1e12 * matmulShare;
+    const memoryRate = gpu.memory_gb_s * 1e9 * memoryShare, matmulRate = tflops(gpu, dtype) * 1e12 * matmulShare;
     const weight = path === "nf4 fused" ? packed : dense, activations = element * m * (k + n), adapter = element * rank * (n + k);
     const base = 2 * m * n * k, lowRank = 2 * m * rank * (n + k);
     const memory = (weight + activations + adapter) / memoryRate, compute = (base + lowRank) / matmulRate;
@@ -24,7 +27,7 @@ const roofline = (() => {
     };
   }
 
-  return { PATHS, terms };
+  return { PATHS, terms, tflops };
 })();
 
 (() => {
@@ -51,7 +54,7 @@ const roofline = (() => {
     bars(found);
     curve(setting);
     table(found);
-    page.find("rates").textContent = `${gpu.name}: ${page.whole(gpu.memory_gb_s)} GB/s and ${v.dtype === "float32" ? gpu.float32_tflop_s : gpu.matmul_tflop_s} TFLOP/s in ${v.dtype} (${gpu.source}).`;
+    page.find("rates").textContent = `${gpu.name}: ${page.whole(gpu.memory_gb_s)} GB/s and ${roofline.tflops(gpu, v.dtype)} TFLOP/s in ${v.dtype} (${gpu.source}).`;
   }
 
   function bars(found) {

@@ -1,7 +1,8 @@
 """Measure where one fused product beats a library's and an addition: `python -m benchmarks.crossover` on a GPU.
 
-Times both paths of a linear layer's forward on the given shapes, side by side, and writes what it found beside what
-the file says of other devices. The library reads the file that LORA_CORE_CROSSOVER names, else kernels/crossover.json.
+Times both paths of a LoRA linear layer's forward on the given shapes, side by side, and writes what it found beside
+what the file says of other devices. The library reads the file that LORA_CORE_CROSSOVER names, else
+kernels/crossover.json.
 """
 
 import argparse
@@ -76,18 +77,18 @@ def measure(dtype: str, shape: dict[str, int], device: str, samples: int) -> Any
     import torch
 
     from lora_core.kernels.crossover import PATHS, Measurement, device_name
-    from lora_core.kernels.lora_linear import low_rank_linear
+    from lora_core.kernels.lora_linear import launch_lora_linear
 
     m, n, k, r = (shape[name] for name in "MNKR")
     torch.manual_seed(0)
-    x, weight, hidden, lora_b = (
-        torch.randn(*size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (n, k), (m, r), (n, r))
+    x, weight, lora_a, lora_b = (
+        torch.randn(*size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (n, k), (r, k), (n, r))
     )
-    runs = {p: partial(low_rank_linear, x, weight, None, hidden, lora_b, SCALING, path=p) for p in PATHS}
-    wide = [t.double() for t in (x, weight, hidden, lora_b)]
-    truth, magnitude = (a @ w.T + SCALING * s @ b.T for a, w, s, b in (wide, [t.abs() for t in wide]))
+    runs = {p: partial(launch_lora_linear, x, weight, None, lora_a, lora_b, SCALING, 0.0, None, p) for p in PATHS}
+    wide = [t.double() for t in (x, weight, lora_a, lora_b)]
+    truth, magnitude = (x @ w.T + SCALING * x @ a.T @ b.T for x, w, a, b in (wide, [t.abs() for t in wide]))
     for path, run in runs.items():
-        check = within_rounding(run(), truth, magnitude, k + r + 2, roundings=3)
+        check = within_rounding(run()[0], truth, magnitude, k + r + 2, roundings=3)
         if not check.passed:
             raise CheckError(f"{path} path, {dtype} {shape}: {check.reason}")
     del truth, magnitude, wide

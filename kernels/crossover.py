@@ -83,6 +83,7 @@ def faster_path(device: str, dtype: torch.dtype, m: int, n: int, k: int, r: int)
     return min(near, key=lambda row: row.distance(m, n, k, r)).faster if near else "library"
 
 
+@functools.cache
 def device_name(device: torch.device) -> str:
     """Return the name that measurements go by."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

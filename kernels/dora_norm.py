@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
-from lora_core.kernels.nf4_tile import arguments, in_words, nf4_tile
+from lora_core.kernels.nf4_levels import SHUFFLED
+from lora_core.kernels.nf4_tile import arguments, columns_per_scale, nf4_tile
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
@@ -34,8 +35,10 @@ TILE = {torch.float32: (32, 32), torch.float16: (64, 64), torch.bfloat16: (64, 6
 # where W is decoded, which takes registers
 PACKED_TILE = (32, 32)
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
-WARPS = {"dense": 8, "words": 4, "elements": 4}
-STAGES = {"dense": 3, "words": 2, "elements": 1}
+# how W is read: dense, or columns that share a scale
+PER_SCALE = {"dense": 0, "blocks": 32, "words": 8, "elements": 1}
+WARPS = {"dense": 8, "blocks": 4, "words": 4, "elements": 4}
+STAGES = {"dense": 3, "blocks": 2, "words": 2, "elements": 1}
 # columns of a part of a split sum at least
 SHORTEST = 256
 
@@ -47,7 +50,6 @@ def _dora_norm_kernel(
     absmax_ptr,
     nested_absmax_ptr,
     nested_offset_ptr,
-    pairs_ptr,
     levels_ptr,
     levels8_ptr,
     a_ptr,
@@ -67,7 +69,8 @@ def _dora_norm_kernel(
     block_shift,
     NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    KIND: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -81,7 +84,7 @@ def _dora_norm_kernel(
     first = split * k_per_split
     for k in range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)
-        if KIND == "dense":
+        if PER_SCALE == 0:
             w = tl.load(
                 w_ptr + row[:, None] * stride_wn + column.to(tl.int64)[None, :] * stride_wk,
                 mask=row_ok[:, None] & (column < K)[None, :],
@@ -93,7 +96,6 @@ def _dora_norm_kernel(
                 absmax_ptr,
                 nested_absmax_ptr,
                 nested_offset_ptr,
-                pairs_ptr,
                 levels_ptr,
                 levels8_ptr,
                 row,
@@ -103,7 +105,8 @@ def _dora_norm_kernel(
                 block_shift,
                 NESTED_BLOCK,
                 NESTED,
-                KIND == "words",
+                PER_SCALE,
+                SHUFFLED,
                 BLOCK_N,
                 BLOCK_K,
             )
@@ -131,7 +134,7 @@ def _dora_norm_kernel(
 
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose, for second-level blocks of 256, last dimensions contiguous."""
-    kinds = (("dense", False), ("words", False), ("words", True), ("elements", False), ("elements", True))
+    kinds = (("dense", False), *itertools.product(("blocks", "words", "elements"), (False, True)))
     for (dtype, low), (kind, nested) in itertools.product(DTYPE_PAIRS, kinds):
         for block_r in BLOCK_R[low]:
             block_n, block_k = TILE[low] if kind == "dense" else PACKED_TILE
@@ -140,10 +143,9 @@ def variants() -> Iterator[Variant]:
                 kernel=_dora_norm_kernel,
                 signature={
                     "w_ptr": f"*{TYPES[dtype]}",
-                    "codes_ptr": "*i32" if kind == "words" else "*u8",
+                    "codes_ptr": "*i32" if kind in ("blocks", "words") else "*u8",
                     "absmax_ptr": "*u8" if nested else "*fp32",
                     **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
-                    "pairs_ptr": "*i64",
                     **dict.fromkeys(("a_ptr", "b_ptr"), f"*{TYPES[low]}"),
                     "part_ptr": "*fp32",
                     **dict.fromkeys(
@@ -155,7 +157,8 @@ def variants() -> Iterator[Variant]:
                     **dict.fromkeys(("stride_wk", "stride_ak", "stride_br"), 1),
                     "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                     "NESTED": nested,
-                    "KIND": kind,
+                    "PER_SCALE": PER_SCALE[kind],
+                    "SHUFFLED": True,
                     "BLOCK_N": block_n,
                     "BLOCK_K": block_k,
                     "BLOCK_R": block_r,
@@ -178,13 +181,14 @@ def _norms(
     k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), block_k) * block_k
     splits = triton.cdiv(max(k, 1), k_per_split)
     part = like.new_empty((splits * grid_r, n), dtype=torch.float32)
-    kind = "dense" if w is None else "words" if in_words(w) else "elements"
+    per_scale = 0 if w is None else columns_per_scale(w, block_k)
+    kind = next(name for name, columns in PER_SCALE.items() if columns == per_scale)
     log_launch("dora_norm" if w is None else "nf4_dora_norm", kind, *(() if w is None else (w.absmax, w.nested_absmax)))
     if n:
         with torch.cuda.device_of(like):
             _dora_norm_kernel[(grid_n, grid_r, splits)](
                 like,
-                *((like,) * 7 if w is None else arguments(w)),
+                *((like,) * 6 if w is None else arguments(w)),
                 lora_a,
                 lora_b,
                 part,
@@ -199,7 +203,8 @@ def _norms(
                 0 if w is None else w.block_size.bit_length() - 1,
                 NESTED_BLOCK=NESTED_BLOCK_SIZE if w is None else w.nested_block_size,
                 NESTED=w is not None and w.nested_absmax is not None,
-                KIND=kind,
+                PER_SCALE=per_scale,
+                SHUFFLED=SHUFFLED,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,

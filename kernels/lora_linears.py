@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.crossover import log, log_launch
-from lora_core.kernels.lora_linear import low_rank_gradients, low_rank_linear
+from lora_core.kernels.low_rank import a_gradient, low_rank_gradients, low_rank_linear, path_of, skinny_product
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
-from lora_core.kernels.row_sum import launch_row_sum
-from lora_core.kernels.shrink import launch_shrink
 from lora_core.ops.lora_linears import absent, backward, backward_op, forward, op
 from lora_core.ops.packed import Packed, unflatten
 
@@ -48,23 +46,23 @@ def launch_lora_linears(
         log_launch("lora_linears", "float64, reference")
         return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
     flat = x.reshape(-1, x.shape[-1])
+    paths = [path or path_of(flat, (len(b), x.shape[-1]), len(a)) for a, b in zip(lora_as, lora_bs, strict=True)]
     if any(dropouts):
         each = zip(lora_as, dropouts, seeds, strict=True)
-        parts = [launch_shrink(flat, a, p, seed) for a, p, seed in each]
+        parts = [skinny_product(flat, a, paths[0], p, seed) for a, p, seed in each]
         hidden = torch.cat(parts, 1)
     else:
-        hidden = launch_shrink(flat, torch.cat(tuple(lora_as)))
+        hidden = skinny_product(flat, torch.cat(tuple(lora_as)), paths[0])
         parts = _columns(hidden, lora_as)
     log.debug("linears: %d layers, ranks %s", len(lora_as), [len(a) for a in lora_as])
     ys = []
-    for w, bias, s, b, scaling in zip(
-        unflatten(tensors, formats), absent(biases), parts, lora_bs, scalings, strict=True
-    ):
+    layers = zip(unflatten(tensors, formats), absent(biases), parts, lora_bs, scalings, paths, strict=True)
+    for w, bias, s, b, scaling, own_path in layers:
         if isinstance(w, Packed):
             w = w._replace(codes=w.codes.contiguous())
-            y = packed_low_rank_linear(flat, w, bias, s, b, scaling, path)
+            y = packed_low_rank_linear(flat, w, bias, s, b, scaling, own_path)
         else:
-            y = low_rank_linear(flat, w, bias, s, b, scaling, path=path)
+            y = low_rank_linear(flat, w, bias, s, b, scaling, path=own_path)
         ys.append(y.view(*x.shape[:-1], y.shape[1]))
     return [*ys, hidden]
 
@@ -92,7 +90,7 @@ def launch_lora_linears_backward(
     """Run the backward; operands and results as the op has them, empty where none is wanted.
 
     Args:
-        path: "fused" or "library" for d_x; by default what was measured to be faster.
+        path: "fused" or "library"; by default what was measured to be faster.
     """
     lead = d_ys[0].shape[:-1]
     adapter = (lora_as, lora_bs, hidden, scalings, dropouts, seeds)
@@ -105,11 +103,14 @@ def launch_lora_linears_backward(
     # dA of all layers at once, below, unless their masks differ
     own_x = flat if masked else None
     needs = (need_x, False, need_pairs, need_pairs)
+    width = lora_as[0].shape[1]
+    paths = [path or path_of(g, (width, g.shape[1]), len(a)) for g, a in zip(grads, lora_as, strict=True)]
     found = [
-        low_rank_gradients(g, None, own_x, a, b, s, scaling, p, seed, needs)
-        for g, s, (a, b, scaling, p, seed) in zip(
+        low_rank_gradients(g, None, own_x, a, b, s, scaling, p, seed, needs, own_path)
+        for g, s, own_path, (a, b, scaling, p, seed) in zip(
             grads,
             _columns(hidden, lora_as),
+            paths,
             zip(lora_as, lora_bs, scalings, dropouts, seeds, strict=True),
             strict=True,
         )
@@ -122,7 +123,7 @@ def launch_lora_linears_backward(
         if masked:
             d_lora_a = torch.cat([d_a for _, _, d_a, _ in found if d_a is not None])
         else:
-            d_lora_a = launch_row_sum(flat, torch.cat(d_ss, 1), transposed=True).product
+            d_lora_a = a_gradient(flat, torch.cat(d_ss, 1), paths[0])
     if need_x:
         ups: list[tuple[Tensor, Tensor, float, Tensor | None]] = list(zip(d_ss, lora_as, dropouts, seeds, strict=True))
         if not masked:
@@ -146,7 +147,7 @@ def _input_gradient(
             w = w._replace(codes=w.codes.contiguous())
             d_x = packed_input_gradient(g, w, d_s, a, p, seed, path, d_x)
         else:
-            d_x = low_rank_linear(g, w.T, None, d_s, a.T, 1 / (1 - p), p, seed, path, d_x, d_x is not None)
+            d_x = low_rank_linear(g, w.T, None, d_s, a.T, 1 / (1 - p), p, seed, path, d_x)
     return d_x
 
 

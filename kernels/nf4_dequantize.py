@@ -9,8 +9,8 @@ A program expands UNITS units. Where n is a multiple of 32, a unit is a 32-bit w
 four of them, 16 bytes, at once and stores 16 bytes at once; else it is a byte of two codes. No word straddles a block,
 as blocks are multiples of 32.
 
-Reads n / 2 bytes of codes and writes n elements: bound by memory if a weight takes few enough instructions. So a byte
-is looked up whole, in a table of 256 pairs of levels in shared memory, and a scale is made once for its block.
+Reads n / 2 bytes of codes and writes n elements: bound by memory if a weight takes few enough instructions. So a level
+is fetched by one shuffle (nf4_levels.py), and a scale is made once for its block.
 
 Reference: lora_core/reference/nf4.py
 """
@@ -24,16 +24,18 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
-from lora_core.kernels.tables import level_pairs, levels
+from lora_core.kernels.nf4_levels import SHUFFLED, levels_of_words
+from lora_core.kernels.tables import levels
 from lora_core.kernels.tile import round_to
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.nf4_dequantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
-# units of a program and its warps: 64 weights a thread, what keeps registers few and instructions a weight few
-UNITS = {"words": 1024, "bytes": 2048}
-WARPS = 4
+# units of a warp: 64 weights a thread or, by the byte, 32, what keeps registers few and instructions a weight few
+UNITS_OF_A_WARP = {"words": 256, "bytes": 512}
+# warps of a program: by the word one, which waits for no other, unless a block takes more
+WARPS = {"words": 1, "bytes": 4}
 
 
 # n changes from weight to weight: specialising on it would compile again
@@ -43,7 +45,7 @@ def _nf4_dequantize_kernel(
     absmax_ptr,
     nested_absmax_ptr,
     nested_offset_ptr,
-    pairs_ptr,
+    levels_ptr,
     levels8_ptr,
     w_ptr,
     n,
@@ -52,6 +54,7 @@ def _nf4_dequantize_kernel(
     NESTED: tl.constexpr,
     PER_UNIT: tl.constexpr,
     UNITS: tl.constexpr,
+    SHUFFLED: tl.constexpr,
 ):
     # int64: element numbers pass 2^31; inside a program 32 bits do
     start = tl.program_id(0).to(tl.int64) * (UNITS * PER_UNIT)
@@ -79,14 +82,13 @@ def _nf4_dequantize_kernel(
     owner = tl.broadcast_to(block[:, None], (blocks, UNITS // blocks)).reshape(UNITS)
     scale = tl.gather(absmax, owner, 0)  # [UNITS]
 
-    # the lowest byte of a word comes first
-    shift = tl.arange(0, PER_UNIT // 2) * 8
-    byte = (packed[:, None] >> shift[None, :]) & 0xFF  # [UNITS, PER_UNIT / 2]
-    pairs = tl.load(pairs_ptr + tl.arange(0, 256))
-    pair = tl.gather(pairs, byte.reshape(UNITS * PER_UNIT // 2), 0)
-    even = pair.to(tl.int32).to(tl.float32, bitcast=True)
-    odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    level = tl.join(even, odd).reshape(UNITS, PER_UNIT)
+    if PER_UNIT == 8:
+        level = levels_of_words(packed, levels_ptr, UNITS, SHUFFLED)
+    else:
+        # the high half of a byte comes first
+        code = tl.join(packed >> 4, packed & 15)
+        table = tl.load(levels_ptr + tl.arange(0, 16))
+        level = tl.gather(table, code.reshape(UNITS * 2), 0).reshape(UNITS, 2)
 
     element = tl.arange(0, PER_UNIT)
     place = unit[:, None] * PER_UNIT + element[None, :]
@@ -101,14 +103,14 @@ def variants() -> Iterator[Variant]:
     choices = itertools.product((torch.float32, torch.float16, torch.bfloat16), BLOCK_SIZES, ("plain", "nested"), kinds)
     for dtype, block_size, scales, (kind, codes, per_unit) in choices:
         nested = scales == "nested"
+        units, warps = _program(kind, block_size)
         yield Variant(
             name=f"{TYPES[dtype]} {block_size} {scales} {kind}",
             kernel=_nf4_dequantize_kernel,
             signature={
                 "codes_ptr": codes,
                 "absmax_ptr": "*u8" if nested else "*fp32",
-                **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels8_ptr"), "*fp32"),
-                "pairs_ptr": "*i64",
+                **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
                 "w_ptr": f"*{TYPES[dtype]}",
                 "n": "i64",
             },
@@ -117,11 +119,19 @@ def variants() -> Iterator[Variant]:
                 "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                 "NESTED": nested,
                 "PER_UNIT": per_unit,
-                "UNITS": UNITS[kind],
+                "UNITS": units,
+                "SHUFFLED": True,
             },
-            options={"num_warps": WARPS, "enable_fp_fusion": False},
-            weights=per_unit * UNITS[kind],
+            options={"num_warps": warps, "enable_fp_fusion": False},
+            weights=per_unit * units,
         )
+
+
+def _program(kind: str, block_size: int) -> tuple[int, int]:
+    """Return units and warps of a program, which holds whole blocks."""
+    per_unit = {"words": 8, "bytes": 2}[kind]
+    warps = max(WARPS[kind], block_size // (per_unit * UNITS_OF_A_WARP[kind]))
+    return warps * UNITS_OF_A_WARP[kind], warps
 
 
 def launch_nf4_dequantize(
@@ -133,8 +143,13 @@ def launch_nf4_dequantize(
     dtype: torch.dtype,
     block_size: int,
     nested_block_size: int = NESTED_BLOCK_SIZE,
+    shuffled: bool = SHUFFLED,
 ) -> Tensor:
-    """Run the kernel; operands as checked by the op. Copies codes or scales that are not contiguous."""
+    """Run the kernel; operands as checked by the op. Copies codes or scales that are not contiguous.
+
+    Args:
+        shuffled: whether levels are fetched by shuffles, which the interpreter cannot do, or from a table.
+    """
     w = codes.new_empty(shape, dtype=dtype)
     n = w.numel()
     if n == 0:
@@ -143,17 +158,18 @@ def launch_nf4_dequantize(
     codes, absmax = codes.contiguous(), absmax.contiguous()
     # a slice of a larger buffer may begin between two words
     words = n % 32 == 0 and codes.data_ptr() % 4 == 0
-    log_launch("nf4_dequantize", "words" if words else "bytes", *given)
-    per_unit, units = (8, UNITS["words"]) if words else (2, UNITS["bytes"])
+    kind, per_unit = ("words", 8) if words else ("bytes", 2)
+    log_launch("nf4_dequantize", kind, *given)
+    units, warps = _program(kind, block_size)
     nested = nested_absmax is not None
-    pairs, levels8 = level_pairs("nf4", codes.device), levels("dynamic", codes.device)
+    levels8 = levels("dynamic", codes.device)
     with torch.cuda.device_of(codes):
         _nf4_dequantize_kernel[(triton.cdiv(n, per_unit * units),)](
             codes.view(-1).view(torch.int32) if words else codes,
             absmax,
             nested_absmax.contiguous() if nested_absmax is not None else levels8,
             nested_offset if nested_offset is not None else levels8,
-            pairs,
+            levels("nf4", codes.device),
             levels8,
             w,
             n,
@@ -162,7 +178,8 @@ def launch_nf4_dequantize(
             NESTED=nested,
             PER_UNIT=per_unit,
             UNITS=units,
-            num_warps=WARPS,
+            SHUFFLED=shuffled,
+            num_warps=warps,
             enable_fp_fusion=False,
         )
     return w

@@ -17,19 +17,15 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.crossover import log, log_launch
-from lora_core.kernels.lora_linear import (
-    launch_lora_linear,
-    launch_lora_linear_backward,
-    low_rank_gradients,
-    low_rank_linear,
-)
+from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, low_rank_part, path_of, skinny_product
+from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
-from lora_core.kernels.shrink import launch_shrink
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
 
-# half of the second-level cache of an H100 or A100, so that a panel is still there when it is multiplied
-PANEL_BYTES = 2**24
+# the fewer panels, the fewer products that end with multiprocessors idle
+PANEL_BYTES = 2**26
 
 
 def panels(w: Packed, dtype: torch.dtype, panel_bytes: int = PANEL_BYTES) -> Iterator[tuple[int, int, Packed]]:
@@ -85,7 +81,7 @@ def launch_nf4_lora_linear(
     """Run the forward; operands as checked by the op. Copies x only where its leading dimensions cannot be flattened.
 
     Args:
-        path: "fused" or "library" for panels; by default what was measured to be faster.
+        path: "fused" or "library"; by default what was measured to be faster for a dense W.
         panel_bytes: size of a dequantised panel.
     Returns:
         y [..., N] and S [M, R].
@@ -95,7 +91,8 @@ def launch_nf4_lora_linear(
         log_launch("nf4_lora_linear", "float64, W made whole", codes, absmax)
         return launch_lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
     flat = x.reshape(-1, shape[1])
-    hidden = launch_shrink(flat, lora_a, dropout, seed)
+    path = path or path_of(flat, shape, len(lora_a))
+    hidden = skinny_product(flat, lora_a, path, dropout, seed)
     y = packed_low_rank_linear(flat, w, bias, hidden, lora_b, scaling, path, panel_bytes)
     return y.view(*x.shape[:-1], shape[0]), hidden
 
@@ -120,11 +117,16 @@ def packed_low_rank_linear(
         log.debug("nf4 linear %s m=%d n=%d k=%d: decoded in the product", x.dtype, len(x), *w.shape)
         return launch_nf4_matmul(x, *w, bias, hidden, lora_b, scaling)
     log.debug("nf4 linear %s m=%d n=%d k=%d: in panels", x.dtype, len(x), *w.shape)
-    y = x.new_empty(len(x), w.shape[0])
+    path = path or path_of(x, w.shape, lora_b.shape[1])
+    begun = path == "library" and (bias is not None or lora_b.shape[1] > 0)
+    y = low_rank_part(x, w.shape[0], bias, hidden, lora_b, scaling) if begun else x.new_empty(len(x), w.shape[0])
     for first, end, panel in panels(w, x.dtype, panel_bytes):
-        part = None if bias is None else bias[first:end]
-        dense = panel.dense(x.dtype)
-        low_rank_linear(x, dense, part, hidden, lora_b[first:end], scaling, path=path, out=y[:, first:end])
+        dense, columns = panel.dense(x.dtype), y[:, first:end]
+        if path == "library":
+            torch.addmm(columns, x, dense.T, beta=int(begun), out=columns)
+        else:
+            part = None if bias is None else bias[first:end]
+            launch_low_rank_matmul(x, dense, part, hidden, lora_b[first:end], scaling, out=columns)
     return y
 
 
@@ -151,7 +153,7 @@ def launch_nf4_lora_linear_backward(
     """Run the backward; operands and results as the op has them, empty where needs says that none is wanted.
 
     Args:
-        path: "fused" or "library" for d_x; by default what was measured to be faster.
+        path: "fused" or "library"; by default what was measured to be faster for a dense W.
     """
     columns, rows = shape
     w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
@@ -164,7 +166,8 @@ def launch_nf4_lora_linear_backward(
         wanted = (need_x, False, *need_others)
         wide = launch_lora_linear_backward(d_y, d_hidden, x, dense, *adapter, wanted)
         return wide[0], *wide[2:]
-    d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs)
+    path = path or path_of(grad, (rows, columns), len(lora_a))
+    d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs, path)
     d_x = None
     if need_x and d_s is not None:
         d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path)
@@ -181,25 +184,24 @@ def packed_input_gradient(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     path: str | None = None,
-    out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Return G W + keep (dS A) / (1 - p), added to out if given: G [M, N], W [N, K] packed, dS [M, R], A [R, K].
+    """Return G W + keep (dS A) / (1 - p): G [M, N], W [N, K] packed, dS [M, R], A [R, K].
 
     Args:
         d_y: G, dtype float32, float16 or bfloat16.
         w: W.
         d_s: dS, dtype of lora_a.
         lora_a, dropout, seed: as the forward had them.
-        path: as in low_rank_linear.
-        out: shape [M, K], dtype of d_y, changed in place.
+        path, total: as in low_rank_linear.
     """
     up = (d_s, lora_a.T, 1 / (1 - dropout), dropout, seed)
     few = len(d_y) <= MOST_TOKENS
     log_launch("nf4 dx", "decoded in the product" if few else "W made whole", w.codes, w.absmax, w.nested_absmax)
     if few:
         d_x = launch_nf4_matmul(d_y, *w, None, *up, transposed=True)
-        return d_x if out is None else out.add_(d_x)
-    return low_rank_linear(d_y, w.dense(d_y.dtype).T, None, *up, path, out, out is not None)
+        return d_x if total is None else total.add_(d_x)
+    return low_rank_linear(d_y, w.dense(d_y.dtype).T, None, *up, path, total)
 
 
 op.register_kernel("cuda")(launch_nf4_lora_linear)

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.nf4_tile import arguments, in_words, nf4_tile
+from lora_core.kernels.nf4_levels import SHUFFLED
+from lora_core.kernels.nf4_tile import arguments, columns_per_scale, nf4_tile
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
@@ -36,7 +37,9 @@ WARPS = {16: 4, 64: 8}
 TILE, SMALL_TILE = (32, 128), (32, 64)
 BLOCK_R = 16
 # steps whose loads are in flight: single elements have too many loads for more
-STAGES = {"words": 2, "elements": 1}
+STAGES = {"blocks": 2, "words": 2, "elements": 1}
+# columns that share a scale, by how W is read
+PER_SCALE = {"blocks": 64, "words": 8, "elements": 1}
 # terms of a part of a split sum at least, and programs wanted for each multiprocessor
 SHORTEST = 256
 PER_PROCESSOR = 2
@@ -49,7 +52,6 @@ def _nf4_matmul_kernel(
     absmax_ptr,
     nested_absmax_ptr,
     nested_offset_ptr,
-    pairs_ptr,
     levels_ptr,
     levels8_ptr,
     bias_ptr,
@@ -72,7 +74,8 @@ def _nf4_matmul_kernel(
     block_shift,
     NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    WORDS: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -131,7 +134,6 @@ def _nf4_matmul_kernel(
             absmax_ptr,
             nested_absmax_ptr,
             nested_offset_ptr,
-            pairs_ptr,
             levels_ptr,
             levels8_ptr,
             n,
@@ -141,25 +143,28 @@ def _nf4_matmul_kernel(
             block_shift,
             NESTED_BLOCK,
             NESTED,
-            WORDS,
+            PER_SCALE,
+            SHUFFLED,
             BLOCK_N,
             BLOCK_K,
         )
         w = round_to(w, x_ptr.dtype.element_ty)
         acc = dot(x, w if TRANSPOSED else tl.trans(w), acc)
     place = (split.to(tl.int64) * M + row)[:, None] * width + column[None, :]
-    tl.store(part_ptr + place, acc, mask=(row < M)[:, None] & (column < width)[None, :])
+    tl.store(
+        part_ptr + place, round_to(acc, part_ptr.dtype.element_ty), mask=(row < M)[:, None] & (column < width)[None, :]
+    )
 
 
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
-    uses = ("forward", "transposed", "transposed dropout")
-    choices = itertools.product(DTYPE_PAIRS, (16, 64), ("plain", "nested"), ("words", "elements"), uses)
+    uses = ("forward", "forward split", "transposed", "transposed dropout")
+    choices = itertools.product(DTYPE_PAIRS, (16, 64), ("plain", "nested"), PER_SCALE, uses)
     for (dtype, low), block_m, scales, kind, use in choices:
-        if block_m not in _rows(dtype, kind == "words"):
+        if block_m not in _rows(dtype, kind) or (use == "forward split" and dtype == torch.float32):
             continue
-        transposed = use != "forward"
-        block_n, block_k = _tile(dtype, kind == "words")
+        transposed = use.startswith("transposed")
+        block_n, block_k = _tile(dtype, kind)
         # what is contiguous of B, or of A^T
         unit, long = ("stride_bn", "stride_br") if transposed else ("stride_br", "stride_bn")
         yield Variant(
@@ -167,14 +172,13 @@ def variants() -> Iterator[Variant]:
             kernel=_nf4_matmul_kernel,
             signature={
                 "x_ptr": f"*{TYPES[dtype]}",
-                "codes_ptr": "*i32" if kind == "words" else "*u8",
+                "codes_ptr": "*u8" if kind == "elements" else "*i32",
                 "absmax_ptr": "*u8" if scales == "nested" else "*fp32",
                 **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
-                "pairs_ptr": "*i64",
                 "bias_ptr": f"*{TYPES[dtype]}",
                 **dict.fromkeys(("s_ptr", "b_ptr"), f"*{TYPES[low]}"),
                 "seed_ptr": "*i64",
-                "part_ptr": "*fp32",
+                "part_ptr": "*fp32" if use != "forward" else f"*{TYPES[dtype]}",
                 **dict.fromkeys(("M", "N", "K", "R", "stride_xm", long, "has_bias", "per_split", "block_shift"), "i32"),
                 "factor": "fp32",
                 "threshold": "i64",
@@ -183,7 +187,8 @@ def variants() -> Iterator[Variant]:
                 **dict.fromkeys(("stride_xk", unit), 1),
                 "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                 "NESTED": scales == "nested",
-                "WORDS": kind == "words",
+                "PER_SCALE": PER_SCALE[kind],
+                "SHUFFLED": True,
                 "TRANSPOSED": transposed,
                 "DROPOUT": use.endswith("dropout"),
                 "BLOCK_M": block_m,
@@ -192,19 +197,19 @@ def variants() -> Iterator[Variant]:
                 "BLOCK_R": BLOCK_R,
             },
             # a row of single elements may end anywhere
-            aligned=("N", "stride_xm", "per_split", *(("K", long) if kind == "words" else ())),
+            aligned=("N", "stride_xm", "per_split", *(() if kind == "elements" else ("K", long))),
             options={"num_warps": WARPS[block_m], "num_stages": STAGES[kind], "enable_fp_fusion": False},
             tile_m=block_m if dtype != torch.float32 else 0,
         )
 
 
-def _rows(dtype: torch.dtype, words: bool) -> tuple[int, ...]:
+def _rows(dtype: torch.dtype, kind: str) -> tuple[int, ...]:
     """Tokens a tile may have: many where tensor cores multiply them and weights are read by the word."""
-    return (16, 64) if words and dtype != torch.float32 else (16,)
+    return (16, 64) if kind != "elements" and dtype != torch.float32 else (16,)
 
 
-def _tile(dtype: torch.dtype, words: bool) -> tuple[int, int]:
-    return TILE if words and dtype != torch.float32 else SMALL_TILE
+def _tile(dtype: torch.dtype, kind: str) -> tuple[int, int]:
+    return TILE if kind != "elements" and dtype != torch.float32 else SMALL_TILE
 
 
 def launch_nf4_matmul(
@@ -224,6 +229,7 @@ def launch_nf4_matmul(
     seed: Tensor | None = None,
     transposed: bool = False,
     splits: int | None = None,
+    shuffled: bool = SHUFFLED,
 ) -> Tensor:
     """Run the kernel; any strides of x and lora_b. Copies codes, scales, a bias or an S that are not contiguous.
 
@@ -238,6 +244,7 @@ def launch_nf4_matmul(
         seed: int64, one element; needed where dropout > 0.
         transposed: multiply by W instead of W^T.
         splits: parts of the sum; by default as many as fill the device.
+        shuffled: whether levels are fetched by shuffles, which the interpreter cannot do, or from a table.
     Returns:
         Shape [M, N], or with transposed [M, K]; dtype of x.
     """
@@ -245,17 +252,21 @@ def launch_nf4_matmul(
     m, r = x.shape[0], lora_b.shape[1]
     width, length = (k, n) if transposed else (n, k)
     w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    words = in_words(w)
-    block_n, block_k = _tile(x.dtype, words)
+    # any tile is as wide as what shares a scale at most
+    per_scale = columns_per_scale(w, SMALL_TILE[1])
+    kind = next(name for name, columns in PER_SCALE.items() if columns == per_scale)
+    block_n, block_k = _tile(x.dtype, kind)
     block_y, block_sum = (block_k, block_n) if transposed else (block_n, block_k)
-    block_m = _rows(x.dtype, words)[-1 if m > 16 else 0]
+    block_m = _rows(x.dtype, kind)[-1 if m > 16 else 0]
     tiles = triton.cdiv(width, block_y)
     splits = splits or splits_to_fill(
         x.device, triton.cdiv(tiles * triton.cdiv(m, block_m), PER_PROCESSOR), length, SHORTEST
     )
     per_split = triton.cdiv(triton.cdiv(max(length, 1), splits), block_sum) * block_sum
     splits = triton.cdiv(max(length, 1), per_split)
-    part = x.new_empty((splits, m, width), dtype=torch.float32)
+    # what one program sums alone it rounds itself
+    together = splits == 1
+    part = x.new_empty((splits, m, width), dtype=x.dtype if together else torch.float32)
     if part.numel():
         with torch.cuda.device_of(x):
             _nf4_matmul_kernel[(tiles, splits, triton.cdiv(m, block_m))](
@@ -279,7 +290,8 @@ def launch_nf4_matmul(
                 block_size.bit_length() - 1,
                 NESTED_BLOCK=nested_block_size,
                 NESTED=nested_absmax is not None,
-                WORDS=words,
+                PER_SCALE=per_scale,
+                SHUFFLED=shuffled,
                 TRANSPOSED=transposed,
                 DROPOUT=dropout > 0,
                 BLOCK_M=block_m,
@@ -287,7 +299,7 @@ def launch_nf4_matmul(
                 BLOCK_K=block_k,
                 BLOCK_R=BLOCK_R,
                 num_warps=WARPS[block_m],
-                num_stages=STAGES["words" if words else "elements"],
+                num_stages=STAGES[kind],
                 enable_fp_fusion=False,
             )
-    return launch_split_sum(part, x.dtype)
+    return part[0] if together else launch_split_sum(part, x.dtype)

@@ -1,7 +1,7 @@
 """A tile of an NF4 weight decoded inside a kernel, and what a launch passes for it.
 
 Where K is a multiple of 8 a row is read as 32-bit words of eight codes, else element by element. A scale is made for
-each word, or each element: blocks may straddle rows.
+64 columns at once where each row consists of such, and else for each word, or each element: blocks may straddle rows.
 
 Reference: lora_core/reference/nf4.py
 """
@@ -11,8 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.tables import level_pairs, levels
+from lora_core.kernels.nf4_levels import levels_of_words
+from lora_core.kernels.tables import levels
 from lora_core.ops.packed import Packed
+
+# columns that share a scale, at most; of a word
+MOST_OF_A_SCALE, OF_A_WORD = 64, 8
 
 
 @triton.jit
@@ -41,7 +45,6 @@ def nf4_tile(
     absmax_ptr,
     nested_absmax_ptr,
     nested_offset_ptr,
-    pairs_ptr,
     levels_ptr,
     levels8_ptr,
     n,
@@ -51,25 +54,30 @@ def nf4_tile(
     block_shift,
     NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    WORDS: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows n (int64) and BLOCK_K columns from first_k of W [N, K] in fp32, as the reference rounds them; 0 outside."""
-    if WORDS:
+    """Rows n (int64) and BLOCK_K columns from first_k of W [N, K] in fp32, as the reference rounds them; 0 outside.
+
+    PER_SCALE: columns that surely share a scale (columns_per_scale); BLOCK_K and first_k are multiples of it. 1 reads
+    element by element.
+    """
+    if PER_SCALE > 1:
         unit = first_k // 8 + tl.arange(0, BLOCK_K // 8)
         ok = (n < N)[:, None] & (unit < K // 8)[None, :]
         place = n[:, None] * (K // 8) + unit[None, :]  # [BLOCK_N, BLOCK_K / 8]
         packed = tl.load(codes_ptr + place, mask=ok, other=0)
-        block = place * 8 >> block_shift
-        scale = _scales(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, levels8_ptr, block, ok, NESTED_BLOCK, NESTED)
-        # the lowest byte of a word comes first
-        byte = (packed[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 0xFF
-        pairs = tl.load(pairs_ptr + tl.arange(0, 256))
-        pair = tl.gather(pairs, byte.reshape(BLOCK_N * BLOCK_K // 2), 0)
-        even = pair.to(tl.int32).to(tl.float32, bitcast=True)
-        odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        level = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K // 8, 8)
+        run = first_k // PER_SCALE + tl.arange(0, BLOCK_K // PER_SCALE)
+        run_ok = (n < N)[:, None] & (run < K // PER_SCALE)[None, :]
+        block = n[:, None] * K + run[None, :] * PER_SCALE >> block_shift  # [BLOCK_N, BLOCK_K / PER_SCALE]
+        scale = _scales(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, levels8_ptr, block, run_ok, NESTED_BLOCK, NESTED
+        )
+        words: tl.constexpr = BLOCK_N * BLOCK_K // 8
+        level = levels_of_words(packed.reshape(words), levels_ptr, words, SHUFFLED)
+        level = level.reshape(BLOCK_N, BLOCK_K // PER_SCALE, PER_SCALE)
         w = (level * scale[:, :, None]).reshape(BLOCK_N, BLOCK_K)
     else:
         k = first_k + tl.arange(0, BLOCK_K)
@@ -92,6 +100,14 @@ def in_words(w: Packed) -> bool:
     return w.shape[1] % 8 == 0 and w.codes.data_ptr() % 4 == 0
 
 
+def columns_per_scale(w: Packed, block_k: int) -> int:
+    """Return nf4_tile's PER_SCALE for tiles of block_k columns: how many of them share a scale in any row."""
+    if not in_words(w):
+        return 1
+    most = min(MOST_OF_A_SCALE, block_k)
+    return OF_A_WORD if w.block_size % most or w.shape[1] % most else most
+
+
 def arguments(w: Packed) -> tuple[Tensor, ...]:
     """Return what a kernel's parameters from codes_ptr to levels8_ptr take; w.codes must be contiguous."""
     device = w.codes.device
@@ -101,7 +117,6 @@ def arguments(w: Packed) -> tuple[Tensor, ...]:
         w.absmax.contiguous(),
         levels8 if w.nested_absmax is None else w.nested_absmax.contiguous(),
         levels8 if w.nested_offset is None else w.nested_offset,
-        level_pairs("nf4", device),
         levels("nf4", device),
         levels8,
     )

@@ -32,7 +32,7 @@ BLOCK_K = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
 # warps by ranks of a tile: what keeps every configuration in registers
 WARPS = {16: 4, 64: 4, 128: 8}
-STAGES = 3
+STAGES = 5
 # terms of a part of a split sum at least
 SHORTEST = 256
 

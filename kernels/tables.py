@@ -18,17 +18,6 @@ def levels(name: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def level_pairs(name: str, device: torch.device) -> Tensor:
-    """Return the two levels of every byte of packed codes, as the two halves of an int64 [256] on the device.
-
-    The first of the two, whose code is in the byte's high half, lies in the low half: first in memory.
-    """
-    byte = torch.arange(256, device="cpu")
-    pairs = codebook(name).levels[torch.stack([byte >> 4, byte & 15], dim=1)]
-    return pairs.view(torch.int64).reshape(-1).to(device)
-
-
-@functools.cache
 def thresholds(name: str, device: torch.device) -> Tensor:
     """Return what separates a codebook's levels as a binary search tree: float32 [levels], node 1 the root.
 

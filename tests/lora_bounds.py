@@ -2,7 +2,8 @@
 
 u and low are the unit roundoffs of the output's dtype and of A's; eta the spacing of A's subnormals. A sum of n
 products in float32 errs by 2 u_32 sqrt(n) times the sum of magnitudes (tolerance.py). What is rounded on the way:
-the base product (a library adds to it in place), S, dS, and D = drop(x) where p > 0.
+of the base product and the update with the bias the one that is made first, as a library adds the other to it in place;
+S, dS, and D = drop(x) where p > 0.
 """
 
 import torch
@@ -30,23 +31,34 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.detach().double().cpu() for t in tensors]
 
 
-def check_forward(y, x, weight, bias, lora_a, lora_b, scaling, dropout=0.0, seed=None, hidden=None) -> None:
-    """Fail unless y (and S, where given) are the layer's up to rounding."""
+def check_forward(
+    y, x, weight, bias, lora_a, lora_b, scaling, dropout=0.0, seed=None, hidden=None, rounded="either"
+) -> None:
+    """Fail unless y (and S, where given) are the layer's up to rounding.
+
+    `rounded`: what is rounded before the sum is: "either" part, which the reference scales after its own rounding; the
+    "update" with the bias, once; "none", where all is one sum.
+    """
     u, low, eta = units(y, lora_a)
     x, weight, bias, a, b = wide(x, weight, bias, lora_a, lora_b)
     bias = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias
     d = masked(x, dropout, seed)
-    base, s = x @ weight.T + bias, d @ a.T
-    truth = base + scaling * s @ b.T
+    base, s = x @ weight.T, d @ a.T
+    update = scaling * s @ b.T + bias
+    truth = base + update
+    parts = {
+        "either": u * torch.maximum((base + bias).abs(), update.abs()) + low * truth.abs(),
+        "update": u * update.abs(),
+        "none": 0,
+    }
     columns, rank = x.shape[-1], a.shape[0]
     s_magnitude = d.abs() @ a.T.abs()
     s_bound = low * (s.abs() + (dropout > 0) * s_magnitude) + eta + 2 * UNIT_FP32 * columns**0.5 * s_magnitude
     factor = abs(scaling)
     magnitude = x.abs() @ weight.T.abs() + bias.abs() + factor * s_magnitude @ b.T.abs()
     sums = 2 * UNIT_FP32 * (columns + rank + 2) ** 0.5 * magnitude
-    bound = u * (truth.abs() + base.abs()) + factor * s_bound @ b.T.abs() + sums
-    # a mixed-dtype update is rounded to A's dtype as it is added
-    assert_within_bound(y.cpu(), truth, bound + low * truth.abs())
+    bound = u * truth.abs() + parts[rounded] + factor * s_bound @ b.T.abs() + sums
+    assert_within_bound(y.cpu(), truth, bound)
     if hidden is not None:
         flat = (-1, rank)
         assert_within_bound(hidden.cpu(), s.reshape(flat), s_bound.reshape(flat))
@@ -119,8 +131,10 @@ def backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, d
         "d_lora_b": scaling * g.T @ s,
     }
     extra = {
-        # rounded again: the library's base product, and the mixed-dtype update; 1 / (1 - p) is one more rounding
-        "d_x": u * base.abs() + mask * (d_s_bound @ a.abs()) + low * (low_rank.abs() + truths["d_x"].abs()),
+        # rounded again: what a library adds the rest to, and the mixed-dtype update; 1 / (1 - p) is one more rounding
+        "d_x": u * torch.maximum(base.abs(), low_rank.abs())
+        + mask * (d_s_bound @ a.abs())
+        + low * (low_rank.abs() + truths["d_x"].abs()),
         "d_lora_a": d_s_bound.T @ d_magnitude + low * (dropout > 0) * magnitudes["d_lora_a"],
     }
     lengths = {"d_x": columns + rank, "d_weight": rows, "d_bias": rows, "d_lora_a": rows, "d_lora_b": rows}

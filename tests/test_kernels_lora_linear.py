@@ -19,6 +19,8 @@ from lora_core.reference.dropout import keep_mask
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([2**40 + 77], device=DEVICE)
 paths = st.sampled_from(PATHS)
+# a library adds its product to the rest, which is in y already
+ROUNDED = {"fused": "none", "library": "update"}
 scalings = st.sampled_from([0.5, 2.0, -1.7, 0.0])
 
 
@@ -29,7 +31,7 @@ def test_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, bias, scaling
     operands = (x, weight, b if bias else None, lora_a, lora_b, scaling, dropout, SEED)
     y, hidden = launch_lora_linear(*operands, path=path)
     assert y.dtype == dtypes[0] and hidden.dtype == dtypes[1]
-    check_forward(y, *operands, hidden)
+    check_forward(y, *operands, hidden, ROUNDED[path])
 
 
 @given(sizes, widths, widths, ranks, dtype_pairs, scalings, dropouts, paths, st.booleans(), seeds, layouts)
@@ -238,7 +240,7 @@ def test_lora_linear_kernel_bound_rejects_a_result_1_percent_off(part, dtype):
     wrong = (*right[:5], 0.505) if part == "update" else (x, weight * 1.01, *right[2:])
     y, _ = launch_lora_linear(*wrong, 0.0, None, path="fused")
     with pytest.raises(AssertionError, match="rounding bound|rms"):
-        check_forward(y, *right)
+        check_forward(y, *right, rounded="none")
 
 
 def test_lora_linear_kernels_run_float64_on_the_reference():

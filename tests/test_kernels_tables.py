@@ -12,7 +12,7 @@ from lora_core.kernels.nf4_quantize import launch_nf4_quantize
 from lora_core.reference import nf4
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CACHES = (tables.levels, tables.level_pairs, tables.thresholds, groups._table)
+CACHES = (tables.levels, tables.thresholds, groups._table)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,6 @@ def default_dtype(dtype):
 def every_table():
     return [
         tables.levels("nf4", DEVICE),
-        tables.level_pairs("nf4", DEVICE),
         tables.thresholds("nf4", DEVICE),
         tables.thresholds("dynamic", DEVICE),
         groups.rank_offsets((2, 0, 17), DEVICE),

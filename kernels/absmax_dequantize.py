@@ -19,6 +19,7 @@ from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.tables import levels
 from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_dequantize import op
+from lora_core.ops.eager import register
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # scales of a program, and its warps: 16 scales a thread, whose codes are loaded at once
@@ -79,4 +80,4 @@ def launch_absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, blo
     return absmax
 
 
-op.register_kernel("cuda")(launch_absmax_dequantize)
+register(op, "cuda", launch_absmax_dequantize)

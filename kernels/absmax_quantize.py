@@ -20,6 +20,7 @@ from lora_core.kernels.tables import thresholds
 from lora_core.kernels.tile import nearest_code
 from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_quantize import op
+from lora_core.ops.eager import register
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # scales of a program, and its warps: 16 scales a thread, whose codes are stored at once
@@ -103,4 +104,4 @@ def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> t
     return codes, absmax2
 
 
-op.register_kernel("cuda")(launch_absmax_quantize)
+register(op, "cuda", launch_absmax_quantize)

@@ -26,6 +26,7 @@ from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.dora_norm import nf4_op, op
+from lora_core.ops.eager import register
 from lora_core.ops.packed import Packed
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.reference import dora as reference
@@ -256,5 +257,5 @@ def launch_nf4_dora_norm(
     return _norms(codes.new_empty(0, dtype=dtype), w, lora_a, lora_b, scaling, splits)
 
 
-op.register_kernel("cuda")(launch_dora_norm)
-nf4_op.register_kernel("cuda")(launch_nf4_dora_norm)
+register(op, "cuda", launch_dora_norm)
+register(nf4_op, "cuda", launch_nf4_dora_norm)

@@ -19,6 +19,7 @@ from lora_core.kernels.gather_expand import launch_gather_expand
 from lora_core.kernels.gather_gradient import launch_gather_gradient
 from lora_core.kernels.gather_shrink import launch_gather_shrink
 from lora_core.kernels.groups import groups
+from lora_core.ops.eager import register
 from lora_core.ops.grouped_lora import backward_op, op
 from lora_core.reference import grouped as reference
 
@@ -78,5 +79,5 @@ def launch_grouped_lora_backward(
     return d_x, d_lora_a, d_lora_b
 
 
-op.register_kernel("cuda")(launch_grouped_lora)
-backward_op.register_kernel("cuda")(launch_grouped_lora_backward)
+register(op, "cuda", launch_grouped_lora)
+register(backward_op, "cuda", launch_grouped_lora_backward)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, path_of, skinny_product
+from lora_core.ops.eager import register
 from lora_core.ops.lora_linear import backward_op, op
 from lora_core.reference import lora as reference
 
@@ -96,5 +97,5 @@ def launch_lora_linear_backward(
     return d_x, d_weight, d_bias, d_lora_a, d_lora_b
 
 
-op.register_kernel("cuda")(launch_lora_linear)
-backward_op.register_kernel("cuda")(launch_lora_linear_backward)
+register(op, "cuda", launch_lora_linear)
+register(backward_op, "cuda", launch_lora_linear_backward)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.low_rank import a_gradient, low_rank_gradients, low_rank_linear, path_of, skinny_product
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
+from lora_core.ops.eager import register
 from lora_core.ops.lora_linears import absent, backward, backward_op, forward, op
 from lora_core.ops.packed import Packed, unflatten
 
@@ -151,5 +152,5 @@ def _input_gradient(
     return d_x
 
 
-op.register_kernel("cuda")(launch_lora_linears)
-backward_op.register_kernel("cuda")(launch_lora_linears_backward)
+register(op, "cuda", launch_lora_linears)
+register(backward_op, "cuda", launch_lora_linears_backward)

@@ -28,6 +28,7 @@ from lora_core.kernels.nf4_levels import SHUFFLED, levels_of_words
 from lora_core.kernels.tables import levels
 from lora_core.kernels.tile import round_to
 from lora_core.kernels.variant import TYPES, Variant
+from lora_core.ops.eager import register
 from lora_core.ops.nf4_dequantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.double import NESTED_BLOCK_SIZE
@@ -185,4 +186,4 @@ def launch_nf4_dequantize(
     return w
 
 
-op.register_kernel("cuda")(launch_nf4_dequantize)
+register(op, "cuda", launch_nf4_dequantize)

@@ -21,6 +21,7 @@ from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear
 from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, low_rank_part, path_of, skinny_product
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
+from lora_core.ops.eager import register
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
 
@@ -204,5 +205,5 @@ def packed_input_gradient(
     return low_rank_linear(d_y, w.dense(d_y.dtype).T, None, *up, path, total)
 
 
-op.register_kernel("cuda")(launch_nf4_lora_linear)
-backward_op.register_kernel("cuda")(launch_nf4_lora_linear_backward)
+register(op, "cuda", launch_nf4_lora_linear)
+register(backward_op, "cuda", launch_nf4_lora_linear_backward)

@@ -20,6 +20,7 @@ from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.tables import thresholds
 from lora_core.kernels.tile import nearest_code, widen
 from lora_core.kernels.variant import TYPES, Variant
+from lora_core.ops.eager import register
 from lora_core.ops.nf4_quantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.codebook import codebook
@@ -133,4 +134,4 @@ def launch_nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor
     return codes, absmax
 
 
-op.register_kernel("cuda")(launch_nf4_quantize)
+register(op, "cuda", launch_nf4_quantize)

@@ -27,6 +27,8 @@ def load() -> None:
 
 def defer_kernels(device_type: str) -> None:
     """Register, for each operation with a kernel file, a first call that imports it: importing Triton takes long."""
+    from lora_core.ops.eager import register
+
     for name in _modules("lora_core.kernels"):
         if importlib.util.find_spec(f"lora_core.ops.{name}") is None:
             continue
@@ -34,7 +36,7 @@ def defer_kernels(device_type: str) -> None:
         operations = importlib.import_module(f"lora_core.ops.{name}")
         for operation in (operations.__dict__.get(attribute) for attribute in OPERATIONS):
             if operation is not None:
-                operation.register_kernel(device_type)(functools.partial(_first_call, name, operation))
+                register(operation, device_type, functools.partial(_first_call, name, operation))
 
 
 def _first_call(name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:

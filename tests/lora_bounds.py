@@ -32,12 +32,12 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def check_forward(
-    y, x, weight, bias, lora_a, lora_b, scaling, dropout=0.0, seed=None, hidden=None, rounded="either"
+    y, x, weight, bias, lora_a, lora_b, scaling, dropout=0.0, seed=None, hidden=None, rounded="base"
 ) -> None:
     """Fail unless y (and S, where given) are the layer's up to rounding.
 
-    `rounded`: what is rounded before the sum is: "either" part, which the reference scales after its own rounding; the
-    "update" with the bias, once; "none", where all is one sum.
+    `rounded`: what is rounded before the sum is: the "base" product with the bias, and then the update, which the
+    reference scales after its own rounding; the "update" with the bias; "either"; or "none", where all is one sum.
     """
     u, low, eta = units(y, lora_a)
     x, weight, bias, a, b = wide(x, weight, bias, lora_a, lora_b)
@@ -46,9 +46,11 @@ def check_forward(
     base, s = x @ weight.T, d @ a.T
     update = scaling * s @ b.T + bias
     truth = base + update
+    base_part, update_part = u * (base + bias).abs() + low * truth.abs(), u * update.abs()
     parts = {
-        "either": u * torch.maximum((base + bias).abs(), update.abs()) + low * truth.abs(),
-        "update": u * update.abs(),
+        "base": base_part,
+        "update": update_part,
+        "either": torch.maximum(base_part, update_part + low * truth.abs()),
         "none": 0,
     }
     columns, rank = x.shape[-1], a.shape[0]

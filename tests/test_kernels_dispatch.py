@@ -31,6 +31,7 @@ files = {
     "dora_norm": {"op": "launch_dora_norm", "nf4_op": "launch_nf4_dora_norm"},
     "grouped_lora": {"op": "launch_grouped_lora", "backward_op": "launch_grouped_lora_backward"},
 }
+from lora_core.ops.eager import register
 launched = set()
 
 
@@ -45,7 +46,7 @@ def counted(name, launch):
 for file, launches in files.items():
     ops, kernels = (importlib.import_module(f"lora_core.{where}.{file}") for where in ("ops", "kernels"))
     for op, launch in launches.items():
-        getattr(ops, op).register_kernel(device)(counted(f"{file}.{op}", getattr(kernels, launch)))
+        register(getattr(ops, op), device, counted(f"{file}.{op}", getattr(kernels, launch)))
 
 """
 

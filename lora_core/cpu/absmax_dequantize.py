@@ -8,6 +8,7 @@ from lora_core.cpu.chunks import run
 from lora_core.cpu.plain import nf4 as plain
 from lora_core.cpu.scales import Scales
 from lora_core.ops.absmax_dequantize import op
+from lora_core.ops.eager import register
 
 # scales worth a call: 60 us of compiled loops
 CHUNK = 2**16
@@ -21,4 +22,4 @@ def absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size
     return torch.from_numpy(scales.values)
 
 
-op.register_kernel("cpu")(absmax_dequantize)
+register(op, "cpu", absmax_dequantize)

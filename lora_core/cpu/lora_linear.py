@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
 from lora_core.cpu.product import product
+from lora_core.ops.eager import register
 from lora_core.ops.lora_linear import backward_op, op
 from lora_core.reference import lora as reference
 
@@ -82,5 +83,5 @@ def gradients(
     return d_x, d_weight, d_y.sum(0) if need_bias else None, d_lora_a, d_lora_b
 
 
-op.register_kernel("cpu")(lora_linear)
-backward_op.register_kernel("cpu")(lora_linear_backward)
+register(op, "cpu", lora_linear)
+register(backward_op, "cpu", lora_linear_backward)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
 from lora_core.cpu.product import add_product, product
 from lora_core.ops import lora_linears as ops
+from lora_core.ops.eager import register
 from lora_core.ops.packed import dense, unflatten
 
 
@@ -116,5 +117,5 @@ def _backward(
     return d_x, d_lora_a, d_lora_bs
 
 
-ops.op.register_kernel("cpu")(lora_linears)
-ops.backward_op.register_kernel("cpu")(lora_linears_backward)
+register(ops.op, "cpu", lora_linears)
+register(ops.backward_op, "cpu", lora_linears_backward)

@@ -10,6 +10,7 @@ from lora_core.cpu.allocate import empty
 from lora_core.cpu.chunks import CHUNK, GRAIN, run
 from lora_core.cpu.plain import nf4 as plain
 from lora_core.cpu.scales import Scales
+from lora_core.ops.eager import register
 from lora_core.ops.nf4_dequantize import op
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.quant.parts import check_parts
@@ -53,4 +54,4 @@ def nf4_dequantize(
     return dense
 
 
-op.register_kernel("cpu")(nf4_dequantize)
+register(op, "cpu", nf4_dequantize)

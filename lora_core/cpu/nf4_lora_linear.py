@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_core.cpu.few_rows import few_rows
 from lora_core.cpu.lora_linear import gradients, lora_linear
+from lora_core.ops.eager import register
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
 from lora_core.reference import lora as reference
@@ -74,5 +75,5 @@ def nf4_lora_linear_backward(
     return d_x.view(*d_y.shape[:-1], rows) if need_x else d_x, d_bias, d_lora_a, d_lora_b
 
 
-op.register_kernel("cpu")(nf4_lora_linear)
-backward_op.register_kernel("cpu")(nf4_lora_linear_backward)
+register(op, "cpu", nf4_lora_linear)
+register(backward_op, "cpu", nf4_lora_linear_backward)

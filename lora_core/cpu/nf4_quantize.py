@@ -6,6 +6,7 @@ from torch import Tensor
 from lora_core.cpu import compiled
 from lora_core.cpu.chunks import CHUNK, GRAIN, run
 from lora_core.cpu.plain import nf4 as plain
+from lora_core.ops.eager import register
 from lora_core.ops.nf4_quantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.reference import nf4 as reference
@@ -36,4 +37,4 @@ def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-op.register_kernel("cpu")(nf4_quantize)
+register(op, "cpu", nf4_quantize)

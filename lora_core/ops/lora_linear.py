@@ -20,6 +20,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
+from lora_core.ops.eager import call, differentiable
 from lora_core.reference import lora as reference
 
 
@@ -114,12 +115,14 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
         d_y = weight.new_zeros(*ctx.lead, weight.shape[0])
     needs = ctx.needs_input_grad[:5]
     with outside_autocast(d_y):
-        grads = backward_op(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
+        grads = call(
+            backward_op, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs
+        )
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *wanted, None, None, None
 
 
-op.register_autograd(_backward, setup_context=_save)
+_run = differentiable(op, _save, _backward)
 
 
 def lora_linear(
@@ -167,5 +170,5 @@ def lora_linear(
     on_device = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     check_devices("lora_linear", on_device | {"seed": seed if dropout else None})
     refuse_tangents("lora_linear", *on_device.values())
-    y, _ = op(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)
+    y, _ = _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)
     return y

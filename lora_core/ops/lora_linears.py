@@ -23,6 +23,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
+from lora_core.ops.eager import call, differentiable
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
 from lora_core.reference import lora_linears as reference
 
@@ -176,14 +177,14 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
     needs = (ctx.need_x, ctx.need_pairs)
     adapter = (lora_as, lora_bs, hidden, ctx.scalings, ctx.dropouts, seeds)
     with outside_autocast(hidden):
-        d_x, d_lora_a, *d_lora_bs = backward_op(d_ys, x, tensors, ctx.formats, *adapter, *needs)
+        d_x, d_lora_a, *d_lora_bs = call(backward_op, d_ys, x, tensors, ctx.formats, *adapter, *needs)
     none = [None] * n
     pairs = (list(d_lora_a.split([a.shape[0] for a in lora_as])), d_lora_bs) if ctx.need_pairs else (none, none)
     frozen = ([None] * ctx.parts, None, none)
     return d_x if ctx.need_x else None, *frozen, *pairs, None, None, none
 
 
-op.register_autograd(_backward, setup_context=_save)
+_run = differentiable(op, _save, _backward)
 
 
 def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
@@ -224,7 +225,7 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     tensors, formats = flatten(weights)
     seeds = [x.new_empty(0, dtype=torch.int64) if s is None else s for s in seeds]
     biases = [none if b is None else b for b in biases]
-    return list(op(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)[:-1])
+    return list(_run(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)[:-1])
 
 
 def _sound(name: str, layer: Layer) -> Layer:

@@ -21,6 +21,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
+from lora_core.ops.eager import call, differentiable
 from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
 from lora_core.reference import lora as reference
@@ -159,12 +160,12 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
         d_y = hidden.new_zeros(*ctx.lead, ctx.format[0][0])
     adapter = (lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed)
     with outside_autocast(d_y):
-        grads = backward_op(d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
+        grads = call(backward_op, d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
     d_x, d_bias, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, *[None] * 7, d_bias, d_lora_a, d_lora_b, None, None, None
 
 
-op.register_autograd(_backward, setup_context=_save)
+_run = differentiable(op, _save, _backward)
 
 
 def nf4_lora_linear(
@@ -239,5 +240,5 @@ def packed_lora_linear(
     on_device = {"x": x, "q": w.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     check_devices(name, on_device | {"seed": seed if dropout else None})
     refuse_tangents(name, x, bias, lora_a, lora_b)
-    y, _ = op(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)
+    y, _ = _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)
     return y

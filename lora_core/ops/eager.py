@@ -1,0 +1,114 @@
+"""Runs operations past PyTorch's dispatcher where nobody listens there.
+
+An operation written in Python costs some 100 microseconds a call in the dispatcher, more than a small layer's products.
+Tracing, faking, transforming and counting need it; in plain eager code autograd alone has to know, and
+torch.autograd.Function tells it for a tenth of that. What runs is the same either way.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# what runs an operation on a type of device
+_implementations: dict[tuple[Any, str], Callable[..., Any]] = {}
+
+
+def register(operation: Any, device_type: str, implementation: Callable[..., Any]) -> None:
+    """Let this function run the operation on this type of device, called by the dispatcher or past it."""
+    operation.register_kernel(device_type)(implementation)
+    _implementations[operation, device_type] = implementation
+
+
+def call(operation: Any, *args: Any) -> Any:
+    """Return operation(*args), past the dispatcher if nobody listens: not autograd, either."""
+    run = None if torch.is_grad_enabled() else _unheard(operation, args)
+    return operation(*args) if run is None else run(*args)
+
+
+def differentiable(operation: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an operation's derivative, and return what calls it, past the dispatcher if only autograd listens.
+
+    Args:
+        operation: a torch.library.CustomOpDef whose first argument is a tensor; it returns several tensors, in a list
+            where it takes lists of tensors.
+        save, backward: as register_autograd takes them. `backward` makes its products by `call`, so that a second
+            derivative, which takes grad mode, meets the operation and is refused.
+    """
+    operation.register_autograd(backward, setup_context=save)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = _implementations[operation, args[0].device.type](*args)
+            save(ctx, args, output)
+            return output
+
+    class EagerOfLists(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *flat: Any) -> Any:
+            *flat, ctx.layout = flat
+            args = tuple(_nested(flat, ctx.layout))
+            output = _implementations[operation, args[0].device.type](*args)
+            save(ctx, args, output)
+            return tuple(output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return *_flat(backward(ctx, grads), ctx.layout), None
+
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
+
+    def run(*args: Any) -> Any:
+        alone = _unheard(operation, args)
+        if alone is None:
+            return operation(*args)
+        if not torch.is_grad_enabled():
+            return alone(*args)
+        layout = [len(a) if _is_list(a) else -1 for a in args]
+        return Eager.apply(*args) if max(layout) < 0 else EagerOfLists.apply(*_flat(args, layout), layout)
+
+    return run
+
+
+def _is_list(value: Any) -> bool:
+    """Say whether this is a list of tensors; an empty list is a constant."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
+
+
+def _flat(values: Sequence[Any], layout: Sequence[int]) -> Iterator[Any]:
+    """Yield values, those of lists one after another: layout has the length of each list, -1 for what is none."""
+    for value, length in zip(values, layout, strict=True):
+        if length < 0:
+            yield value
+        else:
+            yield from [None] * length if value is None else value
+
+
+def _nested(flat: Sequence[Any], layout: Sequence[int]) -> Iterator[Any]:
+    """Yield what _flat was given."""
+    first = 0
+    for length in layout:
+        yield flat[first] if length < 0 else list(flat[first : first + length])
+        first += abs(length)
+
+
+def _unheard(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """Return what runs the operation if no one but autograd listens to the dispatcher, else None."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
+    device = ""
+    for a in args:
+        for t in a if _is_list(a) else (a,):
+            if isinstance(t, Tensor):
+                if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                    return None
+                device = device or t.device.type
+    return _implementations.get((operation, device))

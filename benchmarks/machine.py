@@ -1,6 +1,7 @@
 """The machine a measurement ran on, and how fast it copies and multiplies: the floor under any implementation."""
 
 import functools
+import os
 import platform
 import subprocess
 import time
@@ -54,7 +55,10 @@ def processor() -> str:
 
 
 def checkout(root: Path = ROOT) -> dict[str, Any]:
-    """Return the commit checked out, and whether tracked files differ from it, but for what benchmarks write."""
+    """Return the commit checked out, and whether tracked files differ from it, but for what benchmarks write.
+
+    Where the files are a copy without git's own, the variable LORA_CORE_COMMIT says which commit they were copied from.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
@@ -64,7 +68,8 @@ def checkout(root: Path = ROOT) -> dict[str, Any]:
         changed = git("status", "--porcelain", "-uno", "--", ".", *others)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown", "dirty": True}
+        copied = os.environ.get("LORA_CORE_COMMIT")
+        return {"commit": copied or "unknown", "dirty": not copied}
 
 
 def _driver() -> str | None:

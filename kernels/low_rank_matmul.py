@@ -50,7 +50,7 @@ class Tiling:
 
 
 # by dtype of x, the one with the fewest rows that hold M, else the last
-HALF = (Tiling(16, 64, 128, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(128, 256, 64, 8, 3))
+HALF = (Tiling(16, 64, 128, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(128, 128, 64, 8, 4))
 TILINGS = {
     torch.float32: (Tiling(16, 64, 32, 4, 3), Tiling(64, 64, 16, 4, 3)),
     torch.float16: HALF,

@@ -97,3 +97,13 @@ def transformers_model(shape: ModelShape = TINY, dtype: torch.dtype = torch.floa
 
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(transformers_config(shape), attn_implementation="sdpa").to(dtype)
+
+
+def recompute_activations(model: nn.Module, **keywords: object) -> None:
+    """Switch activation checkpointing on, by the name that the transformers installed has for it."""
+    switch = getattr(model, "activation_checkpointing_enable", None)
+    if switch is not None:
+        switch(**keywords)
+    else:
+        # transformers 5.17 and before
+        model.gradient_checkpointing_enable(**{k.replace("activation", "gradient"): v for k, v in keywords.items()})

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from models import randomise
+from models import randomise, recompute_activations
 
 import lora_core as lc
 from lora_core.adapt.walk import adapter_layers
@@ -70,7 +70,7 @@ def test_checkpointing_gives_the_adapters_the_gradients_without_it(kind, reentra
     other = copy.deepcopy(plain)
     # reentrant checkpointing also asks for a gradient at the embedding, so it is switched on before the adapters
     keywords = {} if reentrant is None else {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    other.activation_checkpointing_enable(**keywords)
+    recompute_activations(other, **keywords)
     grads = []
     for model in (plain, other):
         adapt(model)

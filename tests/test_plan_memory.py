@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import TINY, transformers_model
+from models import TINY, recompute_activations, transformers_model
 
 import lora_core as lc
 from benchmarks.memory import peak_bytes
@@ -36,7 +36,7 @@ def setup_model(shape: ModelShape, setup: Setup):
         names = [layer.name for layer in shape.targets(setup.targets)]
         lc.add_adapter(model, lc.LoraConfig(r=setup.rank, target_modules=names))
     if setup.checkpointing:
-        model.activation_checkpointing_enable()
+        recompute_activations(model)
     # so that the first block keeps what the others do
     model.enable_input_require_grads()
     return model

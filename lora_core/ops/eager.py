@@ -59,6 +59,8 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
             return *_flat(backward(ctx, grads), ctx.layout), None
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
+    # past what Function.apply does for functorch, which does not listen here
+    apply, apply_to_lists = (super(torch.autograd.Function, kind).apply for kind in (Eager, EagerOfLists))
 
     def run(*args: Any) -> Any:
         alone = _unheard(operation, args)
@@ -66,8 +68,10 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
             return operation(*args)
         if not torch.is_grad_enabled():
             return alone(*args)
+        if not any(isinstance(a, list) for a in args):
+            return apply(*args)
         layout = [len(a) if _is_list(a) else -1 for a in args]
-        return Eager.apply(*args) if max(layout) < 0 else EagerOfLists.apply(*_flat(args, layout), layout)
+        return apply_to_lists(*_flat(args, layout), layout)
 
     return run
 
@@ -104,11 +108,11 @@ def _unheard(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None
         or torch._C._get_tracing_state() is not None
     ):
         return None
-    device = ""
+    plain, device = Tensor.__torch_dispatch__, ""
     for a in args:
-        for t in a if _is_list(a) else (a,):
+        for t in a if type(a) is list else (a,):
             if isinstance(t, Tensor):
-                if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                if type(t).__torch_dispatch__ is not plain:
                     return None
                 device = device or t.device.type
     return _implementations.get((operation, device))

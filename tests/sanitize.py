@@ -15,13 +15,13 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import lora_core as lc  # noqa: E402
-from lora_core.kernels import (  # noqa: E402
+import lora_core as lc
+from lora_core.kernels import (
     absmax_dequantize,
     absmax_quantize,
     dora_norm,
@@ -32,8 +32,8 @@ from lora_core.kernels import (  # noqa: E402
     nf4_lora_linear,
     nf4_quantize,
 )
-from lora_core.kernels.crossover import PATHS  # noqa: E402
-from lora_core.ops.packed import Packed, flatten  # noqa: E402
+from lora_core.kernels.crossover import PATHS
+from lora_core.ops.packed import Packed, flatten
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

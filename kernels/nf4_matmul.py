@@ -31,10 +31,11 @@ from lora_core.reference.dropout import threshold
 
 # tokens at most: beyond, W is dequantised once and a matrix product of its own is faster
 MOST_TOKENS = 64
-# warps by tokens of a tile: what keeps every configuration in registers
-WARPS = {16: 4, 64: 8}
+# warps; where every word has a scale of its own, single multiply-adds and 64 tokens take more: what keeps every
+# configuration in registers
+WARPS, MORE_WARPS = 4, 8
 # rows and columns of W in a step: 32 weights a thread; fewer where single elements or multiply-adds take registers
-TILE, SMALL_TILE = (32, 128), (32, 64)
+TILE, SMALL_TILE = (64, 64), (32, 64)
 BLOCK_R = 16
 # steps whose loads are in flight: single elements have too many loads for more
 STAGES = {"blocks": 2, "words": 2, "elements": 1}
@@ -198,7 +199,11 @@ def variants() -> Iterator[Variant]:
             },
             # a row of single elements may end anywhere
             aligned=("N", "stride_xm", "per_split", *(() if kind == "elements" else ("K", long))),
-            options={"num_warps": WARPS[block_m], "num_stages": STAGES[kind], "enable_fp_fusion": False},
+            options={
+                "num_warps": _warps(dtype, kind, block_m),
+                "num_stages": STAGES[kind],
+                "enable_fp_fusion": False,
+            },
             tile_m=block_m if dtype != torch.float32 else 0,
         )
 
@@ -210,6 +215,10 @@ def _rows(dtype: torch.dtype, kind: str) -> tuple[int, ...]:
 
 def _tile(dtype: torch.dtype, kind: str) -> tuple[int, int]:
     return TILE if kind != "elements" and dtype != torch.float32 else SMALL_TILE
+
+
+def _warps(dtype: torch.dtype, kind: str, block_m: int) -> int:
+    return MORE_WARPS if kind == "words" and (dtype == torch.float32 or block_m > 16) else WARPS
 
 
 def launch_nf4_matmul(
@@ -298,7 +307,7 @@ def launch_nf4_matmul(
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_R=BLOCK_R,
-                num_warps=WARPS[block_m],
+                num_warps=_warps(x.dtype, kind, block_m),
                 num_stages=STAGES[kind],
                 enable_fp_fusion=False,
             )

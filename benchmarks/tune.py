@@ -62,7 +62,7 @@ def nf4_dequantize(n: int, k: int, device: str) -> Part:
         w.dense(_half(device)),
         {
             f"{warps} warps, {'shuffles' if shuffled else 'table'}": _with(
-                [(kernel.WARPS, "words", warps)], partial(kernel.launch_nf4_dequantize, *given, shuffled)
+                [(kernel.WORDS, _half(device), (256, warps))], partial(kernel.launch_nf4_dequantize, *given, shuffled)
             )
             for warps, shuffled in itertools.product((1, 2, 4), {SHUFFLED, False})
         },

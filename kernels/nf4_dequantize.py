@@ -33,10 +33,10 @@ from lora_core.ops.nf4_dequantize import op
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
-# units of a warp: 64 weights a thread or, by the byte, 32, what keeps registers few and instructions a weight few
-UNITS_OF_A_WARP = {"words": 256, "bytes": 512}
-# warps of a program: by the word one, which waits for no other, unless a block takes more
-WARPS = {"words": 1, "bytes": 4}
+# units of a warp, and warps of a program that no block makes larger. By the word 64 weights a thread and one warp,
+# which waits for no other; of float32 128, and two warps, which have fewer scales each: what keeps instructions few
+WORDS = {torch.float32: (512, 2), torch.float16: (256, 1), torch.bfloat16: (256, 1)}
+BYTES = (512, 4)
 
 
 # n changes from weight to weight: specialising on it would compile again
@@ -104,7 +104,7 @@ def variants() -> Iterator[Variant]:
     choices = itertools.product((torch.float32, torch.float16, torch.bfloat16), BLOCK_SIZES, ("plain", "nested"), kinds)
     for dtype, block_size, scales, (kind, codes, per_unit) in choices:
         nested = scales == "nested"
-        units, warps = _program(kind, block_size)
+        units, warps = _program(kind, block_size, dtype)
         yield Variant(
             name=f"{TYPES[dtype]} {block_size} {scales} {kind}",
             kernel=_nf4_dequantize_kernel,
@@ -128,11 +128,11 @@ def variants() -> Iterator[Variant]:
         )
 
 
-def _program(kind: str, block_size: int) -> tuple[int, int]:
+def _program(kind: str, block_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return units and warps of a program, which holds whole blocks."""
-    per_unit = {"words": 8, "bytes": 2}[kind]
-    warps = max(WARPS[kind], block_size // (per_unit * UNITS_OF_A_WARP[kind]))
-    return warps * UNITS_OF_A_WARP[kind], warps
+    per_unit, (of_a_warp, least) = (8, WORDS[dtype]) if kind == "words" else (2, BYTES)
+    warps = max(least, block_size // (per_unit * of_a_warp))
+    return warps * of_a_warp, warps
 
 
 def launch_nf4_dequantize(
@@ -161,7 +161,7 @@ def launch_nf4_dequantize(
     words = n % 32 == 0 and codes.data_ptr() % 4 == 0
     kind, per_unit = ("words", 8) if words else ("bytes", 2)
     log_launch("nf4_dequantize", kind, *given)
-    units, warps = _program(kind, block_size)
+    units, warps = _program(kind, block_size, dtype)
     nested = nested_absmax is not None
     levels8 = levels("dynamic", codes.device)
     with torch.cuda.device_of(codes):

@@ -42,6 +42,7 @@ SHRINK, PRODUCT, ROWS, SUM = (f"kernels/{name}.py" for name in ("shrink", "low_r
 LINEAR, PANELS, NF4, DECODE = (
     f"kernels/{name}.py" for name in ("lora_linear", "nf4_lora_linear", "nf4_matmul", "nf4_tile")
 )
+LOW_RANK, LEVELS, EAGER = "kernels/low_rank.py", "kernels/nf4_levels.py", "lora_core/ops/eager.py"
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
 LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
@@ -75,6 +76,7 @@ IN_GROUPED_BACKWARD = "test_kernels_grouped_lora.py::test_grouped_lora_backward_
 IN_SORTING = "test_kernels_grouped_lora.py::test_grouped_lora_sorts"
 IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
 IN_LINEARS_BACKWARD = "test_kernels_lora_linears.py::test_lora_linears_backward_kernels_match"
+IN_SIBLINGS_COMPUTE = "test_ops_lora_linears.py::test_lora_linears_match_the_formula"
 IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
 IN_CPU = "test_cpu_product.py::test_lora_linear_on_the_cpu"
 IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_reference"
@@ -93,7 +95,7 @@ MUTATIONS = (
     Mutation(TILE, "below = x < tl", "below = x <= tl", AT_THRESHOLDS),
     Mutation(TILE, "    acc *= factor\n    if DROPOUT", "    if DROPOUT", IN_LINEAR),
     Mutation(DEQUANTIZE, "absmax2 + tl.load(nested_offset_ptr)", "absmax2", IN_DEQUANTIZE),
-    Mutation(DEQUANTIZE, "tl.join(even, odd)", "tl.join(odd, even)", IN_DEQUANTIZE),
+    Mutation(LEVELS, "(1 - element % 2) * 4", "(element % 2) * 4", IN_DEQUANTIZE),
     Mutation(
         DEQUANTIZE,
         "(first_block + block) // NESTED_BLOCK",
@@ -134,12 +136,12 @@ MUTATIONS = (
     Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_PARTS),
     Mutation(ROWS, "        if DROPOUT:", "        if DROPOUT and BLOCK_M < 32:", IN_ROWS),
     Mutation(ROWS, "split * C * R +", "split * C * 0 +", IN_ROWS),
-    Mutation(LINEAR, "add=d_hidden, bias=need_bias", "bias=need_bias", IN_BACKWARD),
+    Mutation(LOW_RANK, "add=d_hidden, bias=need_bias", "bias=need_bias", IN_BACKWARD),
     Mutation(LINEAR, "lora_a.T, 1 / (1 - dropout), dropout", "lora_a.T, 1.0, dropout", IN_BACKWARD),
     Mutation(NF4, "    if split == 0:", "    if split >= 0:", IN_NF4_SPLIT),
     Mutation(NF4, "round_to(w, x_ptr.dtype.element_ty)", "(w * 1.01).to(x_ptr.dtype.element_ty)", IN_NF4),
     Mutation(DECODE, "byte >> 4, byte & 15", "byte & 15, byte >> 4", IN_NF4),
-    Mutation(DECODE, "block = place * 8 >> block_shift", "block = place * 4 >> block_shift", IN_NF4_BACKWARD),
+    Mutation(DECODE, "* PER_SCALE >> block_shift", "* 4 >> block_shift", IN_NF4_BACKWARD),
     Mutation(PANELS, "absmax=w.absmax.reshape(-1)[block:last]", "absmax=w.absmax[: last - block]", IN_PANELS),
     Mutation(PANELS, "up = (d_s, lora_a.T, 1 / (1 - dropout)", "up = (d_s, lora_a.T, 1 + dropout", IN_NF4_BACKWARD),
     Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),
@@ -163,7 +165,7 @@ MUTATIONS = (
         "test_kernels_dora_norm.py::test_dora_norm_by_algebra",
     ),
     Mutation(
-        LINEAR,
+        LOW_RANK,
         "if need_bias and d_bias is None:",
         "if need_bias and need_b:",
         "test_kernels_lora_linear.py::test_lora_linear_backward_kernels_make_just",
@@ -197,8 +199,13 @@ MUTATIONS = (
     Mutation(DEQUANTIZE, "tl.broadcast_to(block[:, None]", "tl.broadcast_to(0 * block[:, None]", IN_DEQUANTIZE),
     Mutation(QUANTIZE, "words = n % 32 == 0", "words = n % 8 == 0", IN_QUANTIZE),
     Mutation(QUANTIZE, "tl.broadcast_to(block[:, None]", "tl.broadcast_to(0 * block[:, None]", IN_QUANTIZE),
-    Mutation(LINEARS, "launch_shrink(flat, a, p, seed)", "launch_shrink(flat, a, 0.0, seed)", IN_LINEARS),
-    Mutation(LINEARS, "seed, path, d_x, d_x is not None)", "seed, path, d_x, False)", IN_LINEARS_BACKWARD),
+    Mutation(LINEARS, "flat, a, paths[0], p, seed", "flat, a, paths[0], 0.0, seed", IN_LINEARS),
+    Mutation(LINEARS, "1 / (1 - p), p, seed, path, d_x)", "1 / (1 - p), p, seed, path)", IN_LINEARS_BACKWARD),
+    Mutation(LOW_RANK, "path, factor=scaling, add=d_hidden", "path, factor=scaling", IN_BACKWARD),
+    Mutation(LOW_RANK, "torch.mm(d_s.T, x)", "torch.mm(d_s.T, -x)", IN_BACKWARD),
+    Mutation(LOW_RANK, "beta=int(total is not None), alpha", "beta=0, alpha", IN_LINEARS_BACKWARD),
+    Mutation(PANELS, "beta=int(begun)", "beta=0", IN_NF4),
+    Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
     Mutation(SIBLINGS, "self._held[0]() is not x", "self._held[0]() is None", IN_SIBLINGS),
     Mutation(SIBLINGS, "self._held[1] != _version(x)", "self._held[1] > _version(x)", IN_SIBLINGS),
     Mutation(CPU, "mul_(scaling).T.contiguous()", "T.contiguous()", IN_CPU),

@@ -16,7 +16,7 @@ def test_candidates_are_right_and_change_nothing_for_good(part, capsys):
     # the last of them is a candidate of each kind's own
     for name in (*list(runs)[:2], list(runs)[-1]):
         assert tune._sound(name, runs[name], truth), capsys.readouterr().out
-    assert (nf4_matmul.TILE, nf4_matmul.WARPS, nf4_matmul.STAGES) == before
+    assert before == (nf4_matmul.TILE, nf4_matmul.WARPS, nf4_matmul.STAGES)
 
 
 def test_wrong_candidates_are_named(capsys):

@@ -47,8 +47,8 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
 
     class EagerOfLists(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *flat: Any) -> Any:
-            *flat, ctx.layout = flat
+        def forward(ctx: Any, *given: Any) -> Any:
+            *flat, ctx.layout = given
             args = tuple(_nested(flat, ctx.layout))
             output = _implementations[operation, args[0].device.type](*args)
             save(ctx, args, output)
@@ -58,9 +58,10 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
         def backward(ctx: Any, *grads: Any) -> Any:
             return *_flat(backward(ctx, grads), ctx.layout), None
 
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign,assignment]
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     # past what Function.apply does for functorch, which does not listen here
-    apply, apply_to_lists = (super(torch.autograd.Function, kind).apply for kind in (Eager, EagerOfLists))
+    apply = super(torch.autograd.Function, Eager).apply
+    apply_to_lists = super(torch.autograd.Function, EagerOfLists).apply
 
     def run(*args: Any) -> Any:
         alone = _unheard(operation, args)

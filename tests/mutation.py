@@ -58,6 +58,7 @@ IN_LINEAR = "test_kernels_lora_linear.py::test_lora_linear_kernels_match_the_for
 IN_BACKWARD = "test_kernels_lora_linear.py::test_lora_linear_backward_kernels_match_the_formula"
 IN_TILES = "test_kernels_lora_linear.py::test_low_rank_matmul_kernel_walks_every_tile"
 IN_MASK = "test_kernels_lora_linear.py::test_dropout_in_the_kernels_is_the_references_mask"
+IN_TOTAL = "test_kernels_lora_linear.py::test_a_product_can_be_added_to_a_total"
 IN_SHRINK = "test_kernels_lora_linear.py::test_shrink_kernel_splits"
 IN_ROWS = "test_kernels_lora_linear.py::test_row_sum_kernel_splits"
 IN_PARTS = "test_kernels_lora_linear.py::test_row_sum_kernel_adds_the_gradient"
@@ -203,7 +204,7 @@ MUTATIONS = (
     Mutation(LINEARS, "1 / (1 - p), p, seed, path, d_x)", "1 / (1 - p), p, seed, path)", IN_LINEARS_BACKWARD),
     Mutation(LOW_RANK, "path, factor=scaling, add=d_hidden", "path, factor=scaling", IN_BACKWARD),
     Mutation(LOW_RANK, "torch.mm(d_s.T, x)", "torch.mm(d_s.T, -x)", IN_BACKWARD),
-    Mutation(LOW_RANK, "beta=int(total is not None), alpha", "beta=0, alpha", IN_LINEARS_BACKWARD),
+    Mutation(LOW_RANK, "beta=int(total is not None), alpha", "beta=0, alpha", IN_TOTAL),
     Mutation(PANELS, "beta=int(begun)", "beta=0", IN_NF4),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
     Mutation(SIBLINGS, "self._held[0]() is not x", "self._held[0]() is None", IN_SIBLINGS),

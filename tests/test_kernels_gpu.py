@@ -11,6 +11,7 @@ import lora_core as lc
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear
+from lora_core.kernels.nf4_matmul import launch_nf4_matmul
 from lora_core.kernels.shrink import _shrink_kernel
 from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.reference import nf4 as reference
@@ -102,6 +103,19 @@ def test_weights_of_more_than_2_to_the_31_elements_dequantise_to_the_bit():
     tail = 64 * 4096
     want = reference.nf4_dequantize(codes[-tail // 2 :], absmax[-tail // 64 :], None, None, (tail,), torch.bfloat16, 64)
     assert torch.equal(w.view(-1)[-tail:], want)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_levels_by_shuffles_are_the_bits_of_the_table(dtype, nested):
+    """Inline assembly, which the interpreter cannot run, beside the plain way: alone and inside a product."""
+    q = lc.quantize_nf4(torch.randn(72, 256, device="cuda"), 64, nested)
+    parts = packed(q)
+    given = (*parts[:5], dtype, *parts[5:])
+    assert torch.equal(launch_nf4_dequantize(*given, True), launch_nf4_dequantize(*given, False))
+    x, hidden, lora_b = (torch.randn(*size, device="cuda", dtype=dtype) for size in ((5, 256), (5, 3), (72, 3)))
+    ways = [launch_nf4_matmul(x, *parts, None, hidden, lora_b, 0.5, shuffled=way) for way in (True, False)]
+    assert torch.equal(*ways)
 
 
 def test_the_first_call_of_an_operation_loads_its_kernel():

@@ -38,30 +38,20 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     """
     operation.register_autograd(backward, setup_context=save)
 
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = _implementations[operation, args[0].device.type](*args)
-            save(ctx, args, output)
-            return output
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _implementations[operation, args[0].device.type](*args)
+        save(ctx, args, output)
+        return output
 
-    class EagerOfLists(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *given: Any) -> Any:
-            *flat, ctx.layout = given
-            args = tuple(_nested(flat, ctx.layout))
-            output = _implementations[operation, args[0].device.type](*args)
-            save(ctx, args, output)
-            return tuple(output)
+    def forward_of_lists(ctx: Any, *given: Any) -> Any:
+        *flat, ctx.layout = given
+        return tuple(forward(ctx, *_nested(flat, ctx.layout)))
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return *_flat(backward(ctx, grads), ctx.layout), None
+    def backward_of_lists(ctx: Any, *grads: Any) -> Any:
+        return *_flat(backward(ctx, grads), ctx.layout), None
 
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
-    # past what Function.apply does for functorch, which does not listen here
-    apply = super(torch.autograd.Function, Eager).apply
-    apply_to_lists = super(torch.autograd.Function, EagerOfLists).apply
+    apply = _function(operation, forward, backward)
+    apply_to_lists = _function(operation, forward_of_lists, backward_of_lists)
 
     def run(*args: Any) -> Any:
         alone = _unheard(operation, args)
@@ -75,6 +65,15 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
         return apply_to_lists(*_flat(args, layout), layout)
 
     return run
+
+
+def _function(operation: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what applies an autograd.Function, which goes by the operation's name: y.grad_fn shows it."""
+    name = "".join(part.capitalize() for part in operation._opoverload._opname.split("_"))
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(torch.autograd.Function)(name, (torch.autograd.Function,), methods)
+    # past what Function.apply does for functorch, which does not listen here
+    return super(torch.autograd.Function, function).apply
 
 
 def _is_list(value: Any) -> bool:

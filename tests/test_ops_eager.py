@@ -1,0 +1,110 @@
+"""Past the dispatcher or through it: the same bits, and whoever listens to the dispatcher hears every operation."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_core as lc
+from lora_core.ops import eager
+from lora_core.ops.lora_linears import Layer, lora_linears
+from lora_core.ops.packed import Packed
+
+OPS = ("linear", "nf4", "linears")
+NAMES = {"linear": "lora_linear", "nf4": "nf4_lora_linear", "linears": "lora_linears"}
+
+
+class Listener(TorchDispatchMode):
+    """Keeps the names of the operations that come by."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.heard.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def operands():
+    g = torch.Generator().manual_seed(0)
+    x, weight, lora_a, lora_b = (torch.randn(*s, generator=g) for s in ((5, 64), (40, 64), (3, 64), (40, 3)))
+    return weight, *(t.requires_grad_() for t in (x, lora_a, lora_b))
+
+
+def run(which, weight, x, lora_a, lora_b):
+    seed = torch.tensor([3])
+    if which == "linear":
+        return lc.lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed)
+    q = lc.quantize_nf4(weight)
+    if which == "nf4":
+        return lc.nf4_lora_linear(x, q, None, lora_a, lora_b, 0.5, 0.3, seed)
+    layers = [Layer(w, None, lora_a, lora_b, 0.5, 0.3, seed) for w in (weight, Packed.of(q))]
+    return torch.cat(lora_linears(x, layers), 1)
+
+
+@pytest.mark.parametrize("which", OPS)
+def test_both_ways_give_the_same_bits(which):
+    weight, *leaves = operands()
+    found = []
+    for listener in (None, Listener()):
+        y = run(which, weight, *leaves) if listener is None else None
+        if listener is not None:
+            with listener:
+                y = run(which, weight, *leaves)
+        found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("which", OPS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_dispatch_mode_hears_the_operation(which, grad):
+    with torch.set_grad_enabled(grad), Listener() as listener:
+        run(which, *operands())
+    assert f"lora_core::{NAMES[which]}" in listener.heard
+
+
+@pytest.mark.parametrize("which", OPS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_operation_is_passed_by_while_nobody_listens(which, grad):
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.set_grad_enabled(grad), torch.profiler.profile(activities=activities) as seen:
+        y = run(which, *operands())
+        if grad:
+            y.sum().backward()
+    names = {f"lora_core::{name}{end}" for name in NAMES.values() for end in ("", "_backward")}
+    assert not names & {event.key for event in seen.key_averages()}
+
+
+def test_a_derivative_goes_by_the_operations_name():
+    weight, *leaves = operands()
+    assert type(run("linear", weight, *leaves).grad_fn).__name__ == "LoraLinearBackward"
+
+
+@pytest.mark.parametrize("which", OPS)
+def test_a_second_derivative_is_refused_even_of_a_constant_gradient(which):
+    """The gradient of a sum is ones, which require none: autograd would take the first derivative for a constant."""
+    weight, x, lora_a, lora_b = operands()
+    (d_x,) = torch.autograd.grad(run(which, weight, x, lora_a, lora_b).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd|differentiat"):
+        (d_x.sum() + lora_a.sum()).backward()
+
+
+def test_tensors_that_dispatch_by_themselves_go_through():
+    from torch._subclasses import FakeTensorMode
+
+    weight, x, lora_a, lora_b = (t.detach() for t in operands())
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (x, weight, lora_a, lora_b)]
+    # outside the mode the tensors themselves say that they are none of the plain ones
+    assert eager._unheard(None, (fake[0],)) is None
+    y = lc.lora_linear(fake[0], fake[1], None, fake[2], fake[3], 0.5)
+    assert y.shape == (5, 40) and isinstance(y, type(fake[0]))
+
+
+@pytest.mark.parametrize("args", [(1, [torch.ones(1), torch.ones(2)], None, []), ([torch.ones(1)],), (3.0,)], ids=str)
+def test_arguments_come_back_from_their_flat_form(args):
+    layout = [len(a) if eager._is_list(a) else -1 for a in args]
+    flat = list(eager._flat(args, layout))
+    assert not any(eager._is_list(a) for a in flat)
+    assert list(eager._nested(flat, layout)) == list(args)
+    assert list(eager._flat([None] * len(args), layout)) == [None] * len(flat)

@@ -5,6 +5,7 @@ Tracing, faking, transforming and counting need it; in plain eager code autograd
 torch.autograd.Function tells it for a tenth of that. What runs is the same either way.
 """
 
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def _function(operation: Any, forward: Callable[..., Any], backward: Callable[..
     """Return what applies an autograd.Function, which goes by the operation's name: y.grad_fn shows it."""
     name = "".join(part.capitalize() for part in operation._opoverload._opname.split("_"))
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(torch.autograd.Function)(name, (torch.autograd.Function,), methods)
+    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda space: space.update(methods))
     # past what Function.apply does for functorch, which does not listen here
     return super(torch.autograd.Function, function).apply
 

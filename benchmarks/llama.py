@@ -59,7 +59,7 @@ def with_peft(model: Any, rank: int) -> Any:
     with warnings.catch_warnings():
         # a FutureWarning of transformers' own
         warnings.simplefilter("ignore")
-        # A and B in the base's dtype, as this library's
+        # A and B in the base's dtype
         return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -95,11 +95,11 @@ def ours(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
     if four_bit:
         lc.quantize_model(model, lc.NF4Config(block_size=BLOCK_SIZE))
     lc.add_adapter(model, lc.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear"))
-    with torch.no_grad():
-        for name, (lora_a, lora_b) in start.items():
-            layer = model.get_submodule(name)
-            layer.lora_a["default"].copy_(lora_a)
-            layer.lora_b["default"].copy_(lora_b)
+    for name, (lora_a, lora_b) in start.items():
+        layer = model.get_submodule(name)
+        # in the base's dtype, as PEFT's; by default both libraries keep float32 beside a base in half precision
+        layer.lora_a["default"] = torch.nn.Parameter(lora_a.clone())
+        layer.lora_b["default"] = torch.nn.Parameter(lora_b.clone())
     lc.fuse(model)
     return model.train()
 

@@ -1,0 +1,195 @@
+"""Two files, one generation: edited, half written, and written by a process killed at any moment."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    adapted,
+    assert_refused,
+    decoder,
+    read,
+    saved,
+)
+from models import tokens
+
+import lora_core as lc
+from lora_core.adapt import files
+from lora_core.adapt.walk import adapter_layers
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return saved(tmp_path)
+
+
+def test_checkpoint_files_of_two_generations_are_refused(folder, tmp_path):
+    lc.save_adapter(adapted(decoder(), target_modules=["q_proj", "v_proj"], lora_alpha=99), tmp_path / "new")
+    shutil.copy(tmp_path / "new" / CONFIG, folder / CONFIG)
+    assert_refused(folder, "not of one generation", "lora_alpha is 99", "saved with 6", f"remove {CONFIG}")
+    (folder / CONFIG).unlink()
+    assert adapter_layers(lc.load_adapter(decoder(), folder))["layers.0.attn.q_proj"].adapters["default"].scaling == 1.5
+
+
+def test_checkpoint_configuration_may_be_edited_where_that_changes_nothing(folder, tmp_path):
+    values = read(folder)
+    values["base_model_name_or_path"] = "somewhere/else"
+    values["lora_dropout"] = 0.5
+    del values["use_rslora"]
+    (folder / CONFIG).write_text(json.dumps(values))
+    model = lc.load_adapter(decoder(), folder)
+    assert adapter_layers(model)["layers.0.attn.q_proj"].adapters["default"].dropout == 0.5
+
+
+def test_checkpoint_failed_write_leaves_the_old_one_and_no_litter(folder, monkeypatch):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(lc.CheckpointError, match="No space left.*what was there is whole.*make room"):
+        lc.save_adapter(adapted(decoder(), target_modules=["up_proj"]), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_checkpoint_litter_of_a_killed_process_is_removed_once_it_is_old(folder):
+    old, young = folder / f".{WEIGHTS}.0{files.PARTIAL}", folder / f".{WEIGHTS}.1{files.PARTIAL}"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    long_ago = time.time() - 2 * files.STALE_SECONDS
+    os.utime(old, (long_ago, long_ago))
+    lc.save_adapter(adapted(decoder(), target_modules=["q_proj"]), folder)
+    assert not old.exists()
+    assert young.exists()
+
+
+# One process that forks a saver for each moment and kills it there: before and after every call that touches the disk.
+KILLED = """
+import os, shutil, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import safetensors.torch
+from pathlib import Path
+from lora_core.adapt import files
+
+root, moments, foreign = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "foreign"
+generations = {
+    g: ({"peft_type": "LORA", "r": r, "lora_alpha": 6, "target_modules": ["q_proj"]},
+        safetensors.torch.load_file(root / g / "adapter_model.safetensors"))
+    for g, r in (("old", 4), ("new", 7))
+}
+
+def killed_at(moment, folder):
+    calls = 0
+    def counted(call):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            for step in (lambda: None, lambda: call(*args, **kwargs)):
+                result = step()
+                if calls == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls += 1
+            return result
+        return wrapper
+    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    safetensors.torch.save_file = counted(safetensors.torch.save_file)
+    files.write_checkpoint(folder, *generations["new"])
+    os._exit(0)
+
+for moment in range(moments):
+    folder = root / f"moment{moment}"
+    files.write_checkpoint(folder, *generations["old"])
+    if foreign:
+        # as PEFT writes them: the weights say nothing of their configuration
+        safetensors.torch.save_file(
+            generations["old"][1], folder / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
+    child = os.fork()
+    if child == 0:
+        killed_at(moment, folder)
+    _, status = os.waitpid(child, 0)
+    (root / f"status{moment}").write_text(str(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0))
+
+# and at times the code does not choose, while larger files are being written over and over
+folder = root / "loop"
+large = {g: {"x": torch.full((2_000_000,), float(i))} for i, g in enumerate(generations)}
+files.write_checkpoint(folder, generations["old"][0], large["old"])
+for attempt in range(15):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for g in ("new", "old"):
+                files.write_checkpoint(folder, generations[g][0], large[g])
+    time.sleep(0.005 + 0.011 * attempt)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    shutil.copytree(folder, root / f"loop{attempt}")
+    for path in folder.glob(".*.partial"):
+        path.unlink()
+    files.write_checkpoint(folder, generations["old"][0], large["old"])
+"""
+
+# a copy of the configuration and its fsync, 2 temporary files: one save_file, 2 fsyncs, 2 renames, one fsync of the
+# folder; before and after each of the seven calls
+MOMENTS = 14
+
+
+@pytest.fixture(scope="module", params=["own", "foreign"])
+def killed(tmp_path_factory, request):
+    root = tmp_path_factory.mktemp("killed")
+    for name, r in (("old", 4), ("new", 7)):
+        lc.save_adapter(adapted(decoder(), r=r, target_modules=["q_proj"]), root / name)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", KILLED, str(root), str(MOMENTS + 1), request.param],
+        check=True,
+        env=environment,
+        cwd=os.getcwd(),
+    )
+    return root
+
+
+@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.filterwarnings("ignore:saving to .* was interrupted")
+def test_checkpoint_killed_at_any_moment_loads_whole(killed, moment, tmp_path):
+    assert (killed / f"status{moment}").read_text() == "9"
+    folder = tmp_path / "copy"
+    shutil.copytree(killed / f"moment{moment}", folder)
+    loaded = lc.load_adapter(decoder(), folder)
+    # the weights' rename is the moment of truth
+    expected = "old" if moment <= 10 else "new"
+    wanted = lc.load_adapter(decoder(), killed / expected)
+    assert torch.equal(loaded(tokens()), wanted(tokens()))
+    # and it can be saved over
+    lc.save_adapter(wanted, folder)
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted(tokens()))
+
+
+def test_checkpoint_killed_between_the_renames_says_so(killed):
+    assert read(killed / "moment10")["r"] == 7
+    with pytest.warns(UserWarning, match="interrupted.*the checkpoint before it"):
+        assert files.read_checkpoint(killed / "moment10").config["r"] == 4
+
+
+def test_checkpoint_moments_cover_the_whole_save(killed):
+    """One moment more and the save was over: nothing that touches the disk is left out."""
+    assert (killed / f"status{MOMENTS}").read_text() == "0"
+
+
+@pytest.mark.filterwarnings("ignore:saving to .* was interrupted")
+def test_checkpoint_killed_while_writing_is_one_generation(killed):
+    seen = set()
+    for attempt in range(15):
+        checkpoint = files.read_checkpoint(killed / f"loop{attempt}")
+        values = checkpoint.tensors["x"].unique().tolist()
+        assert values == [{4: 0.0, 7: 1.0}[checkpoint.config["r"]]]
+        seen |= {p.suffix for p in (killed / f"loop{attempt}").iterdir()}
+    assert files.PARTIAL in seen, "no kill met a save"

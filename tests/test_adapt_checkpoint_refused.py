@@ -1,0 +1,184 @@
+"""Adapters that do not fit, damaged and foreign files: refused with what is wrong, and the model left as it was."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from checkpoints import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    adapted,
+    assert_refused,
+    decoder,
+    rewrite,
+    saved,
+    vision,
+)
+from models import TinyDecoder, tokens
+
+import lora_core as lc
+from lora_core.adapt.walk import adapter_layers
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return saved(tmp_path)
+
+
+def test_checkpoint_missing_keys_are_listed(folder):
+    rewrite(folder, lambda t: [t.pop(n) for n in list(t) if "layers.1" in n])
+    assert_refused(
+        folder, "missing in the file (4)", f"{PREFIX}layers.1.attn.q_proj.lora_A.weight", "Want the base model"
+    )
+
+
+def test_checkpoint_unexpected_keys_are_listed_with_the_nearest(folder):
+    name = f"{PREFIX}layers.1.attn.q_proj.lora_A.weight"
+    rewrite(folder, lambda t: t.update({name.replace("layers.1", "layers.7"): t.pop(name)}))
+    assert_refused(folder, "unexpected in the file (1)", "layers.7", f"is it {name}?", "missing in the file (1)")
+
+
+def test_checkpoint_long_lists_are_cut(folder):
+    rewrite(folder, lambda t: [t.pop(n) for n in list(t)[1:]])
+    assert_refused(folder, "missing in the file (11)", "... and 3 more")
+
+
+def test_checkpoint_wrong_shapes_are_listed(folder):
+    rewrite(folder, config={"r": 5})
+    assert_refused(
+        folder, "wrong shape or type (12)", "lora_A.weight: [4, 24] in the file, [5, 24] in the model", "unchanged"
+    )
+
+
+def test_checkpoint_of_integers_is_refused(folder):
+    rewrite(folder, lambda t: t.update({n: v.to(torch.int8) for n, v in t.items()}))
+    assert_refused(folder, "[4, 24] int8 in the file, [4, 24] in the model")
+
+
+def test_checkpoint_for_another_architecture_names_what_is_there(folder):
+    with pytest.raises(lc.TargetNotFoundError, match="classifier"):
+        lc.load_adapter(vision(), folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_checkpoint_truncated_weights_are_refused(folder, kept):
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:kept])
+    assert_refused(folder, WEIGHTS, "truncated", "save it again")
+
+
+def test_checkpoint_foreign_weights_are_refused(folder):
+    (folder / WEIGHTS).write_bytes(b"<html>not found</html>" * 10)
+    assert_refused(folder, WEIGHTS, "foreign")
+
+
+@pytest.mark.parametrize(("text", "word"), [('{"r": 8,', "no JSON"), ("[1]", "list"), ("", "no JSON")])
+def test_checkpoint_broken_configuration_is_refused(folder, text, word):
+    (folder / CONFIG).write_text(text)
+    assert_refused(folder, CONFIG, word)
+
+
+def test_checkpoint_pickles_are_never_read(folder):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(folder / "exploded"),))
+
+    torch.save({"x": Bomb()}, folder / "adapter_model.bin")
+    lc.load_adapter(decoder(), folder)
+    (folder / WEIGHTS).unlink()
+    assert_refused(folder, "adapter_model.bin", "pickle", "save_file(torch.load(", "weights_only=True")
+    # a pickle under the other name is no safetensors
+    shutil.copy(folder / "adapter_model.bin", folder / WEIGHTS)
+    assert_refused(folder, "foreign")
+    assert not (folder / "exploded").exists()
+
+
+def test_checkpoint_missing_folder_and_files_are_named(folder, tmp_path):
+    assert_refused(tmp_path / "user" / "adapter", "no folder", "download")
+    (tmp_path / "empty").mkdir()
+    assert_refused(tmp_path / "empty", WEIGHTS, "holds nothing")
+    rewrite(folder)
+    (folder / CONFIG).unlink()
+    assert_refused(folder, f"has no {CONFIG}")
+
+
+def test_checkpoint_into_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(lc.CheckpointError, match="is a file"):
+        lc.save_adapter(adapted(decoder(), target_modules=["q_proj"]), tmp_path / "file")
+
+
+def test_checkpoint_meta_device_is_refused_both_ways(folder, tmp_path):
+    with torch.device("meta"):
+        model = TinyDecoder()
+    with pytest.raises(lc.CheckpointError, match="meta device.*load the base weights first"):
+        lc.load_adapter(model, folder)
+    assert not adapter_layers(model)
+    lc.add_adapter(model, lc.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(lc.CheckpointError, match="meta device"):
+        lc.save_adapter(model, tmp_path / "meta")
+    assert not (tmp_path / "meta").exists()
+
+
+def test_checkpoint_unknown_adapter_and_taken_name_are_refused(folder, tmp_path):
+    model = lc.load_adapter(decoder(), folder)
+    with pytest.raises(lc.AdapterError, match="no adapter named 'x'"):
+        lc.save_adapter(model, tmp_path, "x")
+    with pytest.raises(lc.AdapterError, match="already"):
+        lc.load_adapter(model, folder)
+
+
+# what PEFT and others write besides
+
+
+def test_checkpoint_extra_tensors_of_peft_are_accepted(tmp_path):
+    config = {"target_modules": ["embed_tokens", "v_proj"], "modules_to_save": ["norm"], "bias": "all"}
+    model = adapted(decoder(), **config)
+    lc.save_adapter(model, tmp_path)
+    extra = {
+        "embed_tokens.base_layer.weight": model.embed_tokens.weight,
+        "norm.original_module.bias": model.norm.original.bias,
+        "norm.original_module.weight": model.norm.original.weight,
+        "norm.modules_to_save.bias": model.norm.copies["default"].bias,
+    }
+    rewrite(tmp_path, lambda t: t.update({PREFIX + n: v.detach().clone() for n, v in extra.items()}))
+    loaded = lc.load_adapter(decoder(), tmp_path)
+    assert torch.equal(loaded(tokens()), model(tokens()))
+
+
+def test_checkpoint_embedding_weights_that_differ_are_written_and_reported(tmp_path):
+    model = adapted(decoder(), target_modules=["embed_tokens"])
+    with torch.no_grad():
+        model.embed_tokens.base_layer.weight[3] = 0.5
+    lc.save_adapter(model, tmp_path)
+    weight = model.embed_tokens.weight.detach()
+    rewrite(tmp_path, lambda t: t.update({f"{PREFIX}embed_tokens.base_layer.weight": weight}))
+    with pytest.warns(UserWarning, match="embed_tokens.weight"):
+        loaded = lc.load_adapter(decoder(), tmp_path)
+    assert torch.equal(loaded(tokens()), model(tokens()))
+
+
+def test_checkpoint_weights_of_other_layers_are_not_accepted(folder):
+    rewrite(folder, lambda t: t.update({f"{PREFIX}layers.0.up_proj.weight": torch.zeros(48, 24)}))
+    assert_refused(folder, "unexpected in the file (1)", "layers.0.up_proj.weight")
+
+
+def test_checkpoint_adapter_names_in_keys_are_understood(folder):
+    def name_all(tensors):
+        for name in list(tensors):
+            tensors[name.replace(".weight", ".mine.weight")] = tensors.pop(name)
+
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    rewrite(folder, name_all)
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
+    rewrite(folder, lambda t: t.update({n.replace("mine", "yours"): v + 1 for n, v in t.items()}))
+    assert_refused(folder, "two different tensors", "one adapter in a file")
+
+
+def test_checkpoint_modules_to_save_that_the_model_lacks_are_no_error(tmp_path):
+    """PEFT lists both names that a classifier's head may have."""
+    lc.save_adapter(adapted(vision(), target_modules=["stem"], modules_to_save=["classifier"]), tmp_path)
+    rewrite(tmp_path, config={"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"})
+    lc.load_adapter(vision(), tmp_path)

@@ -98,8 +98,8 @@ def ours(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
     for name, (lora_a, lora_b) in start.items():
         layer = model.get_submodule(name)
         # in the base's dtype, as PEFT's; by default both libraries keep float32 beside a base in half precision
-        layer.lora_a["default"] = torch.nn.Parameter(lora_a.clone())
-        layer.lora_b["default"] = torch.nn.Parameter(lora_b.clone())
+        layer.lora_a["default"] = torch.nn.Parameter(lora_a.to(layer.weight.dtype, copy=True))
+        layer.lora_b["default"] = torch.nn.Parameter(lora_b.to(layer.weight.dtype, copy=True))
     lc.fuse(model)
     return model.train()
 

@@ -130,7 +130,9 @@ def variants() -> Iterator[Variant]:
 
 def _program(kind: str, block_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return units and warps of a program, which holds whole blocks."""
-    per_unit, (of_a_warp, least) = (8, WORDS[dtype]) if kind == "words" else (2, BYTES)
+    # float64 is made from float32 products
+    words = WORDS.get(dtype, WORDS[torch.float32])
+    per_unit, (of_a_warp, least) = (8, words) if kind == "words" else (2, BYTES)
     warps = max(least, block_size // (per_unit * of_a_warp))
     return warps * of_a_warp, warps
 

@@ -23,7 +23,7 @@ LEANEST = {"nf4_dequantize": 6.5}
 # (and loads its table), nf4_quantize 32 elements' codes, absmax_dequantize 16 scales (and looks levels up one by one);
 # absmax_quantize has 4 scales a thread, whose codes are 4 bytes
 WIDE = {
-    "nf4_dequantize": {"LDG.128": 3, "STG.128": 8},
+    "nf4_dequantize": {"LDG.128": 2, "STG.128": 8},
     "nf4_quantize": {"LDG.128": 4, "STG.128": 1},
     "absmax_dequantize": {"LDG.128": 1, "STG.128": 4},
     "absmax_quantize": {"LDG.128": 5, "STG.128": 1},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import block_sizes, counts, dtypes, scales, seeds, values
+from strategies import DTYPES, block_sizes, counts, dtypes, scales, seeds, values
 
 import lora_core as lc
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
@@ -21,7 +21,10 @@ def same_bits(got, want):
     return got.dtype == want.dtype and torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
-@given(counts(5000), block_sizes, dtypes, dtypes, scales, st.booleans(), st.booleans(), seeds)
+outputs = st.sampled_from([*DTYPES, torch.float64])
+
+
+@given(counts(5000), block_sizes, dtypes, outputs, scales, st.booleans(), st.booleans(), seeds)
 def test_nf4_dequantize_kernel_gives_the_references_bits(n, block_size, dtype, out, scale, mixed, nested, seed):
     weight = values(n, dtype, scale, seed, mixed).to(DEVICE)
     q = lc.quantize_nf4(weight, block_size=block_size, double_quant=nested)

@@ -159,3 +159,10 @@ def test_benchmark_reading_names_the_bad_line(tmp_path):
     path.write_text(path.read_text() + json.dumps(row(schema=99)) + "\n")
     with pytest.raises(RecordError, match="line 2"):
         list(read(path))
+
+
+def test_a_copy_without_git_says_which_commit_it_was_copied_from(tmp_path, monkeypatch):
+    monkeypatch.delenv("LORA_CORE_COMMIT", raising=False)
+    assert machine.checkout(tmp_path) == {"commit": "unknown", "dirty": True}
+    monkeypatch.setenv("LORA_CORE_COMMIT", "83f9769")
+    assert machine.checkout(tmp_path) == {"commit": "83f9769", "dirty": False}

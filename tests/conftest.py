@@ -32,7 +32,10 @@ settings.register_profile("default", deadline=None, max_examples=20, suppress_he
 settings.register_profile("thorough", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 # where a failure is expected, a smaller example of it is of no use
 UNSHRUNK = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
-settings.register_profile("planted", settings.get_profile("default"), phases=UNSHRUNK, report_multiple_bugs=False)
+# and it may take the examples of a few runs of the suite to meet a rare one
+settings.register_profile(
+    "planted", settings.get_profile("default"), phases=UNSHRUNK, report_multiple_bugs=False, max_examples=100
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

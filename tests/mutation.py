@@ -304,7 +304,7 @@ def _plant(folder: Path, mutation: Mutation) -> bool:
     if text.count(mutation.old) != 1:
         raise ValueError(f"{mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times; want once")
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-    code, output = _pytest(folder, mutation.test)
+    code, output = _pytest(folder, mutation.test, "planted")
     # 1 is a failed test; anything else is a test that did not run
     if code not in (0, 1):
         raise RuntimeError(f"{mutation.test} could not run (exit {code}):\n{output[-4000:]}")
@@ -324,15 +324,15 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _pytest(folder: Path, test: str) -> tuple[int, str]:
-    """Run a test in a folder, on its sources; return the exit code and what was printed."""
+def _pytest(folder: Path, test: str, profile: str = "default") -> tuple[int, str]:
+    """Run a test in a folder, on its sources, with hypothesis' settings of a name; return exit code and output."""
     file, _, name = test.partition("::")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", name, f"tests/{file}"]
     # the copy's own examples, not those that a run before found
     environment = os.environ | {
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"),
-        "HYPOTHESIS_PROFILE": "planted",
+        "HYPOTHESIS_PROFILE": profile,
     }
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr

@@ -40,7 +40,9 @@ def matrix(m, n, seed, layout):
 layouts = st.sampled_from(["rows", "columns", "gaps"])
 
 
-@given(sizes, sizes, sizes, layouts, layouts, st.booleans(), libraries, seeds)
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@given(m=sizes, n=sizes, k=sizes, of_a=layouts, of_b=layouts, seed=seeds)
 def test_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, with_bias, library, seed):
     a, b = matrix(m, k, seed, of_a), matrix(n, k, seed + 1, of_b)
     bias = values(n, torch.float32, 1.0, seed + 2) if with_bias else torch.zeros(n)

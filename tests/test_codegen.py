@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # kernels bound by memory: instructions for one element on sm_90 at most, where n is a multiple of 32
 LEANEST = {"nf4_dequantize": 6.5}
-# streaming kernels, 16 bytes an access: nf4_dequantize makes 64 elements a thread in bfloat16 from 32 bytes of codes
-# (and loads its table), nf4_quantize 32 elements' codes, absmax_dequantize 16 scales (and looks levels up one by one);
+# streaming kernels, 16 bytes an access: nf4_dequantize makes 64 elements a thread in bfloat16 from 32 bytes of codes,
+# nf4_quantize 32 elements' codes, absmax_dequantize 16 scales (and looks levels up one by one);
 # absmax_quantize has 4 scales a thread, whose codes are 4 bytes
 WIDE = {
     "nf4_dequantize": {"LDG.128": 2, "STG.128": 8},

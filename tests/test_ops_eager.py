@@ -1,5 +1,7 @@
 """Past the dispatcher or through it: the same bits, and whoever listens to the dispatcher hears every operation."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_core as lc
 from lora_core.ops import eager
 from lora_core.ops.lora_linears import Layer, lora_linears
+from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
 
 OPS = ("linear", "nf4", "linears")
@@ -46,11 +49,9 @@ def run(which, weight, x, lora_a, lora_b):
 def test_both_ways_give_the_same_bits(which):
     weight, *leaves = operands()
     found = []
-    for listener in (None, Listener()):
-        y = run(which, weight, *leaves) if listener is None else None
-        if listener is not None:
-            with listener:
-                y = run(which, weight, *leaves)
+    for listening in (contextlib.nullcontext(), Listener()):
+        with listening:
+            y = run(which, weight, *leaves)
         found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -73,6 +74,14 @@ def test_the_operation_is_passed_by_while_nobody_listens(which, grad):
             y.sum().backward()
     names = {f"lora_core::{name}{end}" for name in NAMES.values() for end in ("", "_backward")}
     assert not names & {event.key for event in seen.key_averages()}
+
+
+def test_a_list_of_sizes_is_no_list_of_tensors():
+    weight, x, lora_a, lora_b = operands()
+    w = Packed.of(lc.quantize_nf4(weight))
+    ways = [packed_lora_linear(x, w._replace(shape=kind(w.shape)), None, lora_a, lora_b, 0.5) for kind in (tuple, list)]
+    grads = [torch.autograd.grad(y.square().sum(), (x, lora_a, lora_b)) for y in ways]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_a_derivative_goes_by_the_operations_name():

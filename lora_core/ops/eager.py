@@ -51,8 +51,9 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     def backward_of_lists(ctx: Any, *grads: Any) -> Any:
         return *_flat(backward(ctx, grads), ctx.layout), None
 
-    apply = _function(operation, forward, backward)
-    apply_to_lists = _function(operation, forward_of_lists, backward_of_lists)
+    of_lists = any(str(argument.type) == "List[Tensor]" for argument in operation._opoverload._schema.arguments)
+    methods = (forward_of_lists, backward_of_lists) if of_lists else (forward, backward)
+    apply = _function(operation, *methods)
 
     def run(*args: Any) -> Any:
         alone = _unheard(operation, args)
@@ -60,10 +61,10 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
             return operation(*args)
         if not torch.is_grad_enabled():
             return alone(*args)
-        if not any(isinstance(a, list) for a in args):
+        if not of_lists:
             return apply(*args)
         layout = [len(a) if _is_list(a) else -1 for a in args]
-        return apply_to_lists(*_flat(args, layout), layout)
+        return apply(*_flat(args, layout), layout)
 
     return run
 

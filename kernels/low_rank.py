@@ -80,9 +80,8 @@ def low_rank_part(
     """
     if total is not None and bias is None and lora_b.shape[1] == 0:
         return total
-    if bias is None and not dropout and lora_b.dtype == x.dtype:
-        y = x.new_empty(len(x), columns) if total is None else total
-        return torch.addmm(y, hidden, lora_b.T, beta=int(total is not None), alpha=factor, out=y)
+    if bias is None and _library_can(x, lora_b, dropout):
+        return _scaled(hidden, lora_b, factor) if total is None else total.addmm_(hidden, lora_b.T, alpha=factor)
     # no terms of x W^T
     x, weight = x[:, :0], x.new_empty(columns, 0)
     return launch_low_rank_matmul(x, weight, bias, hidden, lora_b, factor, dropout, seed, total, total is not None)
@@ -102,12 +101,22 @@ def skinny_product(
     Args:
         x, lora_a, dropout, seed, factor, add: as in launch_shrink.
     """
-    if path == "fused" or dropout or x.dtype != lora_a.dtype:
-        return launch_shrink(x, lora_a, dropout, seed, factor, add)
-    if add is None and factor == 1.0:
-        return torch.mm(x, lora_a.T)
-    s = x.new_empty(len(x), len(lora_a)) if add is None else add
-    return torch.addmm(s, x, lora_a.T, beta=int(add is not None), alpha=factor)
+    if path == "library" and _library_can(x, lora_a, dropout):
+        return _scaled(x, lora_a, factor) if add is None else torch.addmm(add, x, lora_a.T, alpha=factor)
+    return launch_shrink(x, lora_a, dropout, seed, factor, add)
+
+
+def _library_can(x: Tensor, other: Tensor, dropout: float = 0.0) -> bool:
+    """Say whether no mask and no second dtype is in the way of a product."""
+    return not dropout and x.dtype == other.dtype
+
+
+def _scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """Return factor a b^T, scaled before it is rounded."""
+    if factor == 1.0:
+        return torch.mm(a, b.T)
+    y = a.new_empty(len(a), len(b))
+    return torch.addmm(y, a, b.T, beta=0, alpha=factor, out=y)
 
 
 def low_rank_gradients(
@@ -130,7 +139,7 @@ def low_rank_gradients(
     need_x, need_bias, need_a, need_b = needs
     need_s = need_x or need_a
     d_s = d_bias = d_lora_a = d_lora_b = None
-    by_library = path == "library" and d_y.dtype == lora_b.dtype
+    by_library = path == "library" and _library_can(d_y, lora_b)
     # parts of dS for each block of columns move 8 R bytes a block and row; a second read of G its own size
     columns, ranks = row_sum.BLOCK_C[lora_b.dtype], lora_b.shape[1]
     together = (
@@ -143,8 +152,7 @@ def low_rank_gradients(
         "gradients of A and B", "one read of dy" if together and need_b else "a read of dy each", hidden, d_hidden
     )
     if need_b and by_library:
-        d_lora_b = d_y.new_empty(lora_b.shape)
-        torch.addmm(d_lora_b, d_y.T, hidden, beta=0, alpha=scaling, out=d_lora_b)
+        d_lora_b = _scaled(d_y.T, hidden.T, scaling)
     elif need_b:
         d_lora_b, d_bias, d_s = launch_row_sum(
             d_y, hidden, scaling, hidden_of=lora_b if together else None, add=d_hidden, bias=need_bias
@@ -160,6 +168,6 @@ def low_rank_gradients(
 
 def a_gradient(x: Tensor, d_s: Tensor, path: str, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """Return dS^T drop(x) by this path, where it can: [R, K] of dS [M, R] and x [M, K]."""
-    if path == "library" and not dropout and x.dtype == d_s.dtype:
+    if path == "library" and _library_can(x, d_s, dropout):
         return torch.mm(d_s.T, x)
     return launch_row_sum(x, d_s, 1.0, dropout, seed, transposed=True).product

@@ -204,7 +204,9 @@ MUTATIONS = (
     Mutation(LINEARS, "1 / (1 - p), p, seed, path, d_x)", "1 / (1 - p), p, seed, path)", IN_LINEARS_BACKWARD),
     Mutation(LOW_RANK, "path, factor=scaling, add=d_hidden", "path, factor=scaling", IN_BACKWARD),
     Mutation(LOW_RANK, "torch.mm(d_s.T, x)", "torch.mm(d_s.T, -x)", IN_BACKWARD),
-    Mutation(LOW_RANK, "beta=int(total is not None), alpha", "beta=0, alpha", IN_TOTAL),
+    Mutation(
+        LOW_RANK, "total.addmm_(hidden, lora_b.T, alpha", "total.addmm_(hidden, lora_b.T, beta=0, alpha", IN_TOTAL
+    ),
     Mutation(PANELS, "beta=int(begun)", "beta=0", IN_NF4),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
     Mutation(SIBLINGS, "self._held[0]() is not x", "self._held[0]() is None", IN_SIBLINGS),

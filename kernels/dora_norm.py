@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import arguments, columns_per_scale, nf4_tile
+from lora_core.kernels.nf4_tile import arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
@@ -36,8 +36,8 @@ TILE = {torch.float32: (32, 32), torch.float16: (64, 64), torch.bfloat16: (64, 6
 # where W is decoded, which takes registers
 PACKED_TILE = (32, 32)
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
-# how W is read: dense, or columns that share a scale
-PER_SCALE = {"dense": 0, "blocks": 32, "words": 8, "elements": 1}
+# columns that share a scale, by how W is read; 0 where it is dense
+PER_SCALE = {"dense": 0, **per_scale(PACKED_TILE[1])}
 WARPS = {"dense": 8, "blocks": 4, "words": 4, "elements": 4}
 STAGES = {"dense": 3, "blocks": 2, "words": 2, "elements": 1}
 # columns of a part of a split sum at least
@@ -182,8 +182,7 @@ def _norms(
     k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), block_k) * block_k
     splits = triton.cdiv(max(k, 1), k_per_split)
     part = like.new_empty((splits * grid_r, n), dtype=torch.float32)
-    per_scale = 0 if w is None else columns_per_scale(w, block_k)
-    kind = next(name for name, columns in PER_SCALE.items() if columns == per_scale)
+    kind = "dense" if w is None else reading(w, block_k)
     log_launch("dora_norm" if w is None else "nf4_dora_norm", kind, *(() if w is None else (w.absmax, w.nested_absmax)))
     if n:
         with torch.cuda.device_of(like):
@@ -204,7 +203,7 @@ def _norms(
                 0 if w is None else w.block_size.bit_length() - 1,
                 NESTED_BLOCK=NESTED_BLOCK_SIZE if w is None else w.nested_block_size,
                 NESTED=w is not None and w.nested_absmax is not None,
-                PER_SCALE=per_scale,
+                PER_SCALE=PER_SCALE[kind],
                 SHUFFLED=SHUFFLED,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,

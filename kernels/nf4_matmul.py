@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import arguments, columns_per_scale, nf4_tile
+from lora_core.kernels.nf4_tile import arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
@@ -39,8 +39,8 @@ TILE, SMALL_TILE = (64, 64), (32, 64)
 BLOCK_R = 16
 # steps whose loads are in flight: single elements have too many loads for more
 STAGES = {"blocks": 2, "words": 2, "elements": 1}
-# columns that share a scale, by how W is read
-PER_SCALE = {"blocks": 64, "words": 8, "elements": 1}
+# any tile is as wide as what shares a scale at most
+PER_SCALE = per_scale(SMALL_TILE[1])
 # terms of a part of a split sum at least, and programs wanted for each multiprocessor
 SHORTEST = 256
 PER_PROCESSOR = 2
@@ -261,9 +261,7 @@ def launch_nf4_matmul(
     m, r = x.shape[0], lora_b.shape[1]
     width, length = (k, n) if transposed else (n, k)
     w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    # any tile is as wide as what shares a scale at most
-    per_scale = columns_per_scale(w, SMALL_TILE[1])
-    kind = next(name for name, columns in PER_SCALE.items() if columns == per_scale)
+    kind = reading(w, SMALL_TILE[1])
     block_n, block_k = _tile(x.dtype, kind)
     block_y, block_sum = (block_k, block_n) if transposed else (block_n, block_k)
     block_m = _rows(x.dtype, kind)[-1 if m > 16 else 0]
@@ -299,7 +297,7 @@ def launch_nf4_matmul(
                 block_size.bit_length() - 1,
                 NESTED_BLOCK=nested_block_size,
                 NESTED=nested_absmax is not None,
-                PER_SCALE=per_scale,
+                PER_SCALE=PER_SCALE[kind],
                 SHUFFLED=shuffled,
                 TRANSPOSED=transposed,
                 DROPOUT=dropout > 0,

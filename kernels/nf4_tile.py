@@ -61,7 +61,7 @@ def nf4_tile(
 ):
     """Rows n (int64) and BLOCK_K columns from first_k of W [N, K] in fp32, as the reference rounds them; 0 outside.
 
-    PER_SCALE: columns that surely share a scale (columns_per_scale); BLOCK_K and first_k are multiples of it. 1 reads
+    PER_SCALE: columns that surely share a scale (per_scale); BLOCK_K and first_k are multiples of it. 1 reads
     element by element.
     """
     if PER_SCALE > 1:
@@ -100,12 +100,17 @@ def in_words(w: Packed) -> bool:
     return w.shape[1] % 8 == 0 and w.codes.data_ptr() % 4 == 0
 
 
-def columns_per_scale(w: Packed, block_k: int) -> int:
-    """Return nf4_tile's PER_SCALE for tiles of block_k columns: how many of them share a scale in any row."""
+def per_scale(block_k: int) -> dict[str, int]:
+    """Return nf4_tile's PER_SCALE for tiles of block_k columns, by how W is read: columns that surely share a scale."""
+    return {"blocks": min(MOST_OF_A_SCALE, block_k), "words": OF_A_WORD, "elements": 1}
+
+
+def reading(w: Packed, block_k: int) -> str:
+    """Return how a weight can be read in tiles of block_k columns: "blocks", "words" or "elements"."""
     if not in_words(w):
-        return 1
-    most = min(MOST_OF_A_SCALE, block_k)
-    return OF_A_WORD if w.block_size % most or w.shape[1] % most else most
+        return "elements"
+    most = per_scale(block_k)["blocks"]
+    return "words" if w.block_size % most or w.shape[1] % most else "blocks"
 
 
 def arguments(w: Packed) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lora_core as lc
+from lora_core.adapt.walk import Ties
 from lora_core.layers.nf4_linear import NF4Linear
 
 
@@ -203,6 +204,30 @@ def test_parameters_one_behind_the_other_in_a_buffer_are_not_tied():
         layer.weight = nn.Parameter(weight)
     lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"]))
     lc.merge_adapter(model)
+
+
+def test_parameters_that_wrap_other_tensors_are_not_tied():
+    """Sharded and quantised parameters of other libraries: the wrapper's own address is 0."""
+
+    class Wrapping(torch.Tensor):
+        @staticmethod
+        def __new__(cls, held):
+            return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+        def __init__(self, held):
+            self.held = held
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return cls(func(*(a.held if isinstance(a, cls) else a for a in args), **(kwargs or {})))
+
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    for layer in model:
+        layer.weight = nn.Parameter(Wrapping(layer.weight.data), requires_grad=False)
+    assert model[0].weight.data_ptr() == 0
+    assert Ties(model).of(model[0].weight) == []
+    model[1].weight = model[0].weight
+    assert Ties(model).of(model[0].weight) == ["0.weight", "1.weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64], ids=str)

@@ -105,7 +105,8 @@ def _memory(parameter: Tensor) -> object:
     if parameter.is_meta or not parameter.numel():
         return id(parameter)
     try:
-        return parameter.device, parameter.data_ptr()
+        # a tensor that wraps others has no memory of its own: 0, or an error
+        pointer = parameter.data_ptr()
     except RuntimeError:
-        # a tensor that wraps others has no memory of its own
-        return id(parameter)
+        pointer = 0
+    return (parameter.device, pointer) if pointer else id(parameter)

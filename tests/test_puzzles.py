@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_core.cli import main as program
 from lora_core.errors import ConfigError
@@ -27,6 +28,17 @@ MISTAKES = (
     (1, "@ lora_b.T\n", "@ lora_b.T * 1.01\n", "elements are wrong; furthest off at"),
     (1, "@ lora_b.T\n", "@ lora_b.T + 0j\n", "is torch.complex64; want torch.float32"),
     (1, "return x", "x", "you returned a NoneType"),
+    (1, "scaling * (x @ lora_a.T) @ lora_b.T", "scaling * x @ (lora_b @ lora_a).T", "right, but you formed B A"),
+    (1, "scaling * (x @ lora_a.T) @ lora_b.T", "scaling * x @ __import__('torch').einsum('nr,rk->kn', lora_b, lora_a)",
+     "right, but you formed B A"),
+    (1, "x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T",
+     "x @ weight.clone().addmm_(lora_b, lora_a, alpha=scaling).T + bias", "right, but you formed B A"),
+    (2, "d_y @ weight + d_s @ lora_a,", "d_y @ (weight + scaling * lora_b @ lora_a),", "right, but you formed B A"),
+    (2, "d_s.T @ x, scaling * d_y.T @ (x @ lora_a.T)",
+     "scaling * lora_b.T @ (d_y.T @ x), scaling * (d_y.T @ x) @ lora_a.T", "you formed G^T x, the weight's gradient"),
+    (2, "    return", "    x.detach().clone().requires_grad_().sum().backward()\n    return", "derive it by hand"),
+    (2, "d_y @ weight + d_s @ lora_a,", "__import__('torch').func.vjp(lambda x: x @ weight.T"
+     " + scaling * x @ lora_a.T @ lora_b.T, x)[1](d_y)[0],", "derive it by hand"),
     (2, "d_s = scaling * d_y", "d_s = d_y", "low-rank part of d_x lacks the scaling"),
     (2, " + d_s @ lora_a,", ",", "that of the frozen path alone"),
     (2, ", scaling * d_y.T", ", d_y.T", "d_lora_b lacks the scaling"),
@@ -90,6 +102,13 @@ MISTAKES = (
     (11, "    mixed = ", "    scaling = 1.0\n    mixed = ", "forgot the scaling"),
     (11, "return (weight.square().sum(1) + mixed + update).clamp(min=0).sqrt()",
      "return (weight + scaling * lora_b @ lora_a).norm(dim=0)", "norms of the columns"),
+    (11, "(lora_b * (weight @ lora_a.T)).sum(1)",
+     "(weight * (lora_b[:, :, None] * lora_a).sum(1)).sum(1)", "right, but you formed B A"),
+    (12, "    for g, (a,", "    widest = max(len(a) for a in lora_a)\n"
+     "    lora_a = [torch.cat([a, a.new_zeros(widest - len(a), a.shape[1])]) for a in lora_a]\n"
+     "    lora_a = torch.stack(lora_a)\n"
+     "    lora_b = [torch.cat([b, b.new_zeros(len(b), widest - b.shape[1])], 1) for b in lora_b]\n    for g, (a,",
+     "none is to be padded"),
     (12, "torch.nonzero(which == g)", "torch.nonzero(which % len(lora_a) == g)", "-1 is no adapter"),
     (12, "base.clone()", "torch.zeros_like(base)", "output is missing"),
     (12, "base.clone()", "base", "you changed base in place"),
@@ -101,6 +120,14 @@ MISTAKES = (
     (13, "round_to(level * scale[:, None], tl.bfloat16)", "(level * scale[:, None]).to(tl.bfloat16)",
      "round_to rounds"),
 )  # fmt: skip
+
+# loads beyond an operand's end of what is not used
+NEEDLESS = (
+    (6, "x_ptr + place, mask=ok, other=0.0", "x_ptr + place"),
+    (7, "absmax_ptr + place // BLOCK_SIZE, mask=ok, other=0.0", "absmax_ptr + place // BLOCK_SIZE"),
+    (10, "x_ptr + place, mask=ok, other=0.0", "x_ptr + place"),
+    (13, "absmax_ptr + word // (BLOCK_SIZE // 8), mask=ok, other=0.0", "absmax_ptr + word // (BLOCK_SIZE // 8)"),
+)
 
 
 def solution(puzzle) -> Path:
@@ -137,6 +164,14 @@ def test_puzzles_usual_mistake_is_named(number, old, new, says, tmp_path, capsys
     puzzle = find_puzzle(number)
     status, said = said_of(puzzle, edited(puzzle, old, new, tmp_path), capsys)
     assert status == WRONG and says in said, said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nobody sees what is loaded and not used")
+@pytest.mark.parametrize(("number", "old", "new"), NEEDLESS)
+def test_puzzles_needless_read_beyond_the_end_is_named(number, old, new, tmp_path, capsys):
+    puzzle = find_puzzle(number)
+    status, said = said_of(puzzle, edited(puzzle, old, new, tmp_path), capsys)
+    assert status == WRONG and "right, but your kernel reads beyond the end of an operand" in said, said
 
 
 @pytest.mark.parametrize(

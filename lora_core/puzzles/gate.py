@@ -13,7 +13,7 @@ import torch
 
 from lora_core.errors import ConfigError
 from lora_core.puzzles.compare import WrongAnswer, compare
-from lora_core.puzzles.tasks_triton import DEVICE, blank, walled
+from lora_core.puzzles.walls import DEVICE, blank, refuse_reads, walled
 from lora_core.quant.codebook import codebook
 from lora_core.quant.packing import pack
 
@@ -36,7 +36,9 @@ def check_gate(kernel: Any, module: ModuleType) -> None:
         absmax, given = torch.rand(-(-n // BLOCK_SIZE), device=DEVICE) + 0.5, f"{words} words"
         w, untouched = blank(n, dtype=torch.bfloat16)
         grid = (-(-words // words_a_program),)
-        kernel[grid](packed, walled(absmax), levels, w, words, BLOCK_SIZE=BLOCK_SIZE, WORDS=words_a_program)
+        kernel[grid](
+            walled(packed), walled(absmax), walled(levels), w, words, BLOCK_SIZE=BLOCK_SIZE, WORDS=words_a_program
+        )
         untouched(given)
         exact = levels[codes.to(DEVICE).long()] * absmax.repeat_interleave(BLOCK_SIZE)[:n]
         want = exact.bfloat16()
@@ -48,6 +50,7 @@ def check_gate(kernel: Any, module: ModuleType) -> None:
             (in_pairs, "your nibbles are swapped: in a byte, the first code is in the high half"),
             (cut_off, "you cut float32 off to bfloat16, as .to() does in the interpreter: round_to rounds"),
         ))  # fmt: skip
+        refuse_reads(given)
     found = count(Path(str(module.__file__)))
     if found["loops"]:
         raise WrongAnswer(

@@ -73,7 +73,7 @@ def verdict(puzzle: Puzzle, path: Path) -> tuple[int, str]:
     """Return SOLVED, WRONG or UNUSABLE, and what to say."""
     import torch
 
-    from lora_core.puzzles import gate, tasks_torch, tasks_triton
+    from lora_core.puzzles import gate, tasks_torch, tasks_triton, walls
     from lora_core.puzzles.compare import WrongAnswer
     from lora_core.puzzles.load import describe, load
 
@@ -86,12 +86,14 @@ def verdict(puzzle: Puzzle, path: Path) -> tuple[int, str]:
         11: alone(tasks_torch.check_dora), 12: alone(tasks_torch.check_grouped), 13: gate.check_gate,
     }  # fmt: skip
     torch.manual_seed(puzzle.number)
+    interpreted = puzzle.triton and os.environ.get("TRITON_INTERPRET") == "1"
     try:
         module = load(path)
         function = getattr(module, puzzle.function, None)
         if function is None:
             raise WrongAnswer(f"{path.name} has no {puzzle.function}: keep the name that the exercise gives")
-        checks[puzzle.number](function, module)
+        with walls.watched_loads() if interpreted else contextlib.nullcontext():
+            checks[puzzle.number](function, module)
     except WrongAnswer as wrong:
         return WRONG, str(wrong)
     except LoraCoreError as error:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.puzzles.compare import WrongAnswer, compare, rounding
+from lora_core.puzzles.watch import Watch, by_hand
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double import absmax_offset, dequantize_absmax, quantize_absmax
 from lora_core.quant.packing import pack
@@ -34,6 +34,12 @@ def absolute(*tensors: Tensor) -> list[Any]:
     return [t.double().abs() for t in tensors]
 
 
+def refuse_product(watch: Watch, n: int, k: int, given: str, instead: str = "") -> None:
+    """Raise WrongAnswer if something as large as B A was made from A and B."""
+    if watch.formed(n, k):
+        raise WrongAnswer(f"{given}: right, but you formed B A, a matrix of {n} x {k}{instead}")
+
+
 def check_forward(solve: Callable[..., Any]) -> None:
     """y = x W^T + b + s (x A^T) B^T."""
     for shape in SHAPES:
@@ -49,7 +55,10 @@ def check_forward(solve: Callable[..., Any]) -> None:
             (base, "your result is the frozen layer's: the update is missing"),
         )
         given = "M, N, K, R = {}, {}, {}, {}".format(*shape)
-        compare(solve(x, weight, bias, a, b, s), base + s * update, rounding(magnitude, sum(shape)), given, guesses)
+        with Watch((a, b)) as watch:
+            got = solve(x, weight, bias, a, b, s)
+        compare(got, base + s * update, rounding(magnitude, sum(shape)), given, guesses)
+        refuse_product(watch, shape[1], shape[2], given)
 
 
 def check_backward(solve: Callable[..., Any]) -> None:
@@ -64,8 +73,9 @@ def check_backward(solve: Callable[..., Any]) -> None:
 
         want = grads(d_y, x, weight, a, b)
         magnitude = grads(*absolute(d_y, x, weight, a, b))
-        got = solve(d_y, x, weight, a, b, s)
         given = "M, N, K, R = {}, {}, {}, {}".format(*shape)
+        with Watch((d_y, x)) as whole, Watch((a, b)) as watch:
+            got = by_hand(given, solve, d_y, x, weight, a, b, s)
         if not isinstance(got, (tuple, list)) or len(got) != 3:
             raise WrongAnswer(f"{given}: want three gradients, (d_x, d_lora_a, d_lora_b)")
         for name, mine, right, size in zip(("d_x", "d_lora_a", "d_lora_b"), got, want, magnitude, strict=True):
@@ -79,6 +89,10 @@ def check_backward(solve: Callable[..., Any]) -> None:
                     (d_y @ weight + d_y @ b @ a, "the low-rank part of d_x lacks the scaling s"),
                 ]
             compare(mine, right, rounding(size, 2 * sum(shape)), f"{given}, {name}", guesses)
+        n, k = shape[1:3]
+        if whole.formed(n, k):
+            raise WrongAnswer(f"{given}: right, but you formed G^T x, the weight's gradient of {n} x {k}")
+        refuse_product(watch, n, k, given)
 
 
 def check_unpack(solve: Callable[..., Any]) -> None:
@@ -172,27 +186,12 @@ def check_absmax(solve: Callable[..., Any]) -> None:
         compare(solve(codes, absmax2, offset, levels, block), want, 0, f"{count} scales in blocks of {block}", guesses)
 
 
-class _Largest(TorchDispatchMode):
-    """Notes whether a matrix product makes a matrix of this shape."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.shape, self.seen = shape, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = str(func)
-        if isinstance(out, Tensor) and tuple(out.shape) == self.shape and any(p in name for p in ("mm", "einsum")):
-            self.seen = True
-        return out
-
-
 def check_dora(solve: Callable[..., Any]) -> None:
     """Row norms of W + s B A."""
     for n, k, r in ((7, 11, 3), (16, 5, 2), (4, 9, 1)):
         weight, a, b = drawn(n, k), drawn(r, k), drawn(n, r)
         s = 2.0
-        with _Largest((n, k)) as watch:
+        with Watch((a, b)) as watch:
             got = solve(weight, a, b, s)
         want = dora_norm(weight, a, b, s)
         wide = [t.double().abs() for t in (weight, a, b)]
@@ -209,8 +208,7 @@ def check_dora(solve: Callable[..., Any]) -> None:
             ((plain.square() + (s * b @ a).square().sum(1)).sqrt(), "you forgot the mixed term 2 s <W, B A>"),
         )
         compare(got, want, room, given, guesses)
-        if watch.seen:
-            raise WrongAnswer(f"{given}: right, but you formed B A, a matrix of {n} x {k}: W A^T and A A^T are enough")
+        refuse_product(watch, n, k, given, ": W A^T and A A^T are enough")
 
 
 def check_grouped(solve: Callable[..., Any]) -> None:
@@ -230,7 +228,8 @@ def check_grouped(solve: Callable[..., Any]) -> None:
                 size = (x[row].double().abs() @ a[g].double().abs().T) @ b[g].double().abs().T
                 magnitude[row] += scaling[g] * size
         kept, given = base.clone(), f"ranks {ranks}, rows of adapters {which}"
-        got = solve(x, base, index, a, b, scaling)
+        with Watch(a, (x, base)) as projections, Watch(b, (x, base)) as ups:
+            got = solve(x, base, index, a, b, scaling)
         guesses = (
             (none, "-1 is no adapter: Python counts it from the end"),
             (want - base, "the base's output is missing: the adapters are added to it"),
@@ -238,3 +237,7 @@ def check_grouped(solve: Callable[..., Any]) -> None:
         compare(got, want, rounding(magnitude, k + max(ranks)), given, guesses)
         if not torch.equal(base, kept):
             raise WrongAnswer(f"{given}: you changed base in place: its owner still needs it")
+        if projections.elements > sum(ranks) * k or ups.elements > sum(ranks) * n:
+            raise WrongAnswer(
+                f"{given}: right, but you made more of the adapters than they hold: none is to be padded or repeated"
+            )

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,47 +9,15 @@ import torch
 from torch import Tensor
 
 from lora_core.puzzles.compare import WrongAnswer, compare, rounding
+from lora_core.puzzles.walls import DEVICE, blank, refuse_reads, walled
 from lora_core.quant.codebook import codebook
 from lora_core.quant.packing import pack
 from lora_core.reference.dropout import dropout, keep_mask, threshold
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# beyond a result lie so many elements that must stay as they are
-GUARD = 64
-UNTOUCHED = -123.0
 
 
 def drawn(*shape: int) -> Tensor:
     """Return float32 numbers on the device."""
     return torch.randn(*shape, device=DEVICE)
-
-
-def walled(tensor: Tensor) -> Tensor:
-    """Return the tensor as a view with NaN before and behind it."""
-    room = torch.full((tensor.numel() + 2 * GUARD,), torch.nan, device=DEVICE, dtype=tensor.dtype)
-    view = room[GUARD : GUARD + tensor.numel()]
-    view.copy_(tensor.flatten())
-    return view.view(tensor.shape)
-
-
-def blank(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Callable[[str], None]]:
-    """Return an untouched result, and what raises unless its surroundings stayed untouched and it did not."""
-    count = int(torch.tensor(shape).prod())
-    room = torch.full((count + 2 * GUARD,), UNTOUCHED, device=DEVICE, dtype=dtype)
-
-    def check(given: str) -> None:
-        inside = room[GUARD : GUARD + count]
-        if count and bool((inside == UNTOUCHED).all()):
-            raise WrongAnswer(f"{given}: your kernel wrote nothing: is its body still empty?")
-        if bool((room[:GUARD] != UNTOUCHED).any() | (room[GUARD + count :] != UNTOUCHED).any()):
-            raise WrongAnswer(f"{given}: your kernel wrote beyond the result: mask the store as well")
-        left = int((inside == UNTOUCHED).sum())
-        if left:
-            raise WrongAnswer(
-                f"{given}: {left} of {count} elements were never written: does every program do its own part?"
-            )
-
-    return room[GUARD : GUARD + count].view(shape), check
 
 
 def check_scale(kernel: Any) -> None:
@@ -62,6 +29,7 @@ def check_scale(kernel: Any) -> None:
         untouched(given)
         want = torch.tensor(factor, device=DEVICE) * x
         compare(y, want, 0, given, ((x, "you copied x: multiply by factor"), (3 * x, "the factor is not always 3")))
+        refuse_reads(given)
 
 
 def check_dequantize(kernel: Any) -> None:
@@ -71,7 +39,7 @@ def check_dequantize(kernel: Any) -> None:
         codes = torch.randint(16, (n,), dtype=torch.uint8)
         absmax, packed = drawn(-(-n // block)).abs() + 1, pack(codes, 0).view(-1).to(DEVICE)
         (w, untouched), given = blank(n), f"{n} weights in blocks of {block}"
-        kernel[(-(-n // 64),)](packed, walled(absmax), levels, w, n, BLOCK_SIZE=block, BLOCK=64)
+        kernel[(-(-n // 64),)](walled(packed), walled(absmax), walled(levels), w, n, BLOCK_SIZE=block, BLOCK=64)
         untouched(given)
         scale = absmax.repeat_interleave(block)[:n]
         codes = codes.to(DEVICE)
@@ -83,6 +51,7 @@ def check_dequantize(kernel: Any) -> None:
             (levels[codes.long()], "the scale is missing"),
         )
         compare(w, levels[codes.long()] * scale, 0, given, guesses)
+        refuse_reads(given)
 
 
 def check_epilogue(kernel: Any) -> None:
@@ -114,6 +83,7 @@ def check_epilogue(kernel: Any) -> None:
                 "other=0.0"
             )
         compare(y, base + s * low, rounding(magnitude, k + r), given, guesses)
+        refuse_reads(given)
 
 
 def check_partial(kernel: Any, module: ModuleType) -> None:
@@ -154,6 +124,7 @@ def check_partial(kernel: Any, module: ModuleType) -> None:
             (factor * part[0], "only the first part was taken"),
             (each, "multiply by the factor at the end: multiplied part by part it rounds differently"),
         ))  # fmt: skip
+        refuse_reads(given)
 
 
 def check_dropout(kernel: Any) -> None:
@@ -182,5 +153,6 @@ def check_dropout(kernel: Any) -> None:
                 (torch.where(kept, 0, x * factor), "you keep what is to be dropped: a hash from threshold on is kept"),
             )
             compare(y, want, room, given, guesses)
+            refuse_reads(given)
         if any(not torch.equal(seen[0], other) for other in seen[1:]):
             raise WrongAnswer(f"[{m}, {n}]: two tilings give different results")

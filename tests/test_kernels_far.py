@@ -1,0 +1,122 @@
+"""Operands whose elements lie more than 2^31 elements apart: every kernel gives the bits it gives where they lie close.
+
+A far operand is a view into memory of which only the elements read are ever touched, so that it takes address space and
+next to no memory; on a GPU it takes both, a few GiB.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_core as lc
+from lora_core.kernels.dora_norm import launch_dora_norm
+from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_lora_backward
+from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
+from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAST = 2**31
+M, N, K, R = 20, 24, 130, 5
+SHAPES = {
+    "x": (M, K),
+    "weight": (N, K),
+    "lora_a": (R, K),
+    "lora_b": (N, R),
+    "d_y": (M, N),
+    "hidden": (M, R),
+    "base": (M, N),
+}
+RANKS = [3, 2]
+
+
+def spread(values: Tensor, stride: int, along: int) -> Tensor:
+    """Return a copy with this stride between rows (along = 0) or columns (1), and the other ones side by side."""
+    strides = (stride, 1) if along == 0 else (1, stride)
+    size = sum((length - 1) * step for length, step in zip(values.shape, strides, strict=True)) + 1
+    # a plain empty tensor would be filled, all of it
+    memory = torch.UntypedStorage(size * values.element_size(), device=values.device)
+    return torch.empty(0, dtype=values.dtype, device=values.device).set_(memory, 0, values.shape, strides).copy_(values)
+
+
+def lora(o: dict[str, Tensor]) -> list[Tensor]:
+    return [*launch_lora_linear(o["x"], o["weight"], None, o["lora_a"], o["lora_b"], 0.5, 0.3, o["seed"], "fused")]
+
+
+def lora_backward(o: dict[str, Tensor]) -> list[Tensor]:
+    rest = (o["x"], o["weight"], o["lora_a"], o["lora_b"], o["hidden"], 0.5, 0.3, o["seed"])
+    grads = launch_lora_linear_backward(o["d_y"], None, *rest, (True, False, False, True, True), "fused")
+    return [grads[i] for i in (0, 3, 4)]
+
+
+def packed(o: dict[str, Tensor]) -> tuple:
+    q = lc.quantize_nf4(o["close weight"], 64, True)
+    return q.codes, q.absmax, q.nested_absmax, q.nested_offset, tuple(q.shape), q.block_size, q.nested_block_size
+
+
+def nf4(o: dict[str, Tensor]) -> list[Tensor]:
+    return [*launch_nf4_lora_linear(o["x"], *packed(o), None, o["lora_a"], o["lora_b"], 0.5, 0.3, o["seed"])]
+
+
+def nf4_backward(o: dict[str, Tensor]) -> list[Tensor]:
+    rest = (o["lora_a"], o["lora_b"], o["hidden"], 0.5, 0.3, o["seed"])
+    grads = launch_nf4_lora_linear_backward(o["d_y"], None, o["x"], *packed(o), *rest, (True, False, True, True))
+    return [grads[i] for i in (0, 2, 3)]
+
+
+def dora(o: dict[str, Tensor]) -> list[Tensor]:
+    return [launch_dora_norm(o["weight"], o["lora_a"], o["lora_b"], 0.5)]
+
+
+def grouped(o: dict[str, Tensor]) -> list[Tensor]:
+    rest = (o["lora_a"], o["lora_b"], RANKS, o["adapter"], o["scaling"])
+    return [*launch_grouped_lora(o["x"], o["base"], *rest)]
+
+
+def grouped_backward(o: dict[str, Tensor]) -> list[Tensor]:
+    rest = (o["lora_a"], o["lora_b"], RANKS, o["adapter"], o["scaling"], o["close hidden"])
+    return [*launch_grouped_lora_backward(o["d_y"], None, o["x"], *rest, (True, True, True))]
+
+
+# what runs, and the operands that a user's views may spread
+CASES = {
+    lora: ("x", "weight", "lora_a", "lora_b"),
+    lora_backward: ("d_y", "x", "weight", "lora_a", "lora_b", "hidden"),
+    nf4: ("x", "lora_a", "lora_b"),
+    nf4_backward: ("d_y", "x", "lora_a", "lora_b", "hidden"),
+    dora: ("weight", "lora_a", "lora_b"),
+    grouped: ("x", "base", "lora_a", "lora_b"),
+    grouped_backward: ("d_y", "x", "lora_a", "lora_b"),
+}
+
+
+@pytest.mark.parametrize("along", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [(run, name) for run, names in CASES.items() for name in names],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_kernels_reach_elements_two_to_the_31_apart(run, name, along):
+    """The stride itself fits 32 bits; what it is multiplied by takes it past them."""
+    operands = {own: torch.randn(*shape, device=DEVICE).to(torch.bfloat16) for own, shape in SHAPES.items()}
+    operands |= {f"close {own}": value for own, value in operands.items()}
+    operands["adapter"] = torch.randint(-1, 2, (M,), device=DEVICE)
+    operands["scaling"] = torch.tensor([0.5, -1.5], device=DEVICE)
+    operands["seed"] = torch.tensor([7], device=DEVICE)
+    length = SHAPES[name][along]
+    # both divide by 16 or both do not: the same configuration runs
+    near = SHAPES[name][1 - along] + 16
+    far = near + 16 * -(-PAST // (16 * (length - 1)))
+    assert far < PAST < (length - 1) * far
+    close, wide = (run(operands | {name: spread(operands[name], stride, along)}) for stride in (near, far))
+    assert all(torch.equal(a, b) for a, b in zip(close, wide, strict=True))
+
+
+def test_codes_and_scales_may_lie_two_to_the_31_apart():
+    w = torch.randn(64, 64, device=DEVICE)
+    q = lc.quantize_nf4(w, 64, True)
+    apart = spread(q.codes.view(-1, 1), PAST // 1024, 0)
+    assert torch.equal(
+        launch_nf4_dequantize(apart, q.absmax, q.nested_absmax, q.nested_offset, q.shape, torch.float32, 64),
+        q.dequantize(torch.float32),
+    )

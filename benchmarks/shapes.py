@@ -18,7 +18,7 @@ GPU_SCALES = (*GPU_WEIGHTS, {"N": 16384, "K": 57344})
 # small enough for a processor with two cores
 SMALL_LINEAR = {"M": TOKENS, "N": 512, "K": 512, "R": 16}
 SMALL_LINEARS = (
-    *({**SMALL_LINEAR, "M": m} for m in (1, 16, 512, TOKENS)),
+    *({**SMALL_LINEAR, "M": m} for m in (1, 16, 512)),
     {**SMALL_LINEAR, "R": 64},
     {**SMALL_LINEAR, "N": 1408},
 )

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Provider
@@ -25,8 +26,10 @@ WIDEST_SPREAD = 1.0
 # two-sided 95%
 CONFIDENCE_SIGMAS = 1.96
 
-# more than the last-level cache of the processors and GPUs at hand
+# more than the last-level cache of any GPU, and of a processor that does not say how large its own is
 FLUSH_BYTES = 256 * 2**20
+# where Linux says how large the caches of a core are
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class ProviderError(Exception):
@@ -110,13 +113,21 @@ def verdict(ours_ms: float, rival_ms: float, within: float) -> str:
     return "faster" if ratio > 1 else "slower"
 
 
+def enough_to_flush(device: str) -> int:
+    """Return how many bytes written push everything else out of the device's caches: on a CPU, twice the last one."""
+    if device == "cpu" and CACHES.is_dir():
+        kib = [int(path.read_text().strip().removesuffix("K")) for path in CACHES.glob("index*/size")]
+        return 2 * 1024 * max(kib, default=FLUSH_BYTES // 2048)
+    return FLUSH_BYTES
+
+
 def interleave(
     providers: list[Provider],
     samples: int,
     device: str = "cpu",
     seed: int = 0,
     warmup: int = 2,
-    flush_bytes: int = FLUSH_BYTES,
+    flush_bytes: int | None = None,
     repeat: str | None = None,
 ) -> Iterator[dict[str, Timing]]:
     """Take samples of every provider in turn, in an order shuffled anew each round; yield after each round.
@@ -130,7 +141,7 @@ def interleave(
         device: "cpu" or a CUDA device, which is timed by its own events.
         seed: of the shuffling.
         warmup: runs of each before the first sample.
-        flush_bytes: size of the buffer written between samples; 0 leaves the cache warm.
+        flush_bytes: size of the buffer written between samples; 0 leaves the cache warm. By default what flushes it.
         repeat: the name that gets a second slot, for the self-against-self spread.
     Raises:
         ProviderError: if a provider raises.
@@ -140,6 +151,8 @@ def interleave(
     slots = {p.name: p for p in providers}
     if repeat is not None:
         slots[repeat + AGAIN] = slots[repeat]
+    if flush_bytes is None:
+        flush_bytes = enough_to_flush(device)
     buffer = torch.zeros(flush_bytes, dtype=torch.uint8, device=device) if flush_bytes else None
     clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
 

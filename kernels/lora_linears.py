@@ -46,7 +46,7 @@ def launch_lora_linears(
     if x.dtype == torch.float64:
         log_launch("lora_linears", "float64, reference")
         return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
-    flat = x.reshape(-1, x.shape[-1])
+    flat, ranks = x.reshape(-1, x.shape[-1]), [len(a) for a in lora_as]
     paths = [path or path_of(flat, (len(b), x.shape[-1]), len(a)) for a, b in zip(lora_as, lora_bs, strict=True)]
     if any(dropouts):
         each = zip(lora_as, dropouts, seeds, strict=True)
@@ -54,8 +54,8 @@ def launch_lora_linears(
         hidden = torch.cat(parts, 1)
     else:
         hidden = skinny_product(flat, torch.cat(tuple(lora_as)), paths[0])
-        parts = _columns(hidden, lora_as)
-    log.debug("linears: %d layers, ranks %s", len(lora_as), [len(a) for a in lora_as])
+        parts = list(hidden.split(ranks, 1))
+    log.debug("linears: %d layers, ranks %s", len(lora_as), ranks)
     ys = []
     layers = zip(unflatten(tensors, formats), absent(biases), parts, lora_bs, scalings, paths, strict=True)
     for w, bias, s, b, scaling, own_path in layers:
@@ -66,11 +66,6 @@ def launch_lora_linears(
             y = low_rank_linear(flat, w, bias, s, b, scaling, path=own_path)
         ys.append(y.view(*x.shape[:-1], y.shape[1]))
     return [*ys, hidden]
-
-
-def _columns(stacked: Tensor, lora_as: Sequence[Tensor]) -> list[Tensor]:
-    """Return each layer's columns of S or dS, contiguous as the kernels want them: copies of what is small."""
-    return [part.contiguous() for part in stacked.split([len(a) for a in lora_as], 1)]
 
 
 def launch_lora_linears_backward(
@@ -110,7 +105,7 @@ def launch_lora_linears_backward(
         low_rank_gradients(g, None, own_x, a, b, s, scaling, p, seed, needs, own_path)
         for g, s, own_path, (a, b, scaling, p, seed) in zip(
             grads,
-            _columns(hidden, lora_as),
+            hidden.split([len(a) for a in lora_as], 1),
             paths,
             zip(lora_as, lora_bs, scalings, dropouts, seeds, strict=True),
             strict=True,

@@ -48,6 +48,17 @@ def test_benchmark_timing_interleaves_and_reports_every_round():
     assert set(pairs) == {("a", "b"), ("b", "a")}
 
 
+def test_benchmark_timing_flushes_twice_the_largest_cache_that_linux_names(tmp_path, monkeypatch):
+    for index, size in enumerate(("32K", "32K", "512K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(timing, "CACHES", tmp_path)
+    assert timing.enough_to_flush("cpu") == 64 * MIB
+    assert timing.enough_to_flush("cuda") == timing.FLUSH_BYTES
+    monkeypatch.setattr(timing, "CACHES", tmp_path / "nowhere")
+    assert timing.enough_to_flush("cpu") == timing.FLUSH_BYTES
+
+
 def test_benchmark_timing_leaves_preparation_out():
     provider = Provider("p", lambda made: made, prepare=lambda: time.sleep(0.02))
     timing = last(interleave([provider], samples=3, warmup=1, flush_bytes=0))["p"]

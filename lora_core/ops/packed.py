@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError
+from lora_core.ops.eager import call
 from lora_core.ops.nf4_dequantize import op as dequantize
 from lora_core.quant import QuantizedWeight
 
@@ -45,7 +46,7 @@ class Packed(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, shape [N, K]."""
-        w: Tensor = dequantize(*self[:5], dtype, *self[5:])
+        w: Tensor = call(dequantize, *self[:5], dtype, *self[5:])
         return w
 
 

@@ -19,7 +19,7 @@ STEPS, BATCH, WINDOWS, SEED, WARMUP = 32, 8, 32, 0, 4
 # Adam moves a coordinate by about the rate, and a coordinate of n parameters moves each by 1 / sqrt(n) of that: a rate
 # that suits all D parameters is multiplied by sqrt(D / d), and by these
 RATE, FACTORS = 1e-3, (1 / 3, 1.0, 3.0, 9.0)
-DIMENSIONS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
+DIMENSIONS = (10, 100, 1_000, 10_000, 100_000, 200_000, 500_000, 1_000_000)
 BETAS = (0.9, 0.99)
 
 

@@ -78,11 +78,17 @@ def check_page(browser: Any, name: str, control: str) -> None:
             assert page.evaluate("document.documentElement.dataset.theme") != scheme
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
     with opened(browser, name) as page:
+        page.wait_for_function("spoken.textContent.length > 20")
+        said = page.inner_text("#spoken")
         before = page.input_value(f"#{control}")
         page.focus(f"#{control}")
         page.keyboard.press("ArrowRight")
         after = page.input_value(f"#{control}")
         assert float(after) > float(before)
+        # to those who hear the page a sentence is said, once the control has come to rest, and no region of numbers
+        assert page.inner_text("#spoken") == said
+        page.wait_for_function("said => spoken.textContent !== said", arg=said)
+        assert page.locator("[aria-live]").count() == 0
         address = page.evaluate("location.hash")
         # every control has a name for those who hear the page
         controls = "[...document.querySelectorAll('.controls [id]:not([hidden]):not(output):not(button)')]"

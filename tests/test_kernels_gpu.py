@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import UNIT_FP32, assert_within_bound
 
 import lora_core as lc
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear
 from lora_core.kernels.nf4_matmul import launch_nf4_matmul
+from lora_core.kernels.nf4_quantize import launch_nf4_quantize
 from lora_core.kernels.shrink import _shrink_kernel
 from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.reference import nf4 as reference
@@ -103,6 +105,33 @@ def test_weights_of_more_than_2_to_the_31_elements_dequantise_to_the_bit():
     tail = 64 * 4096
     want = reference.nf4_dequantize(codes[-tail // 2 :], absmax[-tail // 64 :], None, None, (tail,), torch.bfloat16, 64)
     assert torch.equal(w.view(-1)[-tail:], want)
+
+
+def test_products_with_weights_of_more_than_2_to_the_31_elements_take_every_row():
+    rows, columns, tail = 2**16 + 64, 2**15, 64
+    codes = torch.randint(256, (rows * columns // 2, 1), dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(rows * columns // 64, device="cuda")
+    parts = (codes, absmax, None, None, (rows, columns), 64, 256)
+    behind = (codes[-tail * columns // 2 :], absmax[-tail * columns // 64 :], None, None, (tail, columns))
+    w = reference.nf4_dequantize(*behind, torch.bfloat16, 64).double()
+    x, d_y = (torch.randn(3, n, device="cuda").bfloat16() for n in (columns, tail))
+    none = x.new_empty(3, 0)
+    y = launch_nf4_matmul(x, *parts, None, none, x.new_empty(rows, 0), 1.0)[:, -tail:]
+    # of the sum over rows, only those behind take part
+    padded = torch.cat([d_y.new_zeros(3, rows - tail), d_y], 1)
+    d_x = launch_nf4_matmul(padded, *parts, None, none, x.new_empty(columns, 0), 1.0, transposed=True)
+    for got, left, right in ((y, x.double(), w.T), (d_x, d_y.double(), w)):
+        truth = left @ right
+        sums = 2 * UNIT_FP32 * left.shape[1] ** 0.5 * (left.abs() @ right.abs())
+        assert_within_bound(got, truth, torch.finfo(torch.bfloat16).eps / 2 * truth.abs() + sums)
+
+
+def test_weights_of_more_than_2_to_the_31_elements_quantise_to_the_bit():
+    rows, columns, tail = 2**16 + 8, 2**15, 8 * 2**15
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
+    codes, absmax = launch_nf4_quantize(weight, 64)
+    want_codes, want_absmax = reference.nf4_quantize(weight.view(-1)[-tail:], 64)
+    assert torch.equal(codes[-tail // 2 :], want_codes) and torch.equal(absmax[-tail // 64 :], want_absmax)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -12,7 +12,7 @@ from benchmarks import llama, peers
 from benchmarks.case import Case, Claim, Provider
 from benchmarks.cases import training_step
 
-SHAPES = ({"M": 1024, "K": 256, "R": 16},)
+SHAPES = ({"M": 512, "K": 256, "R": 16},)
 NEEDS = llama.NEEDS
 
 

@@ -50,6 +50,7 @@
     shades("product", product, SIDE, SIDE, scale);
     shades("wanted", adapter.target, SIDE, SIDE, scale);
     spectrum(values, adapter.targetValues, v.rank);
+    return `${page.whole(counted.adapter)} numbers trained instead of ${page.whole(counted.whole)}; ${page.percent(errors.at(-1))} of the wanted change is missed.`;
   }
 
   function spectrum(values, wanted, rank) {

@@ -75,6 +75,7 @@ const lowRank = (() => {
       psnr: Number.isFinite(found.psnr) && found.psnr < 200 ? `${found.psnr.toFixed(2)} dB` : "exact",
     });
     spectrum(parts.s, rank, rows, columns);
+    return `Rank ${rank}: ${page.whole(found.stored)} numbers, ${page.percent(found.error, 3)} missed.`;
   }
 
   function spectrum(s, rank, rows, columns) {

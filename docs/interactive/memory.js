@@ -120,6 +120,7 @@ const memory = (() => {
     bars(plans);
     rows(plans);
     fits(m, v, plans);
+    return plans.map((plan) => `${NAMES[plan.method]} takes ${page.gb(plan.total)}`).join(", ") + ".";
   }
 
   function bars(plans) {

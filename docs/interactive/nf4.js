@@ -145,6 +145,7 @@ const nf4 = (() => {
       bits: nf4.bits(values.length, block, v.nested).toFixed(3),
       shares: `${page.percent(Math.min(...used), 1)}, ${page.percent(Math.max(...used), 1)}`,
     });
+    return `Error ${page.percent(found.error, 3)} at ${nf4.bits(values.length, block, v.nested).toFixed(3)} bits a weight.`;
   }
 
   function levels(book, found) {

@@ -3,6 +3,7 @@
 const page = (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const PAGES = { "low-rank": "low rank", lora: "LoRA", nf4: "NF4", memory: "memory", roofline: "roofline" };
+  const REST_MS = 600;
   const find = (id) => document.getElementById(id);
 
   /** The value of a control: a number, a truth value or a text. */
@@ -29,14 +30,17 @@ const page = (() => {
     }
   }
 
-  /** Run update(values) now and whenever a control moves; names(values) may give the texts beside the controls. */
+  /**
+   * Run update(values) now and whenever a control moves; names(values) may give the texts beside the controls.
+   * update returns a sentence for those who hear the page instead of seeing it, spoken when the controls have come to rest.
+   */
   function start(update, names = () => ({})) {
     restore();
     const refresh = () => {
       const now = values();
       const said = { ...now, ...names(now) };
       for (const output of document.querySelectorAll("output[for]")) output.value = said[output.htmlFor.value] ?? "";
-      update(now);
+      announce(update(now));
       remember(now);
     };
     for (const control of controls()) control.addEventListener("input", refresh);
@@ -45,6 +49,14 @@ const page = (() => {
     theme(refresh);
     refresh();
     return refresh;
+  }
+
+  const spoken = Object.assign(document.createElement("p"), { id: "spoken", className: "unseen", role: "status" });
+  document.body.append(spoken);
+  let resting = 0;
+  function announce(sentence) {
+    clearTimeout(resting);
+    resting = setTimeout(() => { spoken.textContent = sentence; }, REST_MS);
   }
 
   function remember(now) {

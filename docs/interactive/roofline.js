@@ -55,6 +55,7 @@ const roofline = (() => {
     curve(setting);
     table(found);
     page.find("rates").textContent = `${gpu.name}: ${page.whole(gpu.memory_gb_s)} GB/s and ${roofline.tflops(gpu, v.dtype)} TFLOP/s in ${v.dtype} (${gpu.source}).`;
+    return found.map((t) => `${NAMES[t.path]}: ${page.time(t.total)}, bound by ${t.binds}`).join("; ") + ".";
   }
 
   function bars(found) {

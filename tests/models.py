@@ -1,5 +1,7 @@
 """Small models that the tests adapt."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,6 +82,8 @@ def transformers_config(shape: ModelShape):
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         )
     kind = transformers.Qwen2Config if shape.qkv_bias else transformers.LlamaConfig
+    if shape.head_norms:
+        kind = partial(transformers.Qwen3Config, head_dim=shape.head_width)
     return kind(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,

@@ -79,6 +79,15 @@ def test_kept_bytes_are_those_autograd_saves(method, dtype, targets, checkpointi
 
 @pytest.mark.peer("transformers")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_kept_bytes_of_a_model_with_norms_of_its_heads(method, dtype):
+    shape = replace(TINY, head_norms=True, head_size=24)
+    setup = Setup(method=method, dtype=dtype, rank=5, batch=2, sequence=24)
+    assert kept_bytes(shape, setup) == saved_bytes(setup_model(shape, setup), setup)
+
+
+@pytest.mark.peer("transformers")
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_kept_bytes_of_a_model_with_layer_norms_and_two_matrices(dtype):
     shape = ModelShape(
         name="gpt", layers=2, hidden=64, intermediate=192, heads=4, kv_heads=4, vocabulary=97, positions=32,

@@ -95,7 +95,13 @@ def tiny_config(kind, **more):
 @pytest.mark.parametrize(
     ("kind", "more"),
     [(kind, {"tie_word_embeddings": tied}) for kind in MODEL_TYPES for tied in (False, True)]
-    + [("llama", {"attention_bias": True}), ("gpt2", {"n_inner": 80}), ("mistral", {"head_dim": 20})],
+    + [
+        ("qwen3", {"attention_bias": True}),
+        ("qwen3", {"head_dim": 20}),
+        ("llama", {"attention_bias": True}),
+        ("gpt2", {"n_inner": 80}),
+        ("mistral", {"head_dim": 20}),
+    ],
 )
 def test_config_file_counts_what_transformers_builds(kind, more, tmp_path):
     config = tiny_config(kind, **more)
@@ -142,7 +148,7 @@ GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positio
         ({**LLAMA, "attention_bias": 1}, "attention_bias of .* is 1; want true or false"),
         ({**LLAMA, "hidden_size": 10**400}, "hidden of .* is 10000.*; want a whole number of at most"),
         ({**LLAMA, "hidden_size": {"a": "\ud800"}}, "hidden of .* is {'a': .*}; want a whole number"),
-        ({**LLAMA, "model_type": "qwen2", "attention_bias": True}, "attention_bias in a llama alone"),
+        ({**LLAMA, "model_type": "qwen2", "attention_bias": True}, "attention_bias in a llama or qwen3 alone"),
         ({**GPT2, "n_embd": None}, "hidden of .* is None"),
         ({**GPT2, "n_inner": 0}, "intermediate of .* is 0"),
         ({**GPT2, "n_positions": -1}, "positions of .* is -1; want a whole number of at least 0"),
@@ -176,7 +182,7 @@ def test_config_file_without_permission_is_refused(tmp_path, unreadable):
     [
         ("{", "is not JSON"),
         ("[1]", "holds a list"),
-        ('{"model_type": "mamba"}', "model_type of .* is 'mamba'.*llama, mistral, qwen2, gpt2"),
+        ('{"model_type": "mamba"}', "model_type of .* is 'mamba'.*llama, mistral, qwen2, qwen3, gpt2"),
         ("{}", "model_type of .* is None"),
         ('{"model_type": "llama", "hidden_size": 8}', "does not state 'num_hidden_layers'"),
         ('{"model_type": "llama", "mlp_bias": true}', "mlp_bias"),

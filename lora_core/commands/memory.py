@@ -8,7 +8,7 @@ GIGA = 10**9
 # an exabyte: more than any machine has, and its bytes are still a whole number as a float
 LARGEST_GB = 10**9
 # lora_core.plan.config_file.MODEL_TYPES, which is loaded only when it is needed
-MODEL_TYPES = "llama, mistral, qwen2 or gpt2"
+MODEL_TYPES = "llama, mistral, qwen2, qwen3 or gpt2"
 
 
 def memory(

@@ -35,6 +35,8 @@ def kept_by_block(shape: ModelShape, setup: Setup) -> list[Kept]:
     kept = [
         *_norm("attention norm", shape, setup),
         *_input("input of q, k and v", shape.hidden, {"q_proj", "k_proj", "v_proj"} & trained, setup),
+        *(_norm("q norm", shape, setup, q, shape.heads) if shape.head_norms else []),
+        *(_norm("k norm", shape, setup, kv, shape.kv_heads) if shape.head_norms else []),
         Kept("q, rotated", c * q),
         Kept("k, rotated", c * kv),
         Kept("v", c * kv),
@@ -101,12 +103,14 @@ def workspace_bytes(shape: ModelShape, setup: Setup) -> int:
     return max(start, inside - setup.tokens * FP32_BYTES * shape.vocabulary)
 
 
-def _norm(name: str, shape: ModelShape, setup: Setup) -> list[Kept]:
+def _norm(name: str, shape: ModelShape, setup: Setup, width: int = 0, vectors: int = 1) -> list[Kept]:
+    """Return what norms of so many vectors keep for a token, which together have this width: by default the hidden."""
+    width = width or shape.hidden
     if shape.biases:
-        return [Kept(f"{name}: input, mean, deviation", setup.element_bytes * shape.hidden + 2 * FP32_BYTES)]
-    kept = [Kept(f"{name}: input in fp32, root mean square", FP32_BYTES * (shape.hidden + 1))]
+        return [Kept(f"{name}: input, mean, deviation", setup.element_bytes * width + 2 * FP32_BYTES)]
+    kept = [Kept(f"{name}: input in fp32, root mean square", FP32_BYTES * (width + vectors))]
     # the gradient of its weight needs the normalised input
-    return kept + ([Kept(f"{name}: normalised", setup.element_bytes * shape.hidden)] if setup.trains_all else [])
+    return kept + ([Kept(f"{name}: normalised", setup.element_bytes * width)] if setup.trains_all else [])
 
 
 def _input(name: str, width: int, trained: set[str], setup: Setup) -> list[Kept]:

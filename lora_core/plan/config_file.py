@@ -9,7 +9,11 @@ from typing import Any
 from lora_core.errors import ConfigError
 from lora_core.plan.shape import ModelShape
 
-ROTARY_DECODERS = ("llama", "mistral", "qwen2")
+ROTARY_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+# where the file states none and it is not hidden / heads; source: transformers' configuration
+HEAD_SIZES = {"qwen3": 128}
+# whose attention heeds attention_bias
+BIASED = ("llama", "qwen3")
 MODEL_TYPES = (*ROTARY_DECODERS, "gpt2")
 
 
@@ -58,10 +62,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _rotary_decoder(name: str, settings: dict[str, Any], source: str) -> ModelShape:
     kind, biased = settings["model_type"], _flag(settings, "attention_bias", source)
-    # of the three only Llama's attention heeds the setting
-    if _flag(settings, "mlp_bias", source) or (biased and kind != "llama"):
+    if _flag(settings, "mlp_bias", source) or (biased and kind not in BIASED):
         raise ConfigError(
-            f"{source} asks for biases that are not counted here; want no mlp_bias, and attention_bias in a llama alone"
+            f"{source} asks for biases that are not counted here; want no mlp_bias, and attention_bias in a "
+            f"{' or '.join(BIASED)} alone"
         )
     # a file from before grouped-query attention states no number of key heads
     kv_heads = settings.get("num_key_value_heads")
@@ -73,10 +77,11 @@ def _rotary_decoder(name: str, settings: dict[str, Any], source: str) -> ModelSh
         heads=settings["num_attention_heads"],
         kv_heads=settings["num_attention_heads"] if kv_heads is None else kv_heads,
         vocabulary=settings["vocab_size"],
-        head_size=settings.get("head_dim"),
+        head_size=settings.get("head_dim", HEAD_SIZES.get(kind)),
         tied=_flag(settings, "tie_word_embeddings", source),
         qkv_bias=biased or kind == "qwen2",
         output_bias=biased,
+        head_norms=kind == "qwen3",
         source=source,
     )
 

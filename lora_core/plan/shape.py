@@ -43,6 +43,7 @@ class ModelShape:
         qkv_bias: q, k and v have biases.
         output_bias: o has one.
         biases: every linear layer has a bias, and norms are LayerNorms with one.
+        head_norms: one norm for the query heads of a block and one for its key heads, each of the width of a head.
         positions: rows of a learned position embedding; 0 with rotary positions.
         source: where the sizes come from.
     """
@@ -60,6 +61,7 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     biases: bool = False
+    head_norms: bool = False
     positions: int = 0
     source: str = ""
 
@@ -79,14 +81,19 @@ class ModelShape:
             )
 
     @property
+    def head_width(self) -> int:
+        """Columns of one head."""
+        return self.head_size or self.hidden // self.heads
+
+    @property
     def query_width(self) -> int:
         """Columns of all query heads together."""
-        return self.heads * (self.head_size or self.hidden // self.heads)
+        return self.heads * self.head_width
 
     @property
     def kv_width(self) -> int:
         """Columns of all key heads together, which is that of the value heads too."""
-        return self.kv_heads * (self.head_size or self.hidden // self.heads)
+        return self.kv_heads * self.head_width
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
@@ -110,7 +117,8 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
-        block = sum(layer.weights + layer.rows * layer.bias for layer in self.linears) + 2 * self.norm_parameters
+        norms = 2 * self.norm_parameters + 2 * self.head_width * self.head_norms
+        block = sum(layer.weights + layer.rows * layer.bias for layer in self.linears) + norms
         tables = self.vocabulary * (1 if self.tied else 2) + self.positions
         return self.layers * block + self.hidden * tables + self.norm_parameters
 

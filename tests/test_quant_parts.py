@@ -33,6 +33,13 @@ def parts(**changes):
         ({"codes": torch.zeros(10, 1, dtype=torch.uint8)}, lc.ShapeError, "codes has 10 elements.*wants 131072"),
         ({"absmax": torch.zeros(10, dtype=torch.uint8)}, lc.ShapeError, "absmax has 10 elements.*wants 4096"),
         ({"nested_absmax": torch.zeros(15)}, lc.ShapeError, "nested_absmax has 15 elements.*wants 16"),
+        (
+            {"codes": torch.zeros(131073, 1, dtype=torch.uint8)},
+            lc.ShapeError,
+            "codes has 131073 elements.*wants 131072",
+        ),
+        ({"absmax": torch.zeros(4097, dtype=torch.uint8)}, lc.ShapeError, "absmax has 4097 elements.*wants 4096"),
+        ({"shape": (256, 512)}, lc.ShapeError, r"codes has 131072 elements; a weight of shape \(256, 512\)"),
         ({"nested_offset": None}, lc.ShapeError, "go together; got only one"),
         ({"nested_absmax": None, "nested_offset": None}, lc.DtypeError, "absmax is torch.uint8; want torch.float32"),
         ({"nested_absmax": torch.zeros(16, dtype=torch.float64)}, lc.DtypeError, "nested_absmax is torch.float64"),

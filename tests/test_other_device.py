@@ -92,7 +92,11 @@ def adapted(model: nn.Module, x: Tensor, config: lc.LoraConfig, folder: Path) ->
         lc.delete_adapter(model, "second")
         lc.load_adapter(model, folder, adapter_name="loaded")
         lc.set_adapter(model, "loaded")
-        assert torch.equal(model(x).cpu(), before.cpu())
+        # a start out of the base's weight is saved as a plain adapter of twice the rank, whose sums round anew
+        exact = (
+            {"rtol": 0, "atol": 0} if config.init_lora_weights in (True, "gaussian") else {"rtol": 1e-4, "atol": 1e-5}
+        )
+        torch.testing.assert_close(model(x).cpu(), before.cpu(), **exact)
         with lc.disable_adapter(model):
             values.append(model(x).cpu())
         values.append(lc.merge_and_unload(model)(x).cpu())

@@ -115,10 +115,9 @@ def verdict(ours_ms: float, rival_ms: float, within: float) -> str:
 
 def enough_to_flush(device: str) -> int:
     """Return how many bytes written push everything else out of the device's caches: on a CPU, twice the last one."""
-    if device == "cpu" and CACHES.is_dir():
-        kib = [int(path.read_text().strip().removesuffix("K")) for path in CACHES.glob("index*/size")]
-        return 2 * 1024 * max(kib, default=FLUSH_BYTES // 2048)
-    return FLUSH_BYTES
+    named = CACHES.glob("index*/size") if device == "cpu" else ()
+    kib = [int(path.read_text().strip().removesuffix("K")) for path in named]
+    return 2 * 1024 * max(kib) if kib else FLUSH_BYTES
 
 
 def interleave(

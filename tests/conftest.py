@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests without the GPU or library they need, and what only its own `-m` asks for: counted, not passed."""
-    unwanted = set() if torch.cuda.is_available() else {"gpu"}
+    unwanted = {"interpreted"} if torch.cuda.is_available() else {"gpu"}
     unwanted |= {name for name in ("codegen", "browser") if name not in config.getoption("-m")}
 
     def lacks(item: pytest.Item) -> bool:

@@ -74,3 +74,12 @@ def linear_operands(
         made.append(values(rows * columns, own, scale, seed + len(made), mixed).view(rows, columns).to(device))
     made[2] = made[2][0]
     return tuple(made)
+
+
+def spread(close: torch.Tensor, stride: int, along: int) -> torch.Tensor:
+    """Return a copy with this stride between rows (along = 0) or columns (1), and the other ones side by side."""
+    strides = (stride, 1) if along == 0 else (1, stride)
+    size = sum((length - 1) * step for length, step in zip(close.shape, strides, strict=True)) + 1
+    # a plain empty tensor would be filled, all of it
+    memory = torch.UntypedStorage(size * close.element_size(), device=close.device)
+    return torch.empty(0, dtype=close.dtype, device=close.device).set_(memory, 0, close.shape, strides).copy_(close)

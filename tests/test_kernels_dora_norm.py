@@ -10,15 +10,12 @@ from tolerance import UNIT_FP32, assert_within_bound
 import lora_core as lc
 from lora_core.kernels.dora_norm import launch_dora_norm, launch_nf4_dora_norm
 from lora_core.ops.dora_norm import dora_norm, nf4_op, op
+from lora_core.ops.packed import Packed
 from lora_core.reference import dora as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 columns = st.sampled_from([1, 7, 8, 40, 67, 136, 300])
 scalings = st.sampled_from([0.5, 2.0, -1.7, 0.0])
-
-
-def packed(q):
-    return q.codes, q.absmax, q.nested_absmax, q.nested_offset, tuple(q.shape), q.block_size, q.nested_block_size
 
 
 def check(norm, weight, lora_a, lora_b, scaling):
@@ -48,7 +45,7 @@ def test_dora_norm_kernel_matches_the_dense_formula(n, k, r, dtypes, scaling, sp
 def test_nf4_dora_norm_kernel_matches_the_dense_formula(n, k, r, dtypes, block, nested, scaling, splits, seed):
     _, weight, _, lora_a, lora_b = linear_operands(1, n, k, r, *dtypes, seed, DEVICE)
     q = lc.quantize_nf4(weight, block, nested)
-    norm = launch_nf4_dora_norm(*packed(q), dtypes[0], lora_a, lora_b, scaling, splits)
+    norm = launch_nf4_dora_norm(*Packed.of(q), dtypes[0], lora_a, lora_b, scaling, splits)
     check(norm, q.dequantize(dtypes[0]), lora_a, lora_b, scaling)
 
 
@@ -68,7 +65,7 @@ def test_dora_norm_kernel_bound_rejects_a_result_1_percent_off(quantised):
     q = lc.quantize_nf4(weight)
     with pytest.raises(AssertionError, match="rounding bound|rms"):
         if quantised:
-            norm = launch_nf4_dora_norm(*packed(q), torch.bfloat16, lora_a, lora_b, 0.505)
+            norm = launch_nf4_dora_norm(*Packed.of(q), torch.bfloat16, lora_a, lora_b, 0.505)
         else:
             norm = launch_dora_norm(weight, lora_a, lora_b, 0.505)
         check(norm, q.dequantize() if quantised else weight, lora_a, lora_b, 0.5)
@@ -113,7 +110,7 @@ def test_dora_norm_runs_float64_on_the_reference():
     check(norm.float(), weight, lora_a, lora_b, 0.5)
     q = lc.quantize_nf4(weight.float())
     dense = q.dequantize(torch.float64)
-    norm = launch_nf4_dora_norm(*packed(q), torch.float64, lora_a, lora_b, 0.5)
+    norm = launch_nf4_dora_norm(*Packed.of(q), torch.float64, lora_a, lora_b, 0.5)
     assert norm.dtype == torch.float64
     check(norm.float(), dense, lora_a, lora_b, 0.5)
 
@@ -123,7 +120,7 @@ def test_dora_norm_ops_pass_opcheck_and_have_no_gradient(quantised):
     weight, lora_a, lora_b = torch.randn(5, 40), torch.randn(2, 40), torch.randn(5, 2)
     q = lc.quantize_nf4(weight)
     if quantised:
-        torch.library.opcheck(nf4_op, (*packed(q)[:4], list(q.shape), 64, 256, torch.float32, lora_a, lora_b, 0.5))
+        torch.library.opcheck(nf4_op, (*Packed.of(q)[:4], list(q.shape), 64, 256, torch.float32, lora_a, lora_b, 0.5))
     else:
         torch.library.opcheck(op, (weight, lora_a, lora_b, 0.5))
     norm = dora_norm(q if quantised else weight, lora_a.requires_grad_(), lora_b.requires_grad_(), 0.5)

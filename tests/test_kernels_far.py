@@ -6,6 +6,7 @@ next to no memory; on a GPU it takes both, a few GiB.
 
 import pytest
 import torch
+from strategies import spread
 from torch import Tensor
 
 import lora_core as lc
@@ -14,6 +15,7 @@ from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_l
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
+from lora_core.ops.packed import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAST = 2**31
@@ -30,15 +32,6 @@ SHAPES = {
 RANKS = [3, 2]
 
 
-def spread(values: Tensor, stride: int, along: int) -> Tensor:
-    """Return a copy with this stride between rows (along = 0) or columns (1), and the other ones side by side."""
-    strides = (stride, 1) if along == 0 else (1, stride)
-    size = sum((length - 1) * step for length, step in zip(values.shape, strides, strict=True)) + 1
-    # a plain empty tensor would be filled, all of it
-    memory = torch.UntypedStorage(size * values.element_size(), device=values.device)
-    return torch.empty(0, dtype=values.dtype, device=values.device).set_(memory, 0, values.shape, strides).copy_(values)
-
-
 def lora(o: dict[str, Tensor]) -> list[Tensor]:
     return [*launch_lora_linear(o["x"], o["weight"], None, o["lora_a"], o["lora_b"], 0.5, 0.3, o["seed"], "fused")]
 
@@ -49,9 +42,8 @@ def lora_backward(o: dict[str, Tensor]) -> list[Tensor]:
     return [grads[i] for i in (0, 3, 4)]
 
 
-def packed(o: dict[str, Tensor]) -> tuple:
-    q = lc.quantize_nf4(o["close weight"], 64, True)
-    return q.codes, q.absmax, q.nested_absmax, q.nested_offset, tuple(q.shape), q.block_size, q.nested_block_size
+def packed(o: dict[str, Tensor]) -> Packed:
+    return Packed.of(lc.quantize_nf4(o["close weight"], 64, True))
 
 
 def nf4(o: dict[str, Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from lora_core.kernels.nf4_matmul import launch_nf4_matmul
 from lora_core.kernels.nf4_quantize import launch_nf4_quantize
 from lora_core.kernels.shrink import _shrink_kernel
 from lora_core.ops.grouped_lora import grouped_lora
+from lora_core.ops.packed import Packed
 from lora_core.reference import nf4 as reference
 
 pytestmark = pytest.mark.gpu
@@ -27,10 +28,6 @@ def layer(m, n=256, k=512, r=16):
         torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (n, k), (r, k), (n, r))
     )
     return x, weight, None, lora_a, lora_b
-
-
-def packed(q):
-    return q.codes, q.absmax, q.nested_absmax, q.nested_offset, tuple(q.shape), q.block_size, q.nested_block_size
 
 
 @pytest.mark.parametrize("name", ["dense fused", "dense library", "nf4 few", "nf4 many", "backward", "grouped"])
@@ -46,7 +43,7 @@ def test_kernels_can_be_captured_in_a_cuda_graph(name):
         if name.startswith("dense"):
             return launch_lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed, name.split()[1])[0]
         if name.startswith("nf4"):
-            return launch_nf4_lora_linear(x, *packed(q), None, lora_a, lora_b, 0.5, 0.3, seed)[0]
+            return launch_nf4_lora_linear(x, *Packed.of(q), None, lora_a, lora_b, 0.5, 0.3, seed)[0]
         if name == "grouped":
             return grouped_lora(x, lora_a, lora_b, [10, 6], adapter, scaling)
         y, hidden = launch_lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed)
@@ -139,7 +136,7 @@ def test_weights_of_more_than_2_to_the_31_elements_quantise_to_the_bit():
 def test_levels_by_shuffles_are_the_bits_of_the_table(dtype, nested):
     """Inline assembly, which the interpreter cannot run, beside the plain way: alone and inside a product."""
     q = lc.quantize_nf4(torch.randn(72, 256, device="cuda"), 64, nested)
-    parts = packed(q)
+    parts = Packed.of(q)
     given = (*parts[:5], dtype, *parts[5:])
     assert torch.equal(launch_nf4_dequantize(*given, True), launch_nf4_dequantize(*given, False))
     x, hidden, lora_b = (torch.randn(*size, device="cuda", dtype=dtype) for size in ((5, 256), (5, 3), (72, 3)))

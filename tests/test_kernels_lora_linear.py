@@ -5,7 +5,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_bounds import check_backward, check_forward
-from strategies import dropouts, dtype_pairs, laid_out, layouts, linear_operands, ranks, seeds, sizes, values, widths
+from strategies import (
+    dropouts,
+    dtype_pairs,
+    laid_out,
+    layouts,
+    linear_operands,
+    ranks,
+    seeds,
+    sizes,
+    spread,
+    values,
+    widths,
+)
 from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.crossover import PATHS
@@ -191,9 +203,7 @@ def test_low_rank_matmul_kernel_takes_strides_whose_steps_pass_two_to_the_31st(o
     """A view of which only the elements read take memory: one column for every 16 MiB."""
     x, weight, bias, lora_a, lora_b = linear_operands(4, 20, 130, 3, torch.float16, torch.float16, 0, DEVICE)
     narrow = {"x": x, "weight": weight}[operand]
-    # a plain empty tensor would be filled, all of it
-    memory = torch.UntypedStorage(2 * 130 * 2**24, device=DEVICE)
-    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(memory, 0, narrow.shape, (1, 2**24)).copy_(narrow)
+    far = spread(narrow, 2**24, 1)
     x, weight = (far, weight) if operand == "x" else (x, far)
     y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None, path="fused")
     check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden, rounded="either")

@@ -26,16 +26,10 @@ tokens = st.sampled_from([1, 3, 16, 17, 63, 64, 65, 100])
 columns = st.sampled_from([1, 7, 8, 40, 64, 67, 136, 200])
 
 
-def packed(q):
-    return Packed(
-        q.codes, q.absmax, q.nested_absmax, q.nested_offset, tuple(q.shape), q.block_size, q.nested_block_size
-    )
-
-
 def quantised(weight, block_size, nested):
     """W in NF4, and as the dense matrix it stands for, in the same dtype."""
     q = lc.quantize_nf4(weight, block_size, nested)
-    return packed(q), q.dequantize(weight.dtype)
+    return Packed.of(q), q.dequantize(weight.dtype)
 
 
 @given(tokens, sizes, columns, ranks, dtype_pairs, block_sizes, st.booleans(), st.booleans(), dropouts, paths, seeds)
@@ -171,7 +165,7 @@ def test_nf4_lora_linear_kernels_take_any_leading_dimensions_and_no_adapter(lead
 def test_nf4_lora_linear_kernels_run_float64_on_the_reference():
     x, weight, bias, lora_a, lora_b = linear_operands(4, 5, 40, 2, torch.float64, torch.float64, 0, DEVICE)
     q = lc.quantize_nf4(weight.float())
-    w, dense = packed(q), q.dequantize(torch.float64)
+    w, dense = Packed.of(q), q.dequantize(torch.float64)
     y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.2, SEED)
     check_forward(y, x, dense, bias, lora_a, lora_b, 0.5, 0.2, SEED, hidden, "either")
     rest = (lora_a, lora_b, hidden, 0.5, 0.2, SEED)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lora_core.cli import main as program
 from lora_core.errors import ConfigError
@@ -166,9 +165,10 @@ def test_puzzles_usual_mistake_is_named(number, old, new, says, tmp_path, capsys
     assert status == WRONG and says in said, said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nobody sees what is loaded and not used")
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("number", "old", "new"), NEEDLESS)
 def test_puzzles_needless_read_beyond_the_end_is_named(number, old, new, tmp_path, capsys):
+    """On a GPU nobody sees what is loaded and not used."""
     puzzle = find_puzzle(number)
     status, said = said_of(puzzle, edited(puzzle, old, new, tmp_path), capsys)
     assert status == WRONG and "right, but your kernel reads beyond the end of an operand" in said, said

@@ -139,13 +139,14 @@ const nf4 = (() => {
     levels(book, found);
     first(values, found);
     const used = found.shares.filter((_, code) => !(book.signed && code === 8 && found.shares[8] === 0));
+    const error = page.percent(found.error, 3), bits = nf4.bits(values.length, block, v.nested).toFixed(3);
     page.say({
-      error: page.percent(found.error, 3),
+      error,
       snr: `${(-20 * Math.log10(found.error)).toFixed(2)} dB`,
-      bits: nf4.bits(values.length, block, v.nested).toFixed(3),
+      bits,
       shares: `${page.percent(Math.min(...used), 1)}, ${page.percent(Math.max(...used), 1)}`,
     });
-    return `Error ${page.percent(found.error, 3)} at ${nf4.bits(values.length, block, v.nested).toFixed(3)} bits a weight.`;
+    return `Error ${error} at ${bits} bits a weight.`;
   }
 
   function levels(book, found) {

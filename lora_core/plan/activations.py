@@ -107,7 +107,7 @@ def _norm(name: str, shape: ModelShape, setup: Setup, width: int = 0, vectors: i
     """Return what norms of so many vectors keep for a token, which together have this width: by default the hidden."""
     width = width or shape.hidden
     if shape.biases:
-        return [Kept(f"{name}: input, mean, deviation", setup.element_bytes * width + 2 * FP32_BYTES)]
+        return [Kept(f"{name}: input, mean, deviation", setup.element_bytes * width + 2 * FP32_BYTES * vectors)]
     kept = [Kept(f"{name}: input in fp32, root mean square", FP32_BYTES * (width + vectors))]
     # the gradient of its weight needs the normalised input
     return kept + ([Kept(f"{name}: normalised", setup.element_bytes * width)] if setup.trains_all else [])

@@ -31,6 +31,7 @@ SAMPLE = {
         "bf16 bf16 64x64x32 rank 16 bias odd",
         "bf16 bf16 64x64x32 rank 16 transposed dropout strided",
     ),
+    "nf4_columns": ("bf16 nested blocks", "fp16 nested words", "fp32 plain elements"),
     "nf4_dequantize": ("bf16 64 nested words", "fp16 64 plain bytes", "fp32 4096 nested words"),
     "nf4_matmul": (
         "bf16 bf16 16 nested words forward",

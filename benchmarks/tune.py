@@ -119,13 +119,20 @@ def low_rank_part(n: int, k: int, device: str) -> Part:
 
 
 def panels(n: int, k: int, device: str) -> Part:
-    """Sizes of the panels in which a packed weight is dequantised for many tokens."""
+    """Sizes of the panels in which a packed weight is dequantised for more tokens, forward and for dL/dx."""
     from lora_core.kernels import nf4_lora_linear as kernel
 
+    sizes = {f"{size} MiB": size * 2**20 for size in (16, 32, 64, 128, 1024)}
     w = _packed(n, k, device)
-    x, hidden, lora_b, truth = _layer(4096, w, device)
-    run = partial(kernel.packed_low_rank_linear, x, w, None, hidden, lora_b, SCALING, "library")
-    yield f"panels M=4096 {n}x{k}", truth, {f"{size} MiB": partial(run, size * 2**20) for size in (16, 32, 64, 128)}
+    for m in (512, 4096):
+        x, hidden, lora_b, truth = _layer(m, w, device)
+        run = partial(kernel.packed_low_rank_linear, x, w, None, hidden, lora_b, SCALING, "library")
+        yield f"panels M={m} {n}x{k}", truth, {name: partial(run, size) for name, size in sizes.items()}
+        d_y, lora_a = _normal(device, m, n), _normal(device, RANK, k)
+        truth = d_y.double() @ w.dense(d_y.dtype).double() + hidden.double() @ lora_a.double()
+        back = partial(kernel.packed_input_gradient, d_y, w, hidden, lora_a, path="library")
+        runs = {name: partial(back, panel_bytes=size) for name, size in sizes.items()}
+        yield f"panels of columns M={m} {n}x{k}", truth, runs
 
 
 PARTS = {part.__name__: part for part in (nf4_dequantize, nf4_matmul, low_rank_part, panels)}

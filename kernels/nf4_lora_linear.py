@@ -1,64 +1,35 @@
 """Triton kernels for lora_core::nf4_lora_linear and its backward: LoRA on a frozen NF4 weight.
 
-Few tokens:    W is decoded inside the product, forward and for dL/dx          nf4_matmul.py
-More tokens:   W is dequantised in panels of rows that a GPU's cache can hold  nf4_dequantize.py
-               and each is multiplied as a dense weight is                     lora_linear.py
+Few tokens:    W is decoded inside the product, forward and for dL/dx              nf4_matmul.py
+More tokens:   W is dequantised in panels that a GPU's cache can hold: of rows,    nf4_dequantize.py
+               and of columns for dL/dx, which sums over the rows.                 nf4_columns.py
+               Each is multiplied as a dense weight is                             low_rank.py
 
-The backward's dL/dx sums over W's rows: panels would be rounded in between, so there W is made whole, and let go.
 The low-rank gradients are lora_linear's. float64 takes the reference.
 
 Reference: lora_core/reference/lora.py, lora_core/reference/nf4.py
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
-from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, low_rank_part, path_of, skinny_product
+from lora_core.kernels.low_rank import (
+    low_rank_gradients,
+    low_rank_linear,
+    low_rank_part,
+    path_of,
+    skinny_product,
+)
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
+from lora_core.kernels.nf4_panels import column_panels, row_panels, size_of_panels
 from lora_core.ops.eager import register
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
-
-# the fewer panels, the fewer products that end with multiprocessors idle
-PANEL_BYTES = 2**26
-
-
-def panels(w: Packed, dtype: torch.dtype, panel_bytes: int = PANEL_BYTES) -> Iterator[tuple[int, int, Packed]]:
-    """Yield (first row, row behind the last, packed rows) of a weight's panels; each begins with a scale of its own.
-
-    Args:
-        w: the weight, codes contiguous.
-        dtype: that it will be dequantised to.
-        panel_bytes: a panel is the most rows that fit in, but at least as many as can be cut off.
-    """
-    n, k = w.shape
-    # a panel must begin with a block, and a second-level block where there are such
-    unit = w.block_size * (w.nested_block_size if w.nested_absmax is not None else 1)
-    step = unit // math.gcd(k, unit)
-    rows = max(panel_bytes // max(k * dtype.itemsize, 1) // step, 1) * step
-    for first in range(0, n, rows):
-        end = min(first + rows, n)
-        start, stop = first * k, end * k
-        block, last = start // w.block_size, -(-stop // w.block_size)
-        nested = w.nested_absmax
-        if nested is not None:
-            nested = nested.reshape(-1)[block // w.nested_block_size : -(-last // w.nested_block_size)]
-        yield (
-            first,
-            end,
-            w._replace(
-                codes=w.codes.view(-1)[start // 2 : (stop + 1) // 2],
-                absmax=w.absmax.reshape(-1)[block:last],
-                nested_absmax=nested,
-                shape=(end - first, k),
-            ),
-        )
 
 
 def launch_nf4_lora_linear(
@@ -77,13 +48,13 @@ def launch_nf4_lora_linear(
     dropout: float,
     seed: Tensor | None,
     path: str | None = None,
-    panel_bytes: int = PANEL_BYTES,
+    panel_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward; operands as checked by the op. Copies x only where its leading dimensions cannot be flattened.
 
     Args:
         path: "fused" or "library"; by default what was measured to be faster for a dense W.
-        panel_bytes: size of a dequantised panel.
+        panel_bytes: size of a dequantised panel at most; by default as size_of_panels says.
     Returns:
         y [..., N] and S [M, R].
     """
@@ -106,7 +77,7 @@ def packed_low_rank_linear(
     lora_b: Tensor,
     scaling: float,
     path: str | None = None,
-    panel_bytes: int = PANEL_BYTES,
+    panel_bytes: int | None = None,
 ) -> Tensor:
     """Return x W^T + scaling S B^T + b for a packed W [N, K], codes contiguous; x [M, K], S [M, R], B [N, R].
 
@@ -121,7 +92,7 @@ def packed_low_rank_linear(
     path = path or path_of(x, w.shape, lora_b.shape[1])
     begun = path == "library" and (bias is not None or lora_b.shape[1] > 0)
     y = low_rank_part(x, w.shape[0], bias, hidden, lora_b, scaling) if begun else x.new_empty(len(x), w.shape[0])
-    for first, end, panel in panels(w, x.dtype, panel_bytes):
+    for first, end, panel in row_panels(w, x.dtype, panel_bytes or size_of_panels(x)):
         dense, columns = panel.dense(x.dtype), y[:, first:end]
         if path == "library":
             torch.addmm(columns, x, dense.T, beta=int(begun), out=columns)
@@ -150,14 +121,15 @@ def launch_nf4_lora_linear_backward(
     seed: Tensor | None,
     needs: Sequence[bool],
     path: str | None = None,
+    panel_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the backward; operands and results as the op has them, empty where needs says that none is wanted.
 
     Args:
-        path: "fused" or "library"; by default what was measured to be faster for a dense W.
+        path, panel_bytes: as in launch_nf4_lora_linear.
     """
     columns, rows = shape
-    w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     grad, flat = d_y.reshape(-1, columns), None if x is None else x.reshape(-1, rows)
     need_x, *need_others = needs
     adapter = (lora_a, lora_b, hidden, scaling, dropout, seed)
@@ -171,7 +143,7 @@ def launch_nf4_lora_linear_backward(
     d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs, path)
     d_x = None
     if need_x and d_s is not None:
-        d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path)
+        d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path, panel_bytes=panel_bytes)
         d_x = d_x.view(*d_y.shape[:-1], rows)
     d_x, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in (d_x, d_bias, d_lora_a, d_lora_b))
     return d_x, d_bias, d_lora_a, d_lora_b
@@ -186,23 +158,42 @@ def packed_input_gradient(
     seed: Tensor | None = None,
     path: str | None = None,
     total: Tensor | None = None,
+    panel_bytes: int | None = None,
 ) -> Tensor:
     """Return G W + keep (dS A) / (1 - p): G [M, N], W [N, K] packed, dS [M, R], A [R, K].
 
     Args:
         d_y: G, dtype float32, float16 or bfloat16.
-        w: W.
+        w: W, codes contiguous.
         d_s: dS, dtype of lora_a.
         lora_a, dropout, seed: as the forward had them.
         path, total: as in low_rank_linear.
+        panel_bytes: as in launch_nf4_lora_linear.
     """
     up = (d_s, lora_a.T, 1 / (1 - dropout), dropout, seed)
-    few = len(d_y) <= MOST_TOKENS
-    log_launch("nf4 dx", "decoded in the product" if few else "W made whole", w.codes, w.absmax, w.nested_absmax)
+    n, k = w.shape
+    panel_bytes = panel_bytes or size_of_panels(d_y)
+    few, whole = len(d_y) <= MOST_TOKENS, n * k * d_y.itemsize <= panel_bytes
+    way = "decoded in the product" if few else "W made whole" if whole else "in panels of columns"
+    log_launch("nf4 dx", way, w.codes, w.absmax, w.nested_absmax)
     if few:
         d_x = launch_nf4_matmul(d_y, *w, None, *up, transposed=True)
         return d_x if total is None else total.add_(d_x)
-    return low_rank_linear(d_y, w.dense(d_y.dtype).T, None, *up, path, total)
+    if whole:
+        return low_rank_linear(d_y, w.dense(d_y.dtype).T, None, *up, path, total)
+    path = path or path_of(d_y, (k, n), len(lora_a))
+    # a panel's own mask would begin with its first column: with one, the low-rank part is made for all of them
+    begun = path == "library" or dropout > 0 or total is not None
+    d_x = low_rank_part(d_y, k, None, *up, total) if begun else d_y.new_empty(len(d_y), k)
+    rank = 0 if begun else len(lora_a)
+    for first, end, dense in column_panels(w, d_y.dtype, panel_bytes):
+        columns = d_x[:, first:end]
+        if path == "library":
+            torch.addmm(columns, d_y, dense, out=columns)
+        else:
+            low = (d_s[:, :rank], lora_a[:rank, first:end].T)
+            launch_low_rank_matmul(d_y, dense.T, None, *low, up[2], out=columns, accumulate=begun)
+    return d_x
 
 
 register(op, "cuda", launch_nf4_lora_linear)

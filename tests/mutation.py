@@ -39,8 +39,9 @@ class Mutation:
 
 TILE, DEQUANTIZE, QUANTIZE = "kernels/tile.py", "kernels/nf4_dequantize.py", "kernels/nf4_quantize.py"
 SHRINK, PRODUCT, ROWS, SUM = (f"kernels/{name}.py" for name in ("shrink", "low_rank_matmul", "row_sum", "split_sum"))
-LINEAR, PANELS, NF4, DECODE = (
-    f"kernels/{name}.py" for name in ("lora_linear", "nf4_lora_linear", "nf4_matmul", "nf4_tile")
+LINEAR, PACKED, PANELS, COLUMNS, NF4, DECODE = (
+    f"kernels/{name}.py"
+    for name in ("lora_linear", "nf4_lora_linear", "nf4_panels", "nf4_columns", "nf4_matmul", "nf4_tile")
 )
 LOW_RANK, LEVELS, EAGER = "kernels/low_rank.py", "kernels/nf4_levels.py", "lora_core/ops/eager.py"
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
@@ -69,7 +70,10 @@ GROUPED_STRIDES = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_take_
 IN_NF4 = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_match_the_formula"
 IN_NF4_BACKWARD = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_match"
 IN_NF4_SPLIT = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_splits"
-IN_PANELS = "test_kernels_nf4_lora_linear.py::test_panels_put_together"
+IN_PANELS = "test_kernels_nf4_lora_linear.py::test_panels_of_rows_put_together"
+IN_COLUMNS = "test_kernels_nf4_lora_linear.py::test_panels_of_columns_put_together"
+IN_NF4_COLUMNS = "test_kernels_nf4_lora_linear.py::test_nf4_backward_kernels_in_panels_of_columns_match"
+IN_NF4_ADDED = "test_kernels_nf4_lora_linear.py::test_nf4_input_gradient_is_added"
 IN_DORA = "test_kernels_dora_norm.py::test_dora_norm_kernel_matches"
 IN_NF4_DORA = "test_kernels_dora_norm.py::test_nf4_dora_norm_kernel_matches"
 IN_GROUPED = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_match"
@@ -144,7 +148,7 @@ MUTATIONS = (
     Mutation(DECODE, "byte >> 4, byte & 15", "byte & 15, byte >> 4", IN_NF4),
     Mutation(DECODE, "* PER_SCALE >> block_shift", "* 4 >> block_shift", IN_NF4_BACKWARD),
     Mutation(PANELS, "absmax=w.absmax.reshape(-1)[block:last]", "absmax=w.absmax[: last - block]", IN_PANELS),
-    Mutation(PANELS, "up = (d_s, lora_a.T, 1 / (1 - dropout)", "up = (d_s, lora_a.T, 1 + dropout", IN_NF4_BACKWARD),
+    Mutation(PACKED, "up = (d_s, lora_a.T, 1 / (1 - dropout)", "up = (d_s, lora_a.T, 1 + dropout", IN_NF4_BACKWARD),
     Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),
     Mutation(DORA, "tl.program_id(1) == 0, squares", "tl.program_id(1) >= 0, squares", IN_DORA),
     Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),
@@ -172,7 +176,7 @@ MUTATIONS = (
         "test_kernels_lora_linear.py::test_lora_linear_backward_kernels_make_just",
     ),
     Mutation(
-        PANELS,
+        PACKED,
         "    if need_x and d_s is not None:",
         "    if d_s is not None:",
         "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_make_just",
@@ -207,7 +211,12 @@ MUTATIONS = (
     Mutation(
         LOW_RANK, "total.addmm_(hidden, lora_b.T, alpha", "total.addmm_(hidden, lora_b.T, beta=0, alpha", IN_TOTAL
     ),
-    Mutation(PANELS, "beta=int(begun)", "beta=0", IN_NF4),
+    Mutation(PACKED, "beta=int(begun)", "beta=0", IN_NF4),
+    Mutation(PACKED, "dropout > 0 or total is not None", "total is not None", IN_NF4_COLUMNS),
+    Mutation(PACKED, "lora_a[:rank, first:end].T", "lora_a[:rank, : end - first].T", IN_NF4_COLUMNS),
+    Mutation(PACKED, 'path == "library" or dropout > 0 or total is not None', "dropout > 0", IN_NF4_ADDED),
+    Mutation(COLUMNS, "first_tile * BLOCK_K + begin", "begin", IN_COLUMNS),
+    Mutation(COLUMNS, "n[:, None] * width + k", "n[:, None] * K + k", IN_COLUMNS),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
     Mutation(SIBLINGS, "self._held[0]() is not x", "self._held[0]() is None", IN_SIBLINGS),
     Mutation(SIBLINGS, "self._held[1] != _version(x)", "self._held[1] > _version(x)", IN_SIBLINGS),

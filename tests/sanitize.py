@@ -83,10 +83,11 @@ def dense_layers(x, weight, bias, adapter, d_y, path) -> None:
 
 
 def packed_layers(x, w, bias, adapter, d_y, path) -> None:
-    y, hidden = nf4_lora_linear.launch_nf4_lora_linear(x, *w, bias, *adapter, path)
+    # panels as small as they can be
+    y, hidden = nf4_lora_linear.launch_nf4_lora_linear(x, *w, bias, *adapter, path, panel_bytes=1)
     lora_a, lora_b, *rest = adapter
     needs = (True,) * 4
-    nf4_lora_linear.launch_nf4_lora_linear_backward(d_y, None, x, *w, lora_a, lora_b, hidden, *rest, needs, path)
+    nf4_lora_linear.launch_nf4_lora_linear_backward(d_y, None, x, *w, lora_a, lora_b, hidden, *rest, needs, path, 1)
 
 
 def several_layers(x, weight, w, bias, adapter, path) -> None:

@@ -19,18 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # kernels bound by memory: instructions for one element on sm_90 at most, where n is a multiple of 32
 LEANEST = {"nf4_dequantize": 6.5}
-# streaming kernels, 16 bytes an access: nf4_dequantize makes 64 elements a thread in bfloat16 from 32 bytes of codes,
-# nf4_quantize 32 elements' codes, absmax_dequantize 16 scales (and looks levels up one by one);
+# streaming kernels, 16 bytes an access: nf4_dequantize and nf4_columns make 64 elements a thread in bfloat16 from 32
+# bytes of codes, nf4_quantize 32 elements' codes, absmax_dequantize 16 scales (and looks levels up one by one);
 # absmax_quantize has 4 scales a thread, whose codes are 4 bytes
 WIDE = {
     "nf4_dequantize": {"LDG.128": 2, "STG.128": 8},
+    "nf4_columns": {"LDG.128": 2, "STG.128": 8},
     "nf4_quantize": {"LDG.128": 4, "STG.128": 1},
     "absmax_dequantize": {"LDG.128": 1, "STG.128": 4},
     "absmax_quantize": {"LDG.128": 5, "STG.128": 1},
     "split_sum": {"LDG.128": 17, "STG.128": 1},
 }
 # results that must not depend on what the compiler fuses
-UNFUSED = ("nf4_dequantize", "absmax_dequantize", "nf4_matmul")
+UNFUSED = ("nf4_dequantize", "nf4_columns", "absmax_dequantize", "nf4_matmul")
 # what other versions may keep in memory: Triton 3.6.0 keeps 2 registers of some configurations, 4 of four
 OTHER_COMPILERS_STACK = 16
 # kernels that also have configurations for operands whose elements are loaded one by one

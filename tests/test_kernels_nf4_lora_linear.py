@@ -4,17 +4,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_bounds import check_backward, check_forward
+from lora_bounds import check_backward, check_forward, wide
 from strategies import block_sizes, dropouts, dtype_pairs, linear_operands, ranks, seeds, sizes, values
+from tolerance import UNIT_FP32, assert_within_bound
 
 import lora_core as lc
 from lora_core.kernels.crossover import PATHS
 from lora_core.kernels.nf4_lora_linear import (
     launch_nf4_lora_linear,
     launch_nf4_lora_linear_backward,
-    panels,
+    packed_input_gradient,
 )
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
+from lora_core.kernels.nf4_panels import column_panels, row_panels
 from lora_core.ops.packed import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +26,8 @@ paths = st.sampled_from(PATHS)
 tokens = st.sampled_from([1, 3, 16, 17, 63, 64, 65, 100])
 # multiples of 8 are read by the word, the others element by element; a block may straddle rows
 columns = st.sampled_from([1, 7, 8, 40, 64, 67, 136, 200])
+# about as many as a panel of columns has at least; the same
+many_columns = st.sampled_from([64, 512, 515, 520])
 
 
 def quantised(weight, block_size, nested):
@@ -67,22 +71,71 @@ def test_nf4_matmul_kernel_splits_its_sum_without_a_trace(m, n, k, splits, trans
     hidden = torch.eye(m, 3, device=DEVICE).bfloat16()
     y = launch_nf4_matmul(x, *w, None, hidden, lora_b, 0.5, transposed=transposed, splits=splits)
     # the same formula: x and S side by side, S given as x's first columns times one
-    wide = torch.cat([x, hidden], 1), torch.cat([dense, 0.5 * lora_b], 1)
-    nothing = lora_b[:0].new_zeros(0, wide[0].shape[1]), lora_b.new_zeros(len(dense), 0)
-    check_forward(y, *wide, None, *nothing, 0.0, rounded="either")
+    both = torch.cat([x, hidden], 1), torch.cat([dense, 0.5 * lora_b], 1)
+    nothing = lora_b[:0].new_zeros(0, both[0].shape[1]), lora_b.new_zeros(len(dense), 0)
+    check_forward(y, *both, None, *nothing, 0.0, rounded="either")
 
 
 @given(st.integers(1, 300), columns, block_sizes, st.booleans(), st.integers(1, 20_000))
-def test_panels_put_together_are_the_weight(n, k, block, nested, panel_bytes):
+def test_panels_of_rows_put_together_are_the_weight(n, k, block, nested, panel_bytes):
     """Every row once, in order, to the bit, no panel larger than it need be."""
     w, dense = quantised(torch.randn(n, k, device=DEVICE), block, nested)
     # scales of any shape
     w = w._replace(absmax=w.absmax[None], nested_absmax=w.nested_absmax[None] if nested else None)
-    found = list(panels(w, torch.float32, panel_bytes))
+    found = list(row_panels(w, torch.float32, panel_bytes))
     assert [first for first, *_ in found] == [0, *(end for _, end, _ in found[:-1])] and found[-1][1] == n
     assert torch.equal(torch.cat([part.dense(torch.float32) for *_, part in found]), dense)
     unit = block * (256 if nested else 1)
     assert all(4 * k * (end - first) <= max(panel_bytes, 4 * k * unit) for first, end, _ in found)
+
+
+@given(
+    st.integers(1, 40),
+    many_columns,
+    block_sizes,
+    st.booleans(),
+    st.integers(1, 100_000),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_panels_of_columns_put_together_are_the_weight(n, k, block, nested, panel_bytes, dtype):
+    """Every column once, in order, to the bit, no panel larger than it need be."""
+    w, dense = quantised(torch.randn(n, k, device=DEVICE).to(dtype), block, nested)
+    found = list(column_panels(w, dtype, panel_bytes))
+    assert [first for first, *_ in found] == [0, *(end for _, end, _ in found[:-1])] and found[-1][1] == k
+    assert torch.equal(torch.cat([part for *_, part in found], 1), dense)
+    assert all(part.nbytes <= max(panel_bytes, n * 512 * dtype.itemsize) for *_, part in found)
+
+
+@given(st.sampled_from([1, 7]), many_columns, ranks, dtype_pairs, st.booleans(), dropouts, paths, seeds)
+def test_nf4_backward_kernels_in_panels_of_columns_match_the_formula(n, k, r, dtypes, nested, dropout, path, seed):
+    m = MOST_TOKENS + 1
+    x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
+    w, dense = quantised(weight, 64, nested)
+    d_y = values(m * n, dtypes[0], 1.0, seed + 1).view(m, n).to(DEVICE)
+    hidden = values(m * r, dtypes[1], 1.0, seed + 2).view(m, r).to(DEVICE)
+    rest = (lora_a, lora_b, hidden, -0.7, dropout, SEED)
+    # panels as small as they can be
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest, (True,) * 4, path, panel_bytes=1)
+    check_backward((d_x, None, *others), d_y, None, x, dense, *rest)
+
+
+@given(st.sampled_from([1, 7]), many_columns, paths, st.sampled_from([1, 2**20]), seeds)
+def test_nf4_input_gradient_is_added_to_what_is_there(n, k, path, panel_bytes, seed):
+    m, r = MOST_TOKENS + 1, 3
+    x, weight, _, lora_a, _ = linear_operands(m, n, k, r, torch.bfloat16, torch.bfloat16, seed, DEVICE)
+    w, dense = quantised(weight, 64, True)
+    d_y = values(m * n, torch.bfloat16, 1.0, seed + 1).view(m, n).to(DEVICE)
+    d_s = values(m * r, torch.bfloat16, 1.0, seed + 2).view(m, r).to(DEVICE)
+    total = x.clone()
+    assert packed_input_gradient(d_y, w, d_s, lora_a, path=path, total=total, panel_bytes=panel_bytes) is total
+    g, w64, s64, a64, start = wide(d_y, dense, d_s, lora_a, x)
+    begun = start + s64 @ a64
+    exact = begun + g @ w64
+    magnitude = start.abs() + s64.abs() @ a64.abs() + g.abs() @ w64.abs()
+    # what was there with the low-rank part may be rounded before the product is added
+    u = torch.finfo(torch.bfloat16).eps / 2
+    bound = u * (begun.abs() + exact.abs()) + 2 * UNIT_FP32 * (n + r + 1) ** 0.5 * magnitude
+    assert_within_bound(total.cpu(), exact, bound)
 
 
 @given(st.lists(st.booleans(), min_size=4, max_size=4), st.sampled_from([5, 70]), dropouts)

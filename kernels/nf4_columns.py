@@ -1,0 +1,152 @@
+"""Triton kernel for neighbouring columns of an NF4 weight: codes and scales to W[:, first : first + width], dense.
+
+A panel of the backward's dL/dx = dL/dy W, which sums over the rows of W: its columns can be made a panel at a time and
+each is finished, while panels of rows would have to be added up. The columns of a row are a stretch of the codes, so
+they are decoded by the tile (nf4_tile.py). Every operation rounds once: the bits are the reference's.
+
+Reference: lora_core/reference/nf4.py
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.nf4_levels import SHUFFLED
+from lora_core.kernels.nf4_tile import arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.tile import round_to
+from lora_core.kernels.variant import TYPES, Variant
+from lora_core.ops.packed import Packed
+from lora_core.quant.double import NESTED_BLOCK_SIZE
+
+# rows and columns of a program of one warp; fewer columns where single elements take registers
+TILE, SMALL_TILE = (4, 512), (4, 128)
+WARPS = 1
+PER_SCALE = per_scale(SMALL_TILE[1])
+
+
+# the panel's first tile changes from launch to launch, the block size from weight to weight
+@triton.jit(do_not_specialize=["first_tile", "block_shift"])
+def _nf4_columns_kernel(
+    codes_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    levels_ptr,
+    levels8_ptr,
+    w_ptr,
+    N,
+    K,
+    first_tile,
+    width,
+    block_shift,
+    NESTED_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+    SHUFFLED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    across = tl.cdiv(width, BLOCK_K)
+    tile = tl.program_id(0)
+    n = (tile // across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tile % across * BLOCK_K
+    w = nf4_tile(
+        codes_ptr,
+        absmax_ptr,
+        nested_absmax_ptr,
+        nested_offset_ptr,
+        levels_ptr,
+        levels8_ptr,
+        n,
+        first_tile * BLOCK_K + begin,
+        N,
+        K,
+        block_shift,
+        NESTED_BLOCK,
+        NESTED,
+        PER_SCALE,
+        SHUFFLED,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    k = begin + tl.arange(0, BLOCK_K)
+    ok = (n < N)[:, None] & (k < width)[None, :]
+    tl.store(w_ptr + n[:, None] * width + k[None, :], round_to(w, w_ptr.dtype.element_ty), mask=ok)
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
+    for dtype, scales, kind in itertools.product(
+        (torch.float32, torch.float16, torch.bfloat16), ("plain", "nested"), PER_SCALE
+    ):
+        nested, words = scales == "nested", kind != "elements"
+        block_n, block_k = _tile(kind)
+        yield Variant(
+            name=f"{TYPES[dtype]} {scales} {kind}",
+            kernel=_nf4_columns_kernel,
+            signature={
+                "codes_ptr": "*i32" if words else "*u8",
+                "absmax_ptr": "*u8" if nested else "*fp32",
+                **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
+                "w_ptr": f"*{TYPES[dtype]}",
+                **dict.fromkeys(("N", "K", "first_tile", "width", "block_shift"), "i32"),
+            },
+            constants={
+                "NESTED_BLOCK": NESTED_BLOCK_SIZE,
+                "NESTED": nested,
+                "PER_SCALE": PER_SCALE[kind],
+                "SHUFFLED": words,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+            },
+            aligned=("N", "K", "width") if words else (),
+            options={"num_warps": WARPS, "enable_fp_fusion": False},
+            weights=block_n * block_k,
+        )
+
+
+def _tile(kind: str) -> tuple[int, int]:
+    return SMALL_TILE if kind == "elements" else TILE
+
+
+def launch_nf4_columns(w: Packed, first: int, width: int, dtype: torch.dtype, shuffled: bool = SHUFFLED) -> Tensor:
+    """Return W[:, first : first + width] of W [N, K]: shape [N, width].
+
+    Args:
+        w: the weight, codes contiguous.
+        first: a multiple of TILE[1].
+        width: of columns; a multiple of TILE[1] unless they are the last.
+        dtype: float32, float16 or bfloat16.
+        shuffled: as in launch_nf4_dequantize.
+    """
+    n, k = w.shape
+    dense = w.codes.new_empty(n, width, dtype=dtype)
+    if dense.numel() == 0:
+        return dense
+    kind = reading(w, SMALL_TILE[1])
+    block_n, block_k = _tile(kind)
+    log_launch("nf4_columns", kind, w.absmax, w.nested_absmax)
+    with torch.cuda.device_of(w.codes):
+        _nf4_columns_kernel[(triton.cdiv(n, block_n) * triton.cdiv(width, block_k),)](
+            *arguments(w),
+            dense,
+            n,
+            k,
+            first // block_k,
+            width,
+            w.block_size.bit_length() - 1,
+            NESTED_BLOCK=w.nested_block_size,
+            NESTED=w.nested_absmax is not None,
+            PER_SCALE=PER_SCALE[kind],
+            SHUFFLED=shuffled and kind != "elements",
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    return dense

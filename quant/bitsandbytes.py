@@ -187,7 +187,7 @@ def _about(mine: dict[str, Tensor], prefix: str) -> dict[str, Any]:
             f"start so are: {got}"
         )
     try:
-        about = json.loads(bytes(mine[keys[0]].cpu().to(torch.uint8).tolist()))
+        about = json.loads(bytes(_tensor(mine, keys[0], prefix).cpu().to(torch.uint8).tolist()))
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{prefix}.{keys[0]} is no JSON text: {error}; the file is damaged") from None
     wanted = {"quant_type", "blocksize", "dtype", "shape"}
@@ -214,6 +214,8 @@ def _short(value: Any) -> str:
 def _tensor(mine: dict[str, Tensor], key: str, prefix: str) -> Tensor:
     if not isinstance(mine.get(key), Tensor):
         raise CheckpointError(f"{_full(prefix, key)} is missing beside {prefix}, or no tensor")
+    if mine[key].layout != torch.strided:
+        raise CheckpointError(f"{_full(prefix, key)} is of layout {mine[key].layout}; want a dense tensor")
     return mine[key].detach()
 
 

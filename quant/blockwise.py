@@ -78,7 +78,7 @@ def check_finite(x: Tensor, what: str) -> None:
     """Raise NonFiniteError if x holds NaN or infinity, naming the first place; waits for a GPU."""
     if x.layout != torch.strided:
         raise DtypeError(f"cannot quantise a tensor of layout {x.layout}: want a dense one, e.g. weight.to_dense()")
-    if x.is_meta or isinstance(x, FakeTensor) or not x.numel():
+    if not has_values(x):
         return
     # both pass on NaN
     low, high = x.aminmax()
@@ -90,6 +90,11 @@ def check_finite(x: Tensor, what: str) -> None:
             f"{what} holds {x[index].item()} at index {index}, and {len(where)} non-finite values in "
             "all: one would spoil its whole block; repair it or leave it out"
         )
+
+
+def has_values(x: Tensor) -> bool:
+    """Say whether there are values to look at: some, neither on the meta device nor faked."""
+    return not (x.is_meta or isinstance(x, FakeTensor)) and x.numel() > 0
 
 
 def check_block_size(block_size: object) -> int:

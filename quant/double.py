@@ -36,6 +36,20 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLO
     return quantize_blocks(absmax - offset, codebook("dynamic"), block_size)
 
 
+def lower_overflowing(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the codes of scales, one lower where a scale would come back as infinity.
+
+    The nearest code can stand for more than the scale it was chosen for, and the largest scale may be the largest
+    number that float32, or the weight's dtype, has. The code below stands for no more than that scale.
+
+    Args:
+        codes: uint8 [b]; absmax2, offset: as quantize_absmax has them.
+        dtype: of the weight.
+    """
+    over = dequantize_absmax(codes, absmax2, offset).to(dtype).isinf()
+    return codes - over.to(codes.dtype)
+
+
 def dequantize_absmax(
     codes: Tensor, absmax2: Tensor, offset: Tensor, block_size: int = NESTED_BLOCK_SIZE, levels: Tensor | None = None
 ) -> Tensor:
@@ -51,6 +65,7 @@ def dequantize_absmax(
         float32 [b].
     """
     table = (codebook("dynamic").levels if levels is None else levels).to(codes.device)
-    scale = absmax2.repeat_interleave(block_size)[: codes.numel()]
+    # a block is no larger than what there is, whatever a file says
+    scale = absmax2.repeat_interleave(min(block_size, max(codes.numel(), 1)))[: codes.numel()]
     product = table[codes.int()] * scale
     return product + offset

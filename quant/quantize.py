@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import DtypeError
-from lora_core.quant.blockwise import check_block_size, check_input, quantize_blocks
+from lora_core.quant.blockwise import check_block_size, check_input, has_values, quantize_blocks
 from lora_core.quant.codebook import codebook
-from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset
+from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset, lower_overflowing
 from lora_core.quant.packing import pack
 from lora_core.quant.parts import check_four_bit
 from lora_core.quant.weight import QuantizedWeight
@@ -43,7 +43,10 @@ def quantize(
     absmax2 = offset = None
     if double_quant:
         offset = absmax_offset(absmax)
+        near_overflow = has_values(absmax) and bool(absmax.max() > torch.finfo(weight.dtype).max / 2)
         absmax, absmax2 = torch.ops.lora_core.absmax_quantize(absmax, offset, NESTED_BLOCK_SIZE)
+        if near_overflow:
+            absmax = lower_overflowing(absmax, absmax2, offset, weight.dtype)
     return QuantizedWeight(
         packed,
         absmax,

@@ -221,16 +221,25 @@ class QuantizedWeight(nn.Module):
             )
             return
         assign = local_metadata.get("assign_to_params_buffers", False)
-        device = self.device
         for key in ("codes", "absmax", "nested_absmax", "nested_offset"):
-            value = read.pop(key)
-            if value is not None and not (assign or device.type == "meta"):
-                value = value.to(device, copy=True)
-            setattr(self, key, value)
+            self._load_part(key, read.pop(key), assign)
         for key, value in read.items():
             setattr(self, key, value)
-        expected = bitsandbytes.keys(self.quant_type, self.double_quant)
+        # a state with scales that are quantised by another map is read, and holds them in float32 from then on
+        expected = bitsandbytes.keys(self.quant_type, "nested_absmax" in mine)
         unexpected_keys.extend(prefix + k for k in mine if k != "packed" and k not in expected and strict)
+
+    def _load_part(self, key: str, value: Tensor | None, assign: bool) -> None:
+        """Take a part that was read: into the memory held already where it fits, as others may share it."""
+        held = getattr(self, key)
+        if value is None or assign:
+            setattr(self, key, value)
+        elif held is not None and not held.is_meta and (held.shape, held.dtype) == (value.shape, value.dtype):
+            with torch.no_grad():
+                held.copy_(value)
+        else:
+            device = value.device if self.device.type == "meta" else self.device
+            setattr(self, key, value.to(device, copy=True))
 
     def extra_repr(self) -> str:
         return (

@@ -11,6 +11,7 @@ import lora_core as lc
 from lora_core.cpu import compiled
 from lora_core.cpu import few_rows as few
 from lora_core.cpu.nf4_lora_linear import nf4_lora_linear
+from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
 
 pytest.importorskip("numba")
@@ -82,6 +83,22 @@ def test_few_rows_are_not_of_a_small_weight_though_all_is_loaded(monkeypatch):
     x = torch.randn(2, 64)
     assert few.few_rows(x, Packed.of(lc.quantize_nf4(torch.randn(8, 64)))) is None
     assert few.few_rows(x, Packed.of(lc.quantize_nf4(torch.randn(9, 64)))) is not None
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_rows_of_a_lazily_negated_x_are_multiplied(rows):
+    q, x = lc.quantize_nf4(torch.randn(40, 96)), torch.randn(rows, 96)
+    y = lc.nf4_lora_linear(torch._neg_view(x), q, None, None, None, 1.0)
+    assert torch.equal(y, lc.nf4_lora_linear(-x, q, None, None, None, 1.0))
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_parts_too_small_for_their_shape_are_refused(rows):
+    """Whether few rows or many: the loops would read what lies behind them."""
+    w = Packed.of(lc.quantize_nf4(torch.randn(40, 96), double_quant=False))
+    for short in ({"codes": w.codes[:10]}, {"absmax": w.absmax[:2]}):
+        with pytest.raises(lc.ShapeError, match=f"{next(iter(short))} has"):
+            packed_lora_linear(torch.randn(rows, 96), w._replace(**short), None, None, None, 1.0)
 
 
 def test_few_rows_give_gradients():

@@ -42,19 +42,19 @@ layouts = st.sampled_from(["rows", "columns", "gaps"])
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("with_bias", [False, True])
-@given(m=sizes, n=sizes, k=sizes, of_a=layouts, of_b=layouts, seed=seeds)
-def test_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, with_bias, library, seed):
+@given(m=sizes, n=sizes, k=sizes, of_a=layouts, of_b=layouts, of_bias=st.sampled_from(["rows", "gaps"]), seed=seeds)
+def test_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, of_bias, with_bias, library, seed):
     a, b = matrix(m, k, seed, of_a), matrix(n, k, seed + 1, of_b)
-    bias = values(n, torch.float32, 1.0, seed + 2) if with_bias else torch.zeros(n)
+    bias = matrix(1, n, seed + 2, of_bias)[0] if with_bias else torch.zeros(n)
     with Using(library):
         y = products.product(a, b, bias if with_bias else None)
     assert y.dtype == torch.float32
     assert_within_rounding(y, lambda a, b, bias: a @ b.T + bias, a, b, bias, depth=k + 1)
 
 
-@given(sizes, sizes, sizes, layouts, libraries, seeds)
-def test_add_product_is_the_formula_by_either_library(m, n, k, layout, library, seed):
-    a, b, y = matrix(m, k, seed, "rows"), matrix(n, k, seed + 1, layout), matrix(m, n, seed + 2, "rows")
+@given(sizes, sizes, sizes, layouts, layouts, libraries, seeds)
+def test_add_product_is_the_formula_by_either_library(m, n, k, of_b, of_y, library, seed):
+    a, b, y = matrix(m, k, seed, "rows"), matrix(n, k, seed + 1, of_b), matrix(m, n, seed + 2, of_y)
     before = y.clone()
     with Using(library):
         total = products.add_product(y, a, b)

@@ -101,6 +101,15 @@ def test_dora_norm_of_a_cancelled_weight_is_zero_not_nan():
         check(norm, weight, lora_a, lora_b, 0.5)
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_dora_norm_under_autocast_is_that_outside(quantised):
+    weight, lora_a, lora_b = (torch.randn(*s, device=DEVICE) for s in ((30, 128), (4, 128), (30, 4)))
+    w = lc.quantize_nf4(weight) if quantised else weight
+    with torch.autocast(DEVICE, torch.bfloat16):
+        norm = dora_norm(w, lora_a, lora_b, 0.5)
+    assert torch.equal(norm, dora_norm(w, lora_a, lora_b, 0.5))
+
+
 def test_dora_norm_runs_float64_on_the_reference():
     weight, lora_a, lora_b = (
         t.double().to(DEVICE) for t in (torch.randn(5, 40), torch.randn(2, 40), torch.randn(5, 2))
@@ -136,6 +145,11 @@ def test_dora_norm_refuses_what_does_not_fit():
         dora_norm(weight, lora_a.bfloat16(), lora_b.bfloat16(), 0.5)
     with pytest.raises(lc.DeviceError, match="lora_b on meta"):
         dora_norm(weight, lora_a, lora_b.to("meta"), 0.5)
+    with pytest.raises(lc.DtypeError, match="lora_a is a NoneType"):
+        dora_norm(weight, None, lora_b, 0.5)
+    for scaling in ("2", float("nan")):
+        with pytest.raises(lc.ConfigError, match="scaling is .* want a finite number"):
+            dora_norm(weight, lora_a, lora_b, scaling)
     from lora_core.quant import quantize
 
     with pytest.raises(lc.ConfigError, match="quant_type is 'fp4'"):

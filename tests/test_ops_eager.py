@@ -34,15 +34,15 @@ def operands():
     return weight, *(t.requires_grad_() for t in (x, lora_a, lora_b))
 
 
-def run(which, weight, x, lora_a, lora_b):
+def run(which, weight, x, lora_a, lora_b, change=lambda y: y):
     seed = torch.tensor([3])
     if which == "linear":
-        return lc.lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed)
+        return change(lc.lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed))
     q = lc.quantize_nf4(weight)
     if which == "nf4":
-        return lc.nf4_lora_linear(x, q, None, lora_a, lora_b, 0.5, 0.3, seed)
+        return change(lc.nf4_lora_linear(x, q, None, lora_a, lora_b, 0.5, 0.3, seed))
     layers = [Layer(w, None, lora_a, lora_b, 0.5, 0.3, seed) for w in (weight, Packed.of(q))]
-    return torch.cat(lora_linears(x, layers), 1)
+    return torch.cat([change(y) for y in lora_linears(x, layers)], 1)
 
 
 @pytest.mark.parametrize("which", OPS)
@@ -52,6 +52,19 @@ def test_both_ways_give_the_same_bits(which):
     for listening in (contextlib.nullcontext(), Listener()):
         with listening:
             y = run(which, weight, *leaves)
+        found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("which", OPS)
+@pytest.mark.parametrize("listening", [contextlib.nullcontext, Listener], ids=["past", "through"])
+def test_a_result_may_be_changed_in_place(which, listening):
+    """As that of torch.nn.functional.linear may: an activation does so, a residual is added so."""
+    weight, *leaves = operands()
+    found = []
+    for change in (lambda y: y.add(0.5).relu(), lambda y: y.add_(0.5).relu_()):
+        with listening():
+            y = run(which, weight, *leaves, change)
         found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

@@ -1,9 +1,11 @@
 """The LoRA operations inside PyTorch's modes: autocast around the backward, forward mode, vmap, export; and what a
 backward makes and keeps, which its results do not show."""
 
+import fractions
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from lora_bounds import check_forward
@@ -57,6 +59,20 @@ def test_backward_inside_autocast_is_that_outside(which):
     assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
 
 
+@ADAPTED
+def test_autocast_leaves_float64_alone(which):
+    """As it leaves torch.nn.functional.linear: also the products with A and B in float32 are those outside."""
+    x, weight, bias, a, b = operands(dtype=torch.float64)
+    weight = weight.float() if which == "nf4" else weight
+    a, b = (t.detach().float().requires_grad_() for t in (a, b))
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = run(which, x, weight, bias, a, b)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, a, b))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @OPS
 def test_autocast_takes_floating_x_alone(which):
     _, weight, bias, a, b = operands()
@@ -75,6 +91,31 @@ def test_forward_mode_is_refused(which):
         with pytest.raises(lc.ConfigError, match="has no forward-mode derivative"):
             run(which, x, weight, bias, dual, b)
         run(which, x, weight, bias, a, b)
+
+
+@pytest.mark.parametrize("which", ["linear", "linears", "grouped"])
+def test_forward_mode_is_refused_for_every_operand(which):
+    """A tangent that nothing is made of would be taken for zero."""
+    x, weight, bias, a, b = (t.detach() for t in operands())
+    if which == "grouped":
+        rows, scaling = torch.zeros(len(x), dtype=torch.int64), torch.ones(1)
+        functions = [(lambda s: grouped_lora(x, a, b, [len(a)], rows, s), scaling)]
+    else:
+        functions = [
+            (lambda w: run(which, x, w, bias, a, b), weight),
+            (lambda c: run(which, x, weight, c, a, b), bias),
+        ]
+    for function, operand in functions:
+        with pytest.raises(lc.ConfigError, match="has no forward-mode derivative"):
+            torch.func.jvp(function, (operand,), (operand,))
+
+
+def test_frozen_weight_may_change_before_the_backward_of_a_frozen_x():
+    x, weight, bias, a, b = operands()
+    y = lora_linear(x.detach(), weight, bias, a, b, 0.5)
+    wanted = torch.autograd.grad(y.sum(), (a, b), retain_graph=True)
+    weight.add_(1)
+    assert all(torch.equal(g, w) for g, w in zip(torch.autograd.grad(y.sum(), (a, b)), wanted, strict=True))
 
 
 @ADAPTED
@@ -192,6 +233,7 @@ def test_weight_without_a_side_is_refused(which, n, k):
         ({"scaling": 10**400}, lc.ConfigError, "want a finite number"),
         ({"dropout": "0.5"}, lc.ConfigError, "dropout is '0.5'"),
         ({"dropout": 0.5, "seed": 5}, lc.ConfigError, "got 5"),
+        ({"seed": "junk"}, lc.ConfigError, "got 'junk'"),
         ({"dropout": 0.5, "seed": torch.tensor([1], device="meta")}, lc.DeviceError, "seed on meta"),
     ],
 )
@@ -203,11 +245,17 @@ def test_operands_of_another_kind_are_refused(changes, error, message, quantised
         nf4_lora_linear(x, lc.quantize_nf4(weight), **given) if quantised else lora_linear(x, weight, **given)
 
 
-def test_scaling_may_be_numpys():
-    import numpy as np
-
+@pytest.mark.parametrize("kind", [np.float32, fractions.Fraction])
+def test_scaling_and_dropout_may_be_other_numbers(kind):
     x, weight, bias, a, b = operands()
-    assert torch.equal(lora_linear(x, weight, bias, a, b, np.float32(0.5)), lora_linear(x, weight, bias, a, b, 0.5))
+    half = kind(0.5)
+    wanted = lora_linear(x, weight, bias, a, b, 0.5, 0.5, SEED)
+    assert torch.equal(lora_linear(x, weight, bias, a, b, half, half, SEED), wanted)
+    q = lc.quantize_nf4(weight)
+    wanted = nf4_lora_linear(x, q, bias, a, b, 0.5, 0.5, SEED)
+    assert torch.equal(nf4_lora_linear(x, q, bias, a, b, half, half, SEED), wanted)
+    (got,), (wanted,) = (lora_linears(x, [Layer(weight, bias, a, b, s, s, SEED)]) for s in (half, 0.5))
+    assert torch.equal(got, wanted)
 
 
 def test_weight_of_other_dimensions_is_refused():

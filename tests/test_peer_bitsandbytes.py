@@ -118,6 +118,9 @@ def test_an_unknown_nested_map_is_decoded_exactly_and_kept_plain():
     ours = QuantizedWeight.from_bitsandbytes(packed)
     assert not ours.double_quant
     assert torch.equal(ours.dequantize(), decode(codes, state))
+    model = lc.quantize_model(nn.Sequential(nn.Linear(64, 40, bias=False)), skip_modules=[])
+    model.load_state_dict({f"0.{key}": value for key, value in packed.items()})
+    assert torch.equal(model[0].weight.dequantize(), ours.dequantize())
 
 
 @pytest.mark.parametrize(
@@ -126,12 +129,24 @@ def test_an_unknown_nested_map_is_decoded_exactly_and_kept_plain():
         ("weight.absmax", None, "weight.absmax is missing"),
         ("weight.nested_absmax", None, "weight.nested_absmax is missing"),
         ("weight.quant_state.bitsandbytes__nf4", None, "no 4-bit state"),
+        ("weight.quant_state.bitsandbytes__nf4", "nf4", "no tensor"),
+        ("weight", torch.zeros(1280, 1, dtype=torch.uint8).to_sparse(), "weight is of layout torch.sparse_coo"),
         ("weight", torch.zeros(5, 1, dtype=torch.uint8), "has 5 elements"),
         ("weight.absmax", torch.zeros(3, dtype=torch.uint8), "weight.absmax.*has 3 elements"),
         ("weight.quant_map", torch.zeros(16), "not the nf4 codebook"),
         ("weight.quant_state.bitsandbytes__nf4", torch.tensor([123, 1], dtype=torch.uint8), "no JSON"),
     ],
-    ids=["no_absmax", "no_nested", "no_state", "short_codes", "short_absmax", "other_map", "broken_json"],
+    ids=[
+        "no_absmax",
+        "no_nested",
+        "no_state",
+        "text_state",
+        "sparse",
+        "short_codes",
+        "short_absmax",
+        "other_map",
+        "broken_json",
+    ],
 )
 def test_a_damaged_state_is_refused_naming_what_is_wrong(key, value, message):
     _, _, packed = theirs(torch.randn(40, 64), nested=True)

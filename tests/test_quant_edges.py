@@ -101,6 +101,23 @@ def test_quant_extreme_scales_come_back_exactly(value):
     assert lc.quantize_nf4(weight, double_quant=True).dequantize().isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [1, 2, 10, 33, 300, 600])
+def test_quant_of_finite_weights_is_finite_up_to_the_largest(kind, dtype, blocks):
+    """The nearest 8-bit code of a scale may stand for more than the largest number there is."""
+    from lora_core.quant import quantize
+
+    largest = torch.finfo(dtype).max
+    g = torch.Generator().manual_seed(blocks)
+    for weight in (torch.zeros(blocks, 64, dtype=dtype), torch.rand(blocks, 64, generator=g).to(dtype) * largest):
+        weight[0, 0] = largest
+        dense = quantize(weight, kind).dequantize()
+        assert dense.isfinite().all()
+        # an 8-bit code is at most half of its map's widest gap off, or one gap where it was lowered
+        assert dense[0, 0].double() / largest > 0.9 - (kind == "int4") * 0.1
+
+
 def test_quant_bits_per_parameter_are_the_papers():
     q = lc.quantize_nf4(torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)))
     # 4 + 8/64 + 32/(64*256) and one offset

@@ -201,6 +201,33 @@ def test_loading_a_state_keeps_nothing_of_the_callers_memory():
     for tensor in given.values():
         tensor.zero_()
     assert torch.equal(q.dequantize(), before)
+    empty = lc.quantize_nf4(torch.randn(40, 128)).to("meta")
+    given = other.state_dict()
+    empty.load_state_dict(given)
+    assert empty.codes.data_ptr() not in {tensor.data_ptr() for tensor in given.values()}
+
+
+def test_loading_a_state_writes_into_the_memory_held():
+    """Who shares it, another process or a captured graph, sees the new weight."""
+    q, other = lc.quantize_nf4(torch.randn(40, 128)).share_memory(), lc.quantize_nf4(torch.randn(40, 128))
+    held = {name: buffer.data_ptr() for name, buffer in q.named_buffers()}
+    q.load_state_dict(other.state_dict())
+    assert torch.equal(q.dequantize(), other.dequantize())
+    assert {name: buffer.data_ptr() for name, buffer in q.named_buffers()} == held and q.codes.is_shared()
+    # of another layout there is no such memory
+    q.load_state_dict(lc.quantize_nf4(other.dequantize(), double_quant=False).state_dict())
+    assert not q.double_quant
+
+
+def test_a_second_level_block_is_no_larger_than_the_weight_whatever_a_file_says():
+    q = lc.quantize_nf4(torch.randn(40, 128))
+    state = q.to_bitsandbytes()
+    (key,) = (k for k in state if "quant_state" in k)
+    about = json.loads(bytes(state[key].tolist())) | {"nested_blocksize": 2**40}
+    state |= {key: torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)}
+    for levels in (state["weight.nested_quant_map"], state["weight.nested_quant_map"] * 0.5):
+        read = QuantizedWeight.from_bitsandbytes(state | {"weight.nested_quant_map": levels})
+        assert read.dequantize().isfinite().all()
 
 
 @pytest.mark.peer("bitsandbytes")
@@ -269,6 +296,9 @@ def test_weights_beyond_two_to_the_31st_are_decoded_where_they_lie(loops, start)
     assert torch.equal(torch.from_numpy(got), q.dequantize())
 
 
+CODES_300 = torch.zeros(300, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -291,6 +321,12 @@ def test_weights_beyond_two_to_the_31st_are_decoded_where_they_lie(loops, start)
             lambda: absmax_dequantize(torch.zeros(3, dtype=torch.uint8), torch.ones(1).double(), torch.zeros(())),
             lc.DtypeError,
             "absmax2 is torch.float64",
+        ),
+        (
+            # the operation itself, too: its loops would read what lies behind the scales
+            lambda: torch.ops.lora_core.absmax_dequantize(CODES_300, torch.ones(1), torch.zeros(()), 256),
+            lc.ShapeError,
+            "300 codes in blocks of 256 want 2",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from lora_core.cpu.chunks import CHUNK, run
 from lora_core.cpu.scales import Scales
 from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
+from lora_core.quant.parts import check_parts
 
 # more rows are faster with a dense copy of the weight: from 32 rows of 4096 x 4096 on, on two cores
 FEW_ROWS = 32
@@ -30,8 +31,10 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     loops = compiled.load("nf4_product") if n * k >= LEAST else None
     if loops is None:
         return None
+    # loops by the byte would read past an end
+    check_parts("nf4_lora_linear", *w)
     y = torch.empty(x.shape[0], n, dtype=torch.float32)
-    codes, rows = w.codes.flatten().contiguous().numpy(), x.detach().float().contiguous().numpy()
+    codes, rows = w.codes.flatten().contiguous().numpy(), x.detach().float().resolve_neg().contiguous().numpy()
     scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
 
     def work(first: int, last: int) -> None:

@@ -44,7 +44,9 @@ def maker() -> str:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias; a [M, K], b [N, K], bias [N]."""
     if _by_onednn(a, b):
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, bias, "none", [], "")
+        # it reads a bias as if it were contiguous
+        dense = None if bias is None else bias.contiguous()
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, dense, "none", [], "")
         return y
     return F.linear(a, b, bias)
 

@@ -41,10 +41,16 @@ def absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size
     check_devices("absmax_dequantize", {"codes": codes, "absmax2": absmax2})
     if absmax2.dtype != torch.float32:
         raise DtypeError(f"absmax_dequantize: absmax2 is {absmax2.dtype}; want torch.float32")
-    if absmax2.shape != (-(-codes.numel() // block_size),):
-        raise ShapeError(
-            f"absmax_dequantize: {codes.numel()} codes in blocks of {block_size} want "
-            f"{-(-codes.numel() // block_size)} second-level scales; got {tuple(absmax2.shape)}"
-        )
+    check_second_level(codes, absmax2, block_size)
     absmax: Tensor = op(codes, absmax2.detach(), offset.detach(), block_size)
     return absmax
+
+
+def check_second_level(codes: Tensor, absmax2: Tensor, block_size: int) -> None:
+    """Raise ShapeError unless there is a second-level scale for every block of codes."""
+    blocks = -(-codes.numel() // block_size)
+    if absmax2.shape != (blocks,):
+        raise ShapeError(
+            f"absmax_dequantize: {codes.numel()} codes in blocks of {block_size} want {blocks} second-level scales; "
+            f"got {tuple(absmax2.shape)}"
+        )

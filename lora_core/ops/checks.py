@@ -26,11 +26,16 @@ def check_kinds(op: str, tensors: dict[str, object], bias: object, scaling: obje
     check_tensors(op, tensors)
     if bias is not None and not isinstance(bias, Tensor):
         raise DtypeError(f"{op}: bias is a {type(bias).__name__}; want a torch.Tensor or None")
-    number = scaling if isinstance(scaling, (int, float)) or not isinstance(scaling, numbers.Real) else float(scaling)
-    # NaN is within no bounds; a number that torch.compile traces must not be asked for its value
+    number = _plain(scaling)
+    # NaN is within no bounds
     if not isinstance(number, (int, float)) or not -LARGEST <= number <= LARGEST:
         raise ConfigError(f"{op}: scaling is {scaling!r}; want a finite number, alpha / r")
     return number
+
+
+def _plain(number: object) -> object:
+    """Return NumPy's numbers and fractions as floats; one that torch.compile traces must not be asked for its value."""
+    return float(number) if isinstance(number, numbers.Real) and not isinstance(number, (int, float)) else number
 
 
 def check_shapes(
@@ -99,13 +104,17 @@ def check_devices(op: str, tensors: dict[str, Tensor | None]) -> None:
         raise DeviceError(f"{op}: want all tensors on one device; got {got}: move them with .to(device)")
 
 
-def check_dropout(op: str, dropout: float, seed: Tensor | None) -> None:
-    """Raise ConfigError unless dropout is a probability below 1, with a seed where it is positive."""
-    if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
+def check_dropout(op: str, dropout: object, seed: object) -> float:
+    """Return dropout as a float; raise ConfigError unless it is a probability below 1, with a seed where positive."""
+    number = _plain(dropout)
+    if not isinstance(number, (int, float)) or not 0 <= number < 1:
         raise ConfigError(f"{op}: dropout is {dropout!r}; want a probability in [0, 1)")
-    if dropout and (not isinstance(seed, Tensor) or seed.numel() != 1 or seed.dtype != torch.int64):
+    if seed is not None and not isinstance(seed, Tensor):
+        raise ConfigError(f"{op}: want a seed that is an int64 tensor of one element, or None; got {seed!r}")
+    if number and (not isinstance(seed, Tensor) or seed.numel() != 1 or seed.dtype != torch.int64):
         got = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
         raise ConfigError(f"{op}: dropout {dropout} needs a seed, an int64 tensor of one element; got {got}")
+    return number
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

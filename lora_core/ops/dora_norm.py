@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError
-from lora_core.ops.checks import check_devices, check_dtypes, check_shapes
+from lora_core.ops.checks import check_devices, check_dtypes, check_kinds, check_shapes, outside_autocast
 from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
 from lora_core.reference import dora as reference
@@ -71,7 +71,8 @@ def dora_norm(
 ) -> Tensor:
     """Return |W + s B A| row by row, without forming B A.
 
-    Not differentiable: DoRA's gradient takes the norm for a constant.
+    Not differentiable: DoRA's gradient takes the norm for a constant. Computed in the dtypes given, also under
+    autocast.
 
     Args:
         weight: W, float32, float16, bfloat16 or float64 of shape [N, K], any strides; or an NF4 QuantizedWeight.
@@ -83,13 +84,17 @@ def dora_norm(
         Shape [N], float32, or float64 where lora_a is.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if weight is quantised otherwise than as NF4.
+        ConfigError: if weight is quantised otherwise than as NF4, or scaling is no finite number.
     Source: Liu et al. 2024 (arXiv 2402.09353), eq. 5 and section 4.3.
     """
+    pair: dict[str, object] = {"lora_a": lora_a, "lora_b": lora_b}
+    dense = not isinstance(weight, QuantizedWeight)
+    scaling = check_kinds("dora_norm", {"weight": weight, **pair} if dense else pair, None, scaling)
     lora_a, lora_b = lora_a.detach(), lora_b.detach()
     if not isinstance(weight, QuantizedWeight):
         _check(weight, weight, lora_a, lora_b)
-        norm: Tensor = op(weight.detach(), lora_a, lora_b, scaling)
+        with outside_autocast(lora_a):
+            norm: Tensor = op(weight.detach(), lora_a, lora_b, scaling)
         return norm
     if weight.quant_type != "nf4":
         raise ConfigError(f"dora_norm: quant_type is {weight.quant_type!r}; want 'nf4', or weight.dequantize()")
@@ -97,7 +102,8 @@ def dora_norm(
     _check(torch.empty(weight.shape, dtype=dtype, device="meta"), weight.codes, lora_a, lora_b)
     q = weight
     packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size)
-    nf4_norm: Tensor = nf4_op(*packed, dtype, lora_a, lora_b, scaling)
+    with outside_autocast(lora_a):
+        nf4_norm: Tensor = nf4_op(*packed, dtype, lora_a, lora_b, scaling)
     return nf4_norm
 
 

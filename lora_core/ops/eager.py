@@ -40,7 +40,8 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     operation.register_autograd(backward, setup_context=save)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = _implementations[operation, args[0].device.type](*args)
+        made = _implementations[operation, args[0].device.type](*args)
+        output = type(made)(_own(t) for t in made)
         save(ctx, args, output)
         return output
 
@@ -78,6 +79,11 @@ def _function(operation: Any, forward: Callable[..., Any], backward: Callable[..
     return super(torch.autograd.Function, function).apply
 
 
+def _own(result: Tensor) -> Tensor:
+    """Return a result that autograd does not take for a view: one of several may not be changed in place."""
+    return torch.ops.aten._unsafe_view.default(result, result.shape) if result._is_view() else result
+
+
 def _is_list(value: Any) -> bool:
     """Say whether this is a list of tensors; an empty list is a constant."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
@@ -102,13 +108,7 @@ def _nested(flat: Sequence[Any], layout: Sequence[int]) -> Iterator[Any]:
 
 def _unheard(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     """Return what runs the operation if no one but autograd listens to the dispatcher, else None."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    ):
+    if listened():
         return None
     plain, device = Tensor.__torch_dispatch__, ""
     for a in args:
@@ -118,3 +118,14 @@ def _unheard(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None
                     return None
                 device = device or t.device.type
     return _implementations.get((operation, device))
+
+
+def listened() -> bool:
+    """Say whether tracing, transforming or a mode listens to the dispatcher."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )

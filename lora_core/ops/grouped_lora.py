@@ -14,10 +14,13 @@ from lora_core.ops.checks import (
     check_devices,
     check_dtypes,
     check_shapes,
+    check_sides,
     check_tensors,
     outside_autocast,
     refuse_tangents,
 )
+from lora_core.ops.eager import listened
+from lora_core.quant.blockwise import has_values
 from lora_core.reference import grouped as reference
 
 
@@ -134,8 +137,8 @@ def grouped_lora(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if a rank is negative or, where that can be seen without waiting for a GPU, an adapter does not
-            exist. On a GPU a row of an adapter that does not exist has none.
+        ConfigError: if a rank is negative, scaling is being trained or, where that can be seen without waiting for a
+            GPU, an adapter does not exist. On a GPU a row of an adapter that does not exist has none.
     Source: Chen et al. 2023 (arXiv 2310.18547).
     """
     kinds: dict[str, object] = {"x": x, "lora_a": lora_a, "lora_b": lora_b, "adapter": adapter, "scaling": scaling}
@@ -145,10 +148,14 @@ def grouped_lora(
         x, lora_a, lora_b = x.to(cast), lora_a.to(cast), lora_b.to(cast)
         base = None if base is None else base.to(cast)
     _check(x, lora_a, lora_b, ranks, adapter, scaling, base)
-    refuse_tangents("grouped_lora", x, base, lora_a, lora_b)
+    refuse_tangents("grouped_lora", x, base, lora_a, lora_b, scaling)
+    if scaling.requires_grad and torch.is_grad_enabled():
+        raise ConfigError("grouped_lora: scaling requires a gradient, which is not made: pass scaling.detach()")
     shape = (*x.shape[:-1], lora_b.shape[0])
     flat, rows = x.reshape(-1, x.shape[-1]), adapter.reshape(-1)
-    y, _ = op(flat, None if base is None else base.reshape(-1, shape[-1]), lora_a, lora_b, ranks, rows, scaling)
+    flat_base = None if base is None else base.reshape(-1, shape[-1])
+    with outside_autocast(x):
+        y, _ = op(flat, flat_base, lora_a, lora_b, ranks, rows, scaling)
     return y.view(shape)
 
 
@@ -165,7 +172,9 @@ def _check(
     if min(ranks, default=0) < 0:
         raise ConfigError(f"{name}: ranks {list(ranks)}: want none below 0")
     n = lora_b.shape[0] if lora_b.dim() else 0
-    check_shapes(name, x, (n, x.shape[-1] if x.dim() else 0), None, lora_a, lora_b)
+    weight = (n, x.shape[-1] if x.dim() else 0)
+    check_shapes(name, x, weight, None, lora_a, lora_b)
+    check_sides(name, weight)
     if sum(ranks) != lora_a.shape[0]:
         raise ShapeError(f"{name}: ranks {list(ranks)} add up to {sum(ranks)}; lora_a has {lora_a.shape[0]} rows")
     wanted = {"adapter": (adapter, x.shape[:-1]), "scaling": (scaling, (len(ranks),))}
@@ -181,7 +190,9 @@ def _check(
     check_devices(
         name, {"x": x, "lora_a": lora_a, "lora_b": lora_b, "adapter": adapter, "scaling": scaling, "base": base}
     )
-    plain = adapter.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and adapter.numel() and not -1 <= adapter.min().item() <= adapter.max().item() < len(ranks):
-        low, high = adapter.min().item(), adapter.max().item()
+    # on a GPU asking would wait for it; whoever traces or transforms has no answer
+    if adapter.device.type != "cpu" or listened() or not has_values(adapter):
+        return
+    low, high = adapter.min().item(), adapter.max().item()
+    if low < -1 or high >= len(ranks):
         raise ConfigError(f"{name}: adapters from {low} to {high}; want -1 for none, or below {len(ranks)}")

@@ -105,8 +105,10 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.set_materialize_grads(False)
     ctx.lead = x.shape[:-1]
-    _, need_weight, _, need_a, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(x if need_weight or need_a else None, weight, lora_a, lora_b, output[1], seed)
+    need_x, need_weight, _, need_a, *_ = ctx.needs_input_grad
+    # without d_x the shape of W does: W itself may change before the backward
+    kept = weight if need_x else weight.new_empty(()).expand(weight.shape)
+    ctx.save_for_backward(x if need_weight or need_a else None, kept, lora_a, lora_b, output[1], seed)
 
 
 def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
@@ -166,9 +168,10 @@ def lora_linear(
     check_shapes("lora_linear", x, weight.shape, bias, lora_a, lora_b)
     check_sides("lora_linear", weight.shape)
     check_dtypes("lora_linear", {"x": x, "weight": weight, "bias": bias}, lora_a, lora_b)
-    check_dropout("lora_linear", dropout, seed)
+    dropout = check_dropout("lora_linear", dropout, seed)
     on_device = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     check_devices("lora_linear", on_device | {"seed": seed if dropout else None})
     refuse_tangents("lora_linear", *on_device.values())
-    y, _ = _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)
+    with outside_autocast(x):
+        y, _ = _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)
     return y

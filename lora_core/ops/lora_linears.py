@@ -225,17 +225,19 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     tensors, formats = flatten(weights)
     seeds = [x.new_empty(0, dtype=torch.int64) if s is None else s for s in seeds]
     biases = [none if b is None else b for b in biases]
-    return list(_run(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)[:-1])
+    with outside_autocast(x):
+        return list(_run(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)[:-1])
 
 
 def _sound(name: str, layer: Layer) -> Layer:
-    """Return the layer with its scaling as a float; raise unless all in it is of the right kind."""
+    """Return the layer with its numbers as floats; raise unless all in it is of the right kind."""
     if not isinstance(layer, Layer):
         raise ConfigError(f"{name} is a {type(layer).__name__}; want a lora_linears.Layer")
     if not isinstance(layer.weight, (Tensor, Packed)):
         raise DtypeError(f"{name}: weight is a {type(layer.weight).__name__}; want a torch.Tensor, or Packed.of(q)")
     tensors: dict[str, object] = {"lora_a": layer.lora_a, "lora_b": layer.lora_b}
-    return layer._replace(scaling=check_kinds(name, tensors, layer.bias, layer.scaling))
+    scaling = check_kinds(name, tensors, layer.bias, layer.scaling)
+    return layer._replace(scaling=scaling, dropout=check_dropout(name, layer.dropout, layer.seed))
 
 
 def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -254,10 +256,9 @@ def _check(name: str, x: Tensor, layer: Layer) -> None:
     check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
     check_sides(name, tuple(w.shape))
     check_dtypes(name, compute, lora_a, lora_b)
-    check_dropout(name, dropout, seed)
     tensors = {"x": x, "weight": on_device, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     check_devices(name, tensors | {"seed": seed if dropout else None})
-    refuse_tangents(name, x, bias, lora_a, lora_b)
+    refuse_tangents(name, *tensors.values())
     trained = [key for key, t in (("weight", on_device), ("bias", bias)) if t is not None and t.requires_grad]
     if trained and torch.is_grad_enabled():
         raise ConfigError(

@@ -236,9 +236,10 @@ def packed_lora_linear(
     check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
     check_sides(name, tuple(w.shape))
     check_dtypes(name, {"x": x, "bias": bias}, lora_a, lora_b)
-    check_dropout(name, dropout, seed)
+    dropout = check_dropout(name, dropout, seed)
     on_device = {"x": x, "q": w.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     check_devices(name, on_device | {"seed": seed if dropout else None})
     refuse_tangents(name, x, bias, lora_a, lora_b)
-    y, _ = _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)
+    with outside_autocast(x):
+        y, _ = _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)
     return y

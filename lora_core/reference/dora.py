@@ -4,6 +4,9 @@ DoRA's weight is  m * V / |V|  row by row, with V = W + s B A. By algebra, for r
 
     |V_n|^2 = |W_n|^2 + 2 s <B_n, (W A^T)_n> + s^2 B_n (A A^T) B_n^T
 
+The three terms are as large as |W_n|^2, and cancel where the update takes most of W_n away: a norm errs by some
+sqrt(u) (|W_n| + s |(B A)_n|), with u the unit roundoff, and may come out as 0 where it is smaller than that.
+
 W A^T is [N, R], A A^T is [R, R]: 2 N K R operations and N R numbers instead of a dense [N, K] beside W. The gradient
 does not flow through the norm (section 4.3): it is a constant of each step.
 

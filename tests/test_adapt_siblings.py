@@ -418,6 +418,13 @@ def swallowed(self, x):
     return self.b(x)
 
 
+def other_modes(self, x):
+    with torch.no_grad():
+        y = self.a(x) + self.b(x)
+        y = y + 1
+    return self.c(x) + self.d(x) - y
+
+
 def unpacked(self, x):
     y = self.a(x)
     x, z = y, y
@@ -439,6 +446,7 @@ def unpacked(self, x):
         (nested, (("a", "c"),)),
         (later, ()),
         (swallowed, ()),
+        (other_modes, (("a", "b"), ("c", "d"))),
         (unpacked, ()),
     ],
     ids=lambda v: getattr(v, "__name__", ""),

@@ -86,7 +86,7 @@ class _Reader(ast.NodeVisitor):
             self.visit(node.value)
         self.visit(node.target)
 
-    def visit_If(self, node: ast.If | ast.For | ast.While) -> None:
+    def visit_If(self, node: ast.If | ast.For | ast.While | ast.With) -> None:
         for name, field in ast.iter_fields(node):
             nodes = [n for n in (field if isinstance(field, list) else [field]) if isinstance(n, ast.AST)]
             outer = self.block
@@ -96,7 +96,8 @@ class _Reader(ast.NodeVisitor):
                 self.visit(inner)
             self.block = outer
 
-    visit_For = visit_While = visit_If
+    # in a with, other modes may hold
+    visit_For = visit_While = visit_With = visit_AsyncWith = visit_If
 
     def _skip(self, node: ast.AST) -> None:
         """Leave out calls that need not run where they stand, but not what is assigned there."""

@@ -18,7 +18,7 @@ from lora_core.layers.bitsandbytes_weight import packed_weight
 from lora_core.layers.dropout import fresh_seed
 from lora_core.layers.linear import runs_as_written
 from lora_core.layers.nf4_linear import NF4Linear
-from lora_core.layers.siblings import Siblings, Term
+from lora_core.layers.siblings import Siblings, Term, version_of
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.ops.lora_linears import Layer
@@ -48,6 +48,9 @@ class Fused:
 
     def term(self: Any, x: Tensor) -> Term | None:
         """Return what the layer adds to an operation with its siblings; None where it takes no part, as it is now."""
+
+    def term_state(self: Any) -> Any:
+        """Return what the term is made of besides x and the base layer, to be compared with what it was."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class has no name to be found by: copies and pickles make it anew
@@ -93,6 +96,12 @@ class FusedLora(Fused):
         layer = Layer(self.operand(), bias, *self.operands(x, names[0]))
         return _term(layer, x, compute, torch.get_autocast_dtype(x.device.type) if autocast_on(x) else x.dtype)
 
+    def term_state(self: Any) -> Any:
+        pairs = [(self.lora_a[n], self.lora_b[n], self.adapters[n]) for n in self.running()]
+        return self.training, [
+            (version_of(a), version_of(b), adapter.scaling, adapter.dropout) for a, b, adapter in pairs
+        ]
+
 
 class FusedPeft(Fused):
     """A PEFT LoRA layer on nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit: base and adapter in one."""
@@ -132,6 +141,11 @@ class FusedPeft(Fused):
             return None
         layer = Layer(weight, bias, lora_a, lora_b, scaling, *_dropout(self, names[0], x))
         return _term(layer, x, compute, result)
+
+    def term_state(self: Any) -> Any:
+        names = [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
+        found = [(_matrices(self, name), self.lora_dropout[name]) for name in names]
+        return [(version_of(a), version_of(b), scaling, dropout.training) for (a, b, scaling), dropout in found]
 
     def _fusible(self: Any, x: Tensor) -> list[str]:
         """Return the adapters that run, if a fused operation can run them as they are now."""

@@ -2,8 +2,8 @@
 
 Query, key and value of an attention, gate and up of an MLP: together they read x once (ops/lora_linears.py). Each
 layer is still called and still returns its own output, so that hooks, names and the parent's code stay as they are.
-An output is handed out only for the very tensor it was computed from; for any other, and for few rows, a layer computes
-alone.
+An output is handed out only for the very tensor it was computed from, where nothing that it depends on has changed: not
+the tensor, grad mode or autocast, nor the layer that asks. For any other, and for few rows, a layer computes alone.
 """
 
 import weakref
@@ -35,6 +35,22 @@ class Term(NamedTuple):
     result: torch.dtype
 
 
+class Held(NamedTuple):
+    """Outputs that no layer has asked for yet, and what they were computed from.
+
+    Args:
+        x: the input, held weakly.
+        around: as _around returned it then.
+        states: every layer's term_state then.
+        outputs: in the order of the layers; None where it was handed out.
+    """
+
+    x: Any
+    around: tuple[Any, ...]
+    states: list[Any]
+    outputs: list[Tensor | None]
+
+
 class Siblings:
     """The layers of one parent that read the same x.
 
@@ -44,8 +60,7 @@ class Siblings:
 
     def __init__(self, members: Sequence[Any]) -> None:
         self._members = tuple(weakref.ref(m) for m in members)
-        # x, its version, and the outputs computed from it that no layer has asked for yet
-        self._held: tuple[Any, int, list[Tensor | None]] | None = None
+        self._held: Held | None = None
 
     @property
     def members(self) -> list[Any]:
@@ -57,19 +72,22 @@ class Siblings:
         if torch.compiler.is_compiling() or not x.dim():
             # what is held between two calls is no part of a graph
             return None
-        if x.numel() <= FEW_ROWS * x.shape[-1]:
+        if x.is_inference() or x.numel() <= FEW_ROWS * x.shape[-1]:
+            # a tensor made under inference_mode keeps no count of changes in place
             return None
         members = self.members
         if layer is members[0]:
             outputs = self._compute(members, x)
-            self._held = None if outputs is None else (weakref.ref(x), _version(x), outputs)
-        elif self._held is None or self._held[0]() is not x or self._held[1] != _version(x):
+            states = [m.term_state() for m in members]
+            self._held = None if outputs is None else Held(weakref.ref(x), _around(x), states, outputs)
+        held, place = self._held, members.index(layer)
+        if held is None or held.x() is not x:
             return None
-        if self._held is None:
+        if held.around != _around(x) or held.states[place] != layer.term_state():
+            self._held = None
             return None
-        outputs, place = self._held[2], members.index(layer)
-        y, outputs[place] = outputs[place], None
-        if not any(out is not None for out in outputs):
+        y, held.outputs[place] = held.outputs[place], None
+        if not any(out is not None for out in held.outputs):
             self._held = None
         return y
 
@@ -92,6 +110,13 @@ class Siblings:
         Siblings.__init__(self, members)
 
 
-def _version(x: Tensor) -> int:
-    # a tensor made under inference_mode keeps no count of changes in place
-    return 0 if x.is_inference() else x._version
+def _around(x: Tensor) -> tuple[Any, ...]:
+    """Return what an output of x depends on besides x and its layer: changes of x in place, grad mode, autocast."""
+    autocast = torch.get_autocast_dtype(x.device.type) if autocast_on(x) else None
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return x._version, x.requires_grad, *modes, autocast
+
+
+def version_of(t: Tensor) -> tuple[int, int]:
+    """Return what tells a tensor from any other, and from itself before a change in place, where that is counted."""
+    return id(t), 0 if t.is_inference() else t._version

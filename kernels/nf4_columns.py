@@ -23,8 +23,9 @@ from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.packed import Packed
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
-# rows and columns of a program of one warp; fewer columns where single elements take registers
-TILE, SMALL_TILE = (4, 512), (4, 128)
+# rows and columns of a program of one warp: 128 weights a thread, what keeps instructions few; 16 where single elements
+# take registers
+TILE, SMALL_TILE = (8, 512), (4, 128)
 WARPS = 1
 PER_SCALE = per_scale(SMALL_TILE[1])
 

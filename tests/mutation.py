@@ -83,6 +83,9 @@ IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
 IN_LINEARS_BACKWARD = "test_kernels_lora_linears.py::test_lora_linears_backward_kernels_match"
 IN_SIBLINGS_COMPUTE = "test_ops_lora_linears.py::test_lora_linears_match_the_formula"
 IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
+IN_HELD = "test_layers_siblings.py::test_a_sibling_called_under_other_conditions"
+IN_PLACE = "test_ops_eager.py::test_a_result_may_be_changed_in_place"
+IN_BYPASSED = "test_adapt_bypassed.py::test_what_is_never_called_is_read"
 IN_CPU = "test_cpu_product.py::test_lora_linear_on_the_cpu"
 IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_reference"
 IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
@@ -216,12 +219,15 @@ MUTATIONS = (
     Mutation(PACKED, "lora_a[:rank, first:end].T", "lora_a[:rank, : end - first].T", IN_NF4_COLUMNS),
     Mutation(PACKED, 'path == "library" or dropout > 0 or total is not None', "dropout > 0", IN_NF4_ADDED),
     Mutation(COLUMNS, "first_tile * BLOCK_K + begin", "begin", IN_COLUMNS),
-    Mutation(COLUMNS, "n[:, None] * width + k", "n[:, None] * K + k", IN_COLUMNS),
+    Mutation(COLUMNS, "n = (tile // across)", "n = (tile % across)", IN_COLUMNS),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
-    Mutation(SIBLINGS, "self._held[0]() is not x", "self._held[0]() is None", IN_SIBLINGS),
-    Mutation(SIBLINGS, "self._held[1] != _version(x)", "self._held[1] > _version(x)", IN_SIBLINGS),
+    Mutation(SIBLINGS, "held.x() is not x", "held.x() is None", IN_SIBLINGS),
+    Mutation(SIBLINGS, "return x._version, x.requires_grad", "return 0, x.requires_grad", IN_SIBLINGS),
+    Mutation(SIBLINGS, "held.states[place] != layer.term_state()", "False", IN_HELD),
+    Mutation(EAGER, "type(made)(_own(t) for t in made)", "made", IN_PLACE),
+    Mutation("lora_core/adapt/bypassed.py", "return frozenset(read - called)", "return frozenset()", IN_BYPASSED),
     Mutation(CPU, "mul_(scaling).T.contiguous()", "T.contiguous()", IN_CPU),
-    Mutation(CPU_PRODUCT, 'b, bias, "none"', 'b, None, "none"', IN_PRODUCT),
+    Mutation(CPU_PRODUCT, 'b, dense, "none"', 'b, None, "none"', IN_PRODUCT),
     Mutation(CPU_PRODUCT, 'b, None, "add")', 'b, None, "mul")', IN_ADD_PRODUCT),
     Mutation(FUSED, ".weight, layer.scaling[name]", ".weight, layer.scaling[name] * 1.01", IN_FUSE),
     Mutation(

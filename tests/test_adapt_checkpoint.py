@@ -131,8 +131,11 @@ def test_checkpoint_of_a_module_with_two_names_may_hold_both_biases(tmp_path):
 
 
 def test_checkpoint_of_one_adapter_among_several(tmp_path):
-    model = adapted(decoder(), "a", target_modules=["q_proj", "up_proj"], bias="lora_only", modules_to_save=["norm"])
+    model = adapted(decoder(), "a", target_modules=["q_proj", "up_proj"], modules_to_save=["norm"])
     adapted(model, "b", r=2, target_modules=["v_proj", "q_proj"], bias="lora_only", modules_to_save=["norm"])
+    # no others than are saved
+    biases = {name for name in trained(model) if name.endswith(".bias") and "norm" not in name}
+    assert biases == {f"layers.{i}.attn.v_proj.base_layer.bias" for i in range(3)}
     for name in "ab":
         lc.save_adapter(model, tmp_path / name, name)
     b = load_file(tmp_path / "b" / WEIGHTS)

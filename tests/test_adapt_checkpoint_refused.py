@@ -1,7 +1,9 @@
 """Adapters that do not fit, damaged and foreign files: refused with what is wrong, and the model left as it was."""
 
+import math
 import os
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -14,12 +16,16 @@ from checkpoints import (
     decoder,
     rewrite,
     saved,
+    shared,
     vision,
 )
 from models import TinyDecoder, tokens
+from safetensors.torch import load_file, save_file
 
 import lora_core as lc
+from lora_core.adapt.files import METADATA_KEY
 from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.adapter import AdapterLayer
 
 
 @pytest.fixture
@@ -46,10 +52,21 @@ def test_checkpoint_long_lists_are_cut(folder):
 
 
 def test_checkpoint_wrong_shapes_are_listed(folder):
-    rewrite(folder, config={"r": 5})
+    rewrite(folder, lambda t: t.update({n: v[:, 1:].contiguous() for n, v in t.items()}))
     assert_refused(
-        folder, "wrong shape or type (12)", "lora_A.weight: [4, 24] in the file, [5, 24] in the model", "unchanged"
+        folder, "wrong shape or type (12)", "lora_A.weight: [4, 23] in the file, [4, 24] in the model", "unchanged"
     )
+
+
+@pytest.mark.parametrize("rank", [5, 2**16])
+@pytest.mark.parametrize("field", ["r", "rank_pattern"])
+def test_checkpoint_of_another_rank_is_refused_before_memory_is_taken(folder, field, rank, monkeypatch):
+    rewrite(folder, config={field: rank if field == "r" else {"[qv]_proj": rank}})
+    model = adapted(decoder(), "other", target_modules=["v_proj"])
+    monkeypatch.setattr(AdapterLayer, "add", lambda *arguments: pytest.fail("an adapter's matrices were created"))
+    name = "layers.0.attn.q_proj.lora_A.weight"
+    told = f"{name}: [4, 24] in the file, rank {rank} in the configuration"
+    assert_refused(folder, "of another rank (6)", told, "unchanged", model=model)
 
 
 def test_checkpoint_of_integers_is_refused(folder):
@@ -74,10 +91,26 @@ def test_checkpoint_foreign_weights_are_refused(folder):
     assert_refused(folder, WEIGHTS, "foreign")
 
 
-@pytest.mark.parametrize(("text", "word"), [('{"r": 8,', "no JSON"), ("[1]", "list"), ("", "no JSON")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [('{"r": 8,', "no JSON"), ("[1]", "list"), ("", "no JSON"), ("[" * 100_000, "nested too deeply")],
+    ids=["truncated", "list", "empty", "deep"],
+)
 def test_checkpoint_broken_configuration_is_refused(folder, text, word):
     (folder / CONFIG).write_text(text)
     assert_refused(folder, CONFIG, word)
+
+
+def test_checkpoint_copy_of_the_configuration_that_is_no_json_is_ignored(folder):
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={METADATA_KEY: "[" * 50_000})
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
+
+
+def test_checkpoint_of_floats_that_cannot_be_computed_with_is_refused(folder):
+    narrow = torch.zeros(4, 12, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    rewrite(folder, lambda t: t.update({f"{PREFIX}layers.1.attn.q_proj.lora_A.weight": narrow}))
+    assert_refused(folder, "layers.1.attn.q_proj.lora_A.weight", "float4_e2m1fn_x2", "want float32")
 
 
 def test_checkpoint_pickles_are_never_read(folder):
@@ -130,7 +163,57 @@ def test_checkpoint_unknown_adapter_and_taken_name_are_refused(folder, tmp_path)
         lc.load_adapter(model, folder)
 
 
+# warnings that somebody made errors: the model is left as it was by them too
+
+
+def with_nan():
+    return decoder, {"target_modules": ["q_proj"]}, {f"{PREFIX}layers.0.attn.q_proj.lora_A.weight": math.nan}
+
+
+def with_another_base():
+    wanted = {"target_modules": ["embed_tokens"], "bias": "all"}
+    return decoder, wanted, {f"{PREFIX}embed_tokens.base_layer.weight": 0.5}
+
+
+def with_two_names():
+    return shared, {"target_modules": ["first"]}, {}
+
+
+@pytest.mark.parametrize(
+    ("case", "word"),
+    [(with_nan, "NaN"), (with_another_base, "base weights that differ"), (with_two_names, "one module")],
+)
+@pytest.mark.filterwarnings("ignore:first is second:UserWarning")
+def test_checkpoint_warning_made_an_error_leaves_the_model_as_it_was(tmp_path, case, word):
+    make, config, values = case()
+    lc.save_adapter(adapted(make(), **config), tmp_path)
+    shapes = {name: (4 if "lora" in name else 37, 24) for name in values}
+    rewrite(tmp_path, lambda t: t.update({n: torch.full(shapes[n], v) for n, v in values.items()}))
+    target = config["target_modules"] if make is shared else ["v_proj"]
+    model = adapted(make(), "other", target_modules=target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_refused(tmp_path, word, model=model, error=UserWarning)
+
+
 # what PEFT and others write besides
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_checkpoint_of_eight_bit_floats_loads_in_the_adapters_own_dtype(folder, tmp_path, dtype):
+    rewrite(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items()}))
+    wanted = {n: t.float() for n, t in load_file(folder / WEIGHTS).items()}
+    model = lc.load_adapter(decoder(), folder)
+    lc.save_adapter(model, tmp_path / "again")
+    found = load_file(tmp_path / "again" / WEIGHTS)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in found)
+    assert torch.equal(lc.load_adapter(decoder(), tmp_path / "again")(tokens()), model(tokens()))
+
+
+def test_checkpoint_of_eight_bit_floats_with_a_nan_is_reported(folder):
+    rewrite(folder, lambda t: t.update({n: (v * math.nan).to(torch.float8_e4m3fn) for n, v in t.items()}))
+    with pytest.warns(UserWarning, match="NaN or infinity in 12 tensors"):
+        lc.load_adapter(decoder(), folder)
 
 
 def test_checkpoint_extra_tensors_of_peft_are_accepted(tmp_path):

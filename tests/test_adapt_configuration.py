@@ -12,11 +12,13 @@ from checkpoints import (
     read,
     rewrite,
     saved,
+    wide,
 )
 from models import tokens
 
 import lora_core as lc
 from lora_core.adapt.configuration import REFUSED, config_from_peft, config_to_peft
+from lora_core.adapt.walk import adapter_layers
 
 
 @pytest.fixture
@@ -105,3 +107,136 @@ def test_configuration_sets_and_tuples_are_written_as_lists():
     assert values["target_modules"] == ["b", "a"]
     assert values["exclude_modules"] == ["c", "d"]
     assert config_to_peft(config_from_peft(values)) == values
+
+
+def test_configuration_may_start_with_a_byte_order_mark(folder):
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    (folder / CONFIG).write_text((folder / CONFIG).read_text(), encoding="utf-8-sig")
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
+
+
+# what no adapter has, and any file may
+
+
+@pytest.mark.parametrize("rank", [10**9, 2**40, 2**62, 10**400])
+@pytest.mark.parametrize("field", ["r", "rank_pattern"])
+def test_configuration_of_a_rank_beyond_any_weight_is_refused(folder, field, rank):
+    rewrite(folder, config={field: rank if field == "r" else {"q_proj": rank}})
+    assert_refused(folder, "rank of", "want at most 65,536", error=lc.ConfigError)
+
+
+@pytest.mark.parametrize("alpha", [10**400, -(10**400), float("nan")])
+@pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
+def test_configuration_of_an_alpha_beyond_any_float_is_refused(folder, field, alpha):
+    rewrite(folder, config={field: alpha if field == "lora_alpha" else {"q_proj": alpha}})
+    assert_refused(folder, "alpha of", "want a finite number", error=lc.ConfigError)
+
+
+@pytest.mark.parametrize("iterations", [101, 999_999_999, 10**30])
+def test_configuration_of_a_start_that_would_not_end_is_refused(folder, iterations):
+    rewrite(folder, config={"init_lora_weights": f"pissa_niter_{iterations}"})
+    assert_refused(folder, f"pissa_niter_{iterations}", "N of at most 100", error=lc.ConfigError)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {"(?i)q_proj": 4}},
+        {"alpha_pattern": {"(?i)q_proj": 4}},
+        {"layers_pattern": "(?i)layers", "layers_to_transform": [0]},
+        {"modules_to_save": ["(?i)norm"]},
+    ],
+    ids=str,
+)
+def test_configuration_of_an_expression_that_cannot_stand_inside_another_is_refused(folder, fields):
+    rewrite(folder, config=fields)
+    assert_refused(folder, "no part of a regular expression", "(?i:...)", error=lc.ConfigError)
+
+
+@pytest.mark.parametrize("expression", ["a{99999999999999999999}", "(" * 3000 + ")" * 3000])
+def test_configuration_of_an_expression_beyond_the_compiler_is_refused(folder, expression):
+    rewrite(folder, config={"target_modules": expression})
+    assert_refused(folder, "no regular expression", error=lc.ConfigError)
+
+
+def test_configuration_of_a_whole_expression_may_have_flags(folder):
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    rewrite(folder, config={"target_modules": r"(?i).*\.[QV]_PROJ", "rank_pattern": {"(?i:Q_PROJ)": 4}, "r": 4})
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
+
+
+def test_configuration_of_a_layers_pattern_may_have_groups():
+    model = adapted(decoder(), target_modules=["q_proj"], layers_pattern="(layers|blocks)", layers_to_transform=[1])
+    assert list(adapter_layers(model)) == ["layers.1.attn.q_proj"]
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_configuration_of_an_empty_name_is_refused(folder, field):
+    rewrite(folder, config={field: ["q_proj", ""]})
+    assert_refused(folder, f"{field} is ['q_proj', '']", "empty name", error=lc.ConfigError)
+
+
+# patterns: the first that matches counts, and PEFT sorts them
+
+PATTERNS = [
+    {"v_proj": 2, "layers.1.attn.v_proj": 6},
+    {"layers.1.attn.v_proj": 6, "v_proj": 2},
+    {"q_proj": 3, r"layers\.[12]\..*": 5, r".*\.v_proj": 7},
+    {"v_proj": 2, r".*\.1\..*": 2, "attn.v_proj": 5, "q_proj": 1},
+    {"layers.0.attn.q_proj": 7, "v_proj": 3},
+]
+
+
+FIELDS = ("rank_pattern", "alpha_pattern")
+
+
+def with_patterns(patterns, make=decoder):
+    alphas = {pattern: 100 * value for pattern, value in patterns.items()}
+    return adapted(make(), target_modules=["q_proj", "v_proj"], rank_pattern=patterns, alpha_pattern=alphas)
+
+
+def sizes(model):
+    """Rank and scaling of every adapted layer."""
+    layers = adapter_layers(model)
+    return {name: (layer.adapters["default"].rank, layer.adapters["default"].scaling) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=str)
+def test_configuration_patterns_are_written_so_that_any_order_means_the_same(tmp_path, patterns):
+    model = with_patterns(patterns)
+    lc.save_adapter(model, tmp_path)
+    assert sizes(lc.load_adapter(decoder(), tmp_path)) == sizes(model)
+    written = read(tmp_path)
+    for order in (sorted, reversed, lambda items: sorted(items, reverse=True)):
+        rewrite(tmp_path, config={field: dict(order(written[field].items())) for field in FIELDS})
+        loaded = lc.load_adapter(decoder(), tmp_path)
+        assert sizes(loaded) == sizes(model)
+        assert torch.equal(loaded(tokens()), model(tokens()))
+
+
+def test_configuration_patterns_that_agree_are_written_as_they_are(tmp_path):
+    lc.save_adapter(with_patterns(PATTERNS[-1]), tmp_path)
+    assert list(read(tmp_path)["rank_pattern"].items()) == list(PATTERNS[-1].items())
+
+
+def test_configuration_pattern_behind_a_wider_one_is_not_written(tmp_path):
+    lc.save_adapter(with_patterns(PATTERNS[0]), tmp_path)
+    assert read(tmp_path)["rank_pattern"] == {"v_proj": 2}
+
+
+@pytest.mark.peer("peft")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+@pytest.mark.parametrize("patterns", PATTERNS, ids=str)
+def test_configuration_patterns_come_back_from_peft(tmp_path, patterns):
+    import peft
+
+    model = with_patterns(patterns, wide)
+    lc.save_adapter(model, tmp_path / "ours")
+    peers = peft.PeftModel.from_pretrained(wide(), tmp_path / "ours").eval()
+    layers = {n: m for n, m in peers.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert {n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()} == sizes(model)
+    torch.testing.assert_close(peers(tokens()), model(tokens()))
+    peers.save_pretrained(tmp_path / "peft")
+    again = lc.load_adapter(wide(), tmp_path / "peft")
+    assert sizes(again) == sizes(model)
+    assert torch.equal(again(tokens()), model(tokens()))

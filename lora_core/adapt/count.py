@@ -1,5 +1,7 @@
 """How many parameters a model has, and how many of them are trained."""
 
+import math
+
 from torch import nn
 
 from lora_core.quant import QuantizedWeight
@@ -10,7 +12,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     quantized = sum(m.shape.numel() for m in model.modules() if isinstance(m, QuantizedWeight))
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return trainable, sum(p.numel() for p in parameters) + quantized
+    return trainable, sum(_weights(p) for p in parameters) + quantized
+
+
+def _weights(parameter: nn.Parameter) -> int:
+    """Return how many weights a parameter holds: one that bitsandbytes has packed says so."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

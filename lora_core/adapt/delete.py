@@ -10,7 +10,8 @@ from lora_core.adapt.withdraw import withdraw
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter; where none is left, the original layer comes back. The other active ones stay active.
 
-    An adapter started by "pissa" or "olora" had taken a part out of the base weight: it is put back, to rounding.
+    Biases that it trained are the base's own: they stay as they are, and are frozen again. What an adapter started by
+    "pissa" or "olora" had taken out of the base weight is put back, to rounding.
 
     Raises:
         AdapterError: if there is no such adapter, one is merged, or adapters are disabled for a while.

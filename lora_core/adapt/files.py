@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapt.configuration import differences
+from lora_core.adapt.json_text import parse_json, parse_json_file
 from lora_core.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -71,7 +72,8 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}; save somewhere else") from None
-    text = json.dumps(config, indent=2, sort_keys=True)
+    # the fields alone are sorted: inside one, the order may mean something
+    text = json.dumps(dict(sorted(config.items())), indent=2)
     token = secrets.token_hex(4)
     new = {name: folder / f".{name}.{token}{PARTIAL}" for name in (CONFIG, WEIGHTS)}
     previous = folder / f".{CONFIG}.{token}{PREVIOUS}"
@@ -157,12 +159,12 @@ def _no_weights(folder: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; want a file with peft_type, r, ...") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is no JSON ({error}): truncated, or no adapter's; save the adapter again"
         ) from None
@@ -183,13 +185,13 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. It is truncated or "
             "foreign: copy or save it again"
         ) from None
-    return tensors, _embedded(metadata)
+    return tensors, embedded_config(metadata)
 
 
-def _embedded(metadata: dict[str, str]) -> dict[str, Any] | None:
+def embedded_config(metadata: dict[str, str]) -> dict[str, Any] | None:
     """Return the configuration inside the weights file; PEFT writes none."""
     try:
-        values = json.loads(metadata.get(METADATA_KEY, "null"))
+        values = parse_json(metadata.get(METADATA_KEY, "null"))
     except ValueError:
         return None
     return values if isinstance(values, dict) else None
@@ -202,7 +204,7 @@ def _interrupted_save(folder: Path, written: dict[str, Any]) -> str | None:
     for path in folder.glob(f".{WEIGHTS}.*{PARTIAL}"):
         try:
             with safe_open(path, "pt") as file:
-                if _embedded(file.metadata() or {}) == written:
+                if embedded_config(file.metadata() or {}) == written:
                     return path.name.removesuffix(PARTIAL).rpartition(".")[2]
         except (SafetensorError, OSError):
             continue

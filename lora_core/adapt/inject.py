@@ -11,10 +11,12 @@ from lora_core.adapt.kinds import adapted_kind
 from lora_core.adapt.saved import find_saved, with_task_heads
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.target import find_targets
+from lora_core.adapt.unsupported import refuse_peft
 from lora_core.adapt.walk import (
     Ties,
     adapter_layers,
     adapter_names,
+    parts,
     places,
     plain_name,
     replace,
@@ -53,7 +55,8 @@ def add_adapter(
             tied weight.
         DtypeError: if a matching weight is of a dtype that cannot be adapted.
         NonFiniteError: if "pissa" or "olora" is to start from a weight that holds NaN or infinity.
-        AdapterError: if the name is taken, an adapter is merged, or adapters are disabled for a while.
+        AdapterError: if the name is taken, an adapter is merged, adapters are disabled for a while, PEFT has put
+            adapters into the model, or another adapter trains biases too.
     Source: Hu et al. 2021.
     """
     inner = unwrapped(model)
@@ -81,6 +84,8 @@ def inject(
         raise ConfigError(
             f"add_adapter: config is a {kind}; want a lora_core.LoraConfig, which has the same field names as PEFT's"
         )
+    refuse_peft(model, f"add adapter {adapter_name!r}")
+    _refuse_second_biases(model, config)
     targets = find_targets(model, config) if config.target_modules or not config.modules_to_save else []
     saved = find_saved(model, config)
     if starts_from_weight(config.init_lora_weights):
@@ -130,6 +135,20 @@ def take_starts(model: nn.Module, adapter_name: str) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def _refuse_second_biases(model: nn.Module, config: LoraConfig) -> None:
+    """Raise AdapterError if another adapter trains the model's biases already: there is but one of each."""
+    if config.bias == "none":
+        return
+    for part in parts(model).values():
+        configs = {n: a.config for n, a in part.adapters.items()} if isinstance(part, AdapterLayer) else part.configs
+        other = next((name for name, its in configs.items() if its.bias != "none"), None)
+        if other is not None:
+            raise AdapterError(
+                f"adapter {other!r} trains the model's biases already, which are not kept for each adapter: add this "
+                "one with bias='none', or take that one out with delete_adapter or merge_and_unload first"
+            )
 
 
 def _refuse_tied_starts(model: nn.Module, targets: list[str]) -> None:

@@ -12,17 +12,23 @@ from torch import Tensor, nn
 from lora_core.adapt.configuration import config_from_peft
 from lora_core.adapt.files import WEIGHTS, folder_path, read_checkpoint
 from lora_core.adapt.inject import inject, take_starts
-from lora_core.adapt.keys import adapter_tensors, base_tensors, canonical, unwrapped
+from lora_core.adapt.keys import PREFIX, adapter_tensors, base_tensors, canonical, unwrapped
 from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.walk import adapter_layers, plain_name
 from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import CheckpointError
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods.lora import LoraConfig, initialise
 
 # How many names of each kind a message lists.
 SHOWN = 8
+
+ENDINGS_OF_A = (f".{AdapterLayer.PEFT_A}", f".{LoraEmbedding.PEFT_A}")
+
+WANTED = "\nWant the base model this adapter was made for, and its own adapter_config.json; the model is unchanged"
 
 
 def load_adapter(
@@ -58,6 +64,7 @@ def load_adapter(
     checkpoint = read_checkpoint(folder_path(folder))
     config = _without_absent(inner, config_from_peft(checkpoint.config))
     given = _canonical_tensors(checkpoint.tensors)
+    _check_ranks(Path(folder), given, config)
     inject(
         inner,
         config,
@@ -70,15 +77,18 @@ def load_adapter(
         own = adapter_tensors(inner, adapter_name, config)
         base = base_tensors(inner, config)
         _check(Path(folder), given, own, base)
+        _warn_of_broken(Path(folder), given)
+        warn_where_peft_differs(inner, adapter_name)
         _restart(inner, adapter_name, config)
+        # where warnings are errors, this is the last that can fail: the base model's own values are written after it
+        places = {str(canonical(name)): slot for name, slot in own.items()}
+        changed = _changed_base({name: slot for name, slot in base.items() if name not in places}, given)
+        _fill(places, given)
+        _fill(changed, given)
     except Exception:
         withdraw(inner, adapter_name)
         raise
-    _warn_of_broken(Path(folder), given)
-    _fill({canonical(name): slot for name, slot in own.items()}, given)
-    _fill_base({name: slot for name, slot in base.items() if name in given}, given)
     set_adapter(inner, adapter_name)
-    warn_where_peft_differs(inner, adapter_name)
     return model
 
 
@@ -96,16 +106,49 @@ def _without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 def _canonical_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, narrow in tensors.items():
         short = canonical(name)
         if short is None:
             continue
+        tensor = _computable(name, narrow)
         if short in found and not torch.equal(found[short], tensor):
             raise CheckpointError(
                 f"{WEIGHTS} holds two different tensors for {short}, one of them as {name}: want one adapter in a file"
             )
         found[short] = tensor
     return found
+
+
+def _computable(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor in a dtype that all operations know: not every one knows the floats of 8 bits and fewer."""
+    if not tensor.is_floating_point() or tensor.itemsize > 1:
+        return tensor
+    try:
+        return tensor.float()
+    except NotImplementedError:
+        raise CheckpointError(
+            f"{WEIGHTS} holds {name} as {tensor.dtype}, which PyTorch cannot turn into other floats: want float32, "
+            "float16, bfloat16 or float8; save it again in one of them"
+        ) from None
+
+
+def _check_ranks(folder: Path, given: dict[str, Tensor], config: LoraConfig) -> None:
+    """Raise CheckpointError where A in the file is of another rank than configured, before memory is taken for one."""
+    modules = {
+        name: name.removesuffix(ending).removeprefix(PREFIX)
+        for name in given
+        for ending in ENDINGS_OF_A
+        if name.endswith(ending)
+    }
+    wrong = [
+        f"{name}: {_describe(given[name])} in the file, rank {config.rank_of(module)} in the configuration"
+        for name, module in modules.items()
+        if given[name].shape[:1] != (config.rank_of(module),)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit its configuration." + _listed("of another rank", wrong) + WANTED
+        )
 
 
 def _check(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], base: dict[str, Tensor | None]) -> None:
@@ -134,7 +177,7 @@ def _check(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], base:
             + _listed("missing in the file", missing)
             + _listed("unexpected in the file", [n + h for n, h in zip(unexpected, near, strict=True)])
             + _listed("of the wrong shape or type", wrong)
-            + "\nWant the base model this adapter was made for, and its own adapter_config.json; the model is unchanged"
+            + WANTED
         )
 
 
@@ -185,26 +228,20 @@ def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def _fill(slots: dict[str | None, Tensor], given: dict[str, Tensor]) -> None:
+def _fill(slots: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     for name, slot in slots.items():
-        slot.copy_(given[str(name)])
+        slot.copy_(given[name])
 
 
-@torch.no_grad()
-def _fill_base(slots: dict[str, Tensor | None], given: dict[str, Tensor]) -> None:
-    """Write embeddings that PEFT saved with the adapter into the base model, and say so where they differ."""
-    changed = []
-    for name, slot in slots.items():
-        if slot is None:
-            continue
-        new = given[name].to(slot)
-        if not torch.equal(new, slot):
-            changed.append(name)
-            slot.copy_(new)
+def _changed_base(base: dict[str, Tensor | None], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the base model's tensors from which those that PEFT saved with the adapter differ, and say so."""
+    held = {name: slot for name, slot in base.items() if slot is not None and name in given}
+    changed = {name: slot for name, slot in held.items() if not torch.equal(given[name].to(slot), slot)}
     if changed:
         warnings.warn(
-            f"the checkpoint holds base weights that differ from the model's, and they were written into it: "
+            f"the checkpoint holds base weights that differ from the model's, and they are written into it: "
             f"{', '.join(changed)}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
+    return changed

@@ -76,9 +76,10 @@ class MergeReport:
 def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> MergeReport:
     """Add adapters' updates to the base weights, so that they cost nothing at inference.
 
-    While merged, the model runs these adapters and no others, and with them their modules_to_save; nothing of an
-    adapter takes a gradient; switching, adding and deleting are refused; saving an adapter works. The model's own
-    state dict holds the merged weights beside the matrices: load it only into a model merged alike.
+    While merged, the model runs these adapters and no others, and with them their modules_to_save; of an adapter
+    nothing but the base's own biases that it trains takes a gradient; switching, adding and deleting are refused;
+    saving an adapter works. The model's own state dict holds the merged weights beside the matrices: load it only into
+    a model merged alike.
 
     Args:
         model: a model with adapters.

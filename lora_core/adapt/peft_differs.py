@@ -16,6 +16,10 @@ def warn_where_peft_differs(model: nn.Module, adapter_name: str) -> None:
             continue
         if len(names) > 1:
             _warn(f"{names[0]} is {', '.join(names[1:])} too, one module: PEFT adapts it under its first name alone")
+        if isinstance(module, LoraConv) and any(s != 1 for s in module.base_layer.dilation):
+            _warn(
+                f"{names[0]} has a dilation of {module.base_layer.dilation}: PEFT runs A without, and fails or differs"
+            )
         if isinstance(module, LoraConv) and module.base_layer.padding_mode != "zeros":
             _warn(
                 f"{names[0]} pads by {module.base_layer.padding_mode!r}: PEFT pads with zeros on the way to A, and "

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.fast_path import settle_fast_paths
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
 from lora_core.adapt.names import matches
 from lora_core.adapt.target import output_head
+from lora_core.adapt.unsupported import refuse_peft
 from lora_core.adapt.walk import Ties, adapter_names, places, replace
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.linear import LoraLinear, LoraTransposedLinear
@@ -23,8 +25,8 @@ def quantize_model(
     """Replace linear layers by frozen NF4 ones, in place.
 
     Left alone: the output head (unless skip_modules says otherwise), layers whose weight is tied to another module,
-    layers inside nn.MultiheadAttention, what is quantised already, and, with a warning, layers with a forward, hooks or
-    a parametrisation of their own.
+    layers that are never called, as that of nn.MultiheadAttention, what is quantised already, and, with a warning,
+    layers with a forward, hooks or a parametrisation of their own.
 
     Args:
         model: any module without adapters; its linear layers (nn.Linear, transformers' Conv1D) are replaced.
@@ -36,7 +38,8 @@ def quantize_model(
         NonFiniteError: if a weight holds NaN or infinity, naming it; the model is unchanged.
         DtypeError: if a weight is of a dtype that cannot be quantised; the model is unchanged.
         TargetNotFoundError: if there is no layer to quantise.
-        AdapterError: if the model has adapters: quantise first, then add them.
+        AdapterError: if the model has adapters, PEFT's too: quantise first, then add them.
+        ConfigError: if the model is a single layer, or an argument is of another kind.
     Source: Dettmers et al. 2023, section 3.
     """
     config = config or NF4Config()
@@ -45,6 +48,12 @@ def quantize_model(
     if adapter_names(model):
         raise AdapterError(
             f"quantize_model: the model has adapters {adapter_names(model)}; quantise it before adding any"
+        )
+    refuse_peft(model, "quantise the model")
+    if not model._modules:
+        raise ConfigError(
+            f"quantize_model: the model is a single {type(model).__name__}, which cannot be replaced inside itself: "
+            "put it into a module first, e.g. nn.Sequential(layer)"
         )
     if isinstance(skip_modules, str):
         raise ConfigError(f"quantize_model: skip_modules is the string {skip_modules!r}; want a list of names")
@@ -86,7 +95,7 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
         return False
     if is_held_by_others(module):
         return False
-    if isinstance(model.get_submodule(names[0].rpartition(".")[0]), nn.MultiheadAttention):
+    if any(bypassed(model, name) for name in names):
         return False
     if skip is None:
         return module is not output_head(model)

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +18,16 @@ from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.walk import adapter_layers, plain_name, require_adapters, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear
-from lora_core.methods.lora import LoraConfig
+from lora_core.methods.lora import LoraConfig, pattern_matches
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT and load_adapter read.
 
     An adapter started by "pissa" or "olora" is written as a plain one of twice the rank for the original base weight:
-    A' = [A; A0], B' = [B, -B0]. A process killed while saving leaves the previous checkpoint whole. Saving while
-    merged is allowed.
+    A' = [A; A0], B' = [B, -B0]. Patterns of rank or alpha that contradict each other at a layer are written as whole
+    names, so that their order, which PEFT changes, means nothing. A process killed while saving leaves the previous
+    checkpoint whole. Saving while merged is allowed.
 
     Args:
         model: a model with this adapter.
@@ -96,6 +99,11 @@ def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraCo
     transposed = [isinstance(m, LoraTransposedLinear) for m in layers.values() if adapter_name in m.adapters]
     if transposed and all(transposed):
         config = dataclasses.replace(config, fan_in_fan_out=True)
+    config = dataclasses.replace(
+        config,
+        rank_pattern=_in_any_order(config.rank_pattern, targets),
+        alpha_pattern=_in_any_order(config.alpha_pattern, targets),
+    )
     wanted = config.target_modules
     if not targets:
         # PEFT refuses an empty list; null has it add pairs of its own, which start at zero
@@ -105,6 +113,27 @@ def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraCo
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return dataclasses.replace(config, target_modules=_shortest(model, targets))
     return config
+
+
+def _in_any_order(patterns: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return patterns that mean the same for these modules in whatever order they are written.
+
+    The first that matches a module counts, and PEFT sorts them when it saves. So a pattern that is never the first goes
+    where it says something else, and those that then still contradict each other give way to the modules' whole names.
+    """
+    matching = {name: [p for p in patterns if pattern_matches(p, name)] for name in names}
+    first = {found[0] for found in matching.values() if found}
+    shadowed = _contradicting(patterns, matching) - first
+    kept = {p: value for p, value in patterns.items() if p not in shadowed}
+    matching = {name: [p for p in found if p in kept] for name, found in matching.items()}
+    split = _contradicting(kept, matching)
+    whole = {f"^{re.escape(n)}": kept[found[0]] for n, found in matching.items() if split.intersection(found)}
+    return {p: value for p, value in kept.items() if p not in split} | whole
+
+
+def _contradicting(patterns: dict[str, Any], matching: dict[str, list[str]]) -> set[str]:
+    """Return the patterns that match a module together with one of another value."""
+    return {p for found in matching.values() if len({patterns[q] for q in found}) > 1 for p in found}
 
 
 def _shortest(model: nn.Module, targets: list[str]) -> list[str]:

@@ -86,7 +86,7 @@ class _Reader(ast.NodeVisitor):
             self.visit(node.value)
         self.visit(node.target)
 
-    def visit_If(self, node: ast.If | ast.For | ast.While | ast.With) -> None:
+    def visit_If(self, node: ast.stmt) -> None:
         for name, field in ast.iter_fields(node):
             nodes = [n for n in (field if isinstance(field, list) else [field]) if isinstance(n, ast.AST)]
             outer = self.block

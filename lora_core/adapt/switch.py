@@ -33,8 +33,8 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     model.requires_grad_(False)
     for part in parts(model).values():
         part.activate(tuple(names))
-    for config in trained_configs(model, names):
-        for bias in chosen_biases(model, config.bias).values():
+    for name, config in trained_configs(model, names).items():
+        for bias in chosen_biases(model, name, config.bias).values():
             bias.requires_grad_(True)
 
 
@@ -63,8 +63,8 @@ def active_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def trained_configs(model: nn.Module, names: Sequence[str]) -> list[LoraConfig]:
-    """Return the configurations of those adapters, of the named, that are being trained."""
+def trained_configs(model: nn.Module, names: Sequence[str]) -> dict[str, LoraConfig]:
+    """Return the configurations of those adapters, of the named, that are being trained, by name."""
     found: dict[str, LoraConfig] = {}
     for part in parts(model).values():
         for name in names:
@@ -73,14 +73,18 @@ def trained_configs(model: nn.Module, names: Sequence[str]) -> list[LoraConfig]:
                     found[name] = part.adapters[name].config
             elif part.trainable.get(name):
                 found[name] = part.configs[name]
-    return list(found.values())
+    return found
 
 
-def chosen_biases(model: nn.Module, which: str) -> dict[str, nn.Parameter]:
-    """Return the bias parameters, by name, that LoraConfig.bias "none", "all" or "lora_only" trains."""
+def chosen_biases(model: nn.Module, adapter_name: str, which: str) -> dict[str, nn.Parameter]:
+    """Return the bias parameters, by name, that an adapter trains whose LoraConfig.bias is "none", "all", "lora_only".
+
+    Of "lora_only" those of the layers it adapts: no others are saved with it.
+    """
     if which == "none":
         return {}
-    adapted = tuple(f"{name}.base_layer." for name in adapter_layers(model))
+    layers = adapter_layers(model).items()
+    adapted = tuple(f"{name}.base_layer." for name, layer in layers if adapter_name in layer.adapters)
     # a module trained whole has its own bias, and its original none to train
     whole = tuple(f"{name}." for name in trainable_copies(model))
     return {

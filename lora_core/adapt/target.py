@@ -9,15 +9,17 @@ from typing import Any, cast
 
 from torch import nn
 
+from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.kinds import is_linear
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.saved import TASK_HEADS, saves
-from lora_core.adapt.unsupported import bypassed, refuse_unsupported
+from lora_core.adapt.unsupported import refuse_unsupported
 from lora_core.adapt.untargeted import nothing_found, warn_of_experts, warn_of_idle_patterns, warn_of_unmatched
 from lora_core.adapt.walk import plain_name
 from lora_core.errors import ConfigError, TargetNotFoundError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
+from lora_core.methods.expressions import inside_of, layer_number
 from lora_core.methods.lora import LoraConfig
 
 
@@ -92,7 +94,7 @@ def _candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 def _left_out(name: str, config: LoraConfig) -> bool:
     saved = config.modules_to_save or ()
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved):
+    if any(re.match(inside_of(m), name) for m in saved):
         return True
     parts = name.split(".")
     if saved and any(saves(".".join(parts[:i]), saved) for i in range(1, len(parts) + 1)):
@@ -113,8 +115,9 @@ def _layer_chosen(name: str, config: LoraConfig) -> bool:
         return True
     if config.layers_pattern:
         patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-        hits = [re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns]
+        hits = [re.match(layer_number(p), name) for p in patterns]
     else:
         hits = [re.match(expression, name) for expression in (r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\.")]
-    hit = next((h for h in hits if h), None)
-    return hit is not None and int(hit.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
+    # the pattern may have groups of its own: the number is the last, and of "a|b" only b is before it
+    number = next((h[h.re.groups] for h in hits if h), None)
+    return number is not None and int(number) in ([chosen] if isinstance(chosen, int) else chosen)

@@ -1,18 +1,26 @@
 """Modules that match and cannot be adapted, and why."""
 
+import sys
+
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.kinds import SUPPORTED, adapted_kind, is_held_by_others
 from lora_core.dtypes import FLOATS
-from lora_core.errors import ConfigError, DtypeError
+from lora_core.errors import AdapterError, ConfigError, DtypeError
 from lora_core.layers.adapter import AdapterLayer
 
 
-def bypassed(model: nn.Module, name: str) -> bool:
-    """Say whether this layer's forward is never called: attention reads out_proj's weight past it."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, nn.MultiheadAttention)
+def refuse_peft(model: nn.Module, verb: str) -> None:
+    """Raise AdapterError if PEFT has put adapters of its own into the model."""
+    layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    name = next((name for name, module in model.named_modules() if isinstance(module, layer)), None)
+    if name is not None:
+        raise AdapterError(
+            f"cannot {verb}: {name} has PEFT's adapters; call lora_core.fuse(model) to run them faster, or take them "
+            "out with PEFT's unload() or merge_and_unload() first"
+        )
 
 
 def _looks_up_otherwise(module: nn.Module) -> bool:
@@ -24,9 +32,10 @@ def _looks_up_otherwise(module: nn.Module) -> bool:
 
 def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
     if bypassed(model, name):
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
         raise ConfigError(
-            f"{name} belongs to nn.MultiheadAttention, which uses its weight without calling it: an adapter there "
-            "would do nothing; leave it out with exclude_modules"
+            f"{name} belongs to a {owner}, which uses its weight without calling it: an adapter there would do "
+            "nothing; leave it out with exclude_modules"
         )
     if isinstance(getattr(module, "weight", None), UninitializedParameter):
         raise ConfigError(f"{name} is a {type(module).__name__} without a shape yet: run the model once first")
@@ -49,11 +58,6 @@ def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
             "it and call lora_core.fuse(model), or load the model in 16 bits and call lora_core.quantize_model(model)"
         )
     if not isinstance(module, AdapterLayer) and adapted_kind(module) is None:
-        if hasattr(module, "lora_A"):
-            raise ConfigError(
-                f"{name} has PEFT's adapters already: call lora_core.fuse(model) to run them faster, or take them out "
-                "with PEFT's unload() first"
-            )
         raise ConfigError(
             f"{name} is a {type(module).__name__}, which cannot be adapted; want one of {SUPPORTED}: name such "
             "layers in target_modules, or leave this one out with exclude_modules; or is this another model than the "

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapt.configuration import KEPT, REFUSED, config_from_peft, differences
-from lora_core.adapt.files import CONFIG, METADATA_KEY
+from lora_core.adapt.files import CONFIG, embedded_config
 from lora_core.adapt.keys import PREFIX, canonical
 from lora_core.adapt.names import matches
 from lora_core.errors import LoraCoreError
-from lora_core.inspect.files import Tensors, parse_json
+from lora_core.inspect.files import Tensors
 from lora_core.inspect.report import Pair, Report
 from lora_core.methods.lora import LoraConfig
 
@@ -33,12 +33,12 @@ def describe_adapter(report: Report, written: dict[str, Any] | None, tensors: Te
         written: adapter_config.json, if there is one.
         tensors: the adapter's.
     """
-    embedded = _embedded(tensors)
+    embedded = embedded_config(tensors.metadata)
     values = written if written is not None else embedded
     _compare(report, written, embedded)
     config = _configuration(report, values)
     names = {str(canonical(n) or n): n for n in tensors.names()}
-    report.settings = _settings(report, values, config, list(names))
+    report.settings = _settings(values, config, list(names))
     used: set[str] = set()
     for name in sorted(names):
         half = HALF_A.search(name)
@@ -74,18 +74,28 @@ def update_norm(lora_a: Tensor, lora_b: Tensor) -> float:
 
 
 def _pair(report: Report, module: str, a: Tensor, b: Tensor, config: LoraConfig | None) -> Pair | None:
-    if a.dim() < 2 or b.dim() < 2 or (b.shape[1] != a.shape[0] and b.dim() == 2):
-        report.problems.append(f"{module}: A is {list(a.shape)} and B {list(b.shape)}; want [R, K] and [N, R]")
+    if not _belong_together(a, b):
+        report.problems.append(
+            f"{module}: A is {list(a.shape)} and B {list(b.shape)}; want [R, K] and [N, R], or of a convolution "
+            "[R, C, k...] and [N, R / groups, 1...]: the file is damaged, save it again"
+        )
         return None
     rank = int(a.shape[0])
-    scaling = _scaling(report, module, config) if config is not None else None
+    scaling = config.scaling_of(module) if config is not None else None
     if config is not None and config.rank_of(module) != rank:
         report.problems.append(f"{module}: the configuration says rank {config.rank_of(module)}, A has {rank} rows")
     if not (a.is_floating_point() and b.is_floating_point()):
         report.problems.append(f"{module}: A is {_dtype(a)} and B {_dtype(b)}; want floating numbers: save it again")
         return None
-    # not every operation knows every 8-bit dtype; float64 holds all their values
-    a, dtype, b = a.double(), _dtype(a), b.double()
+    dtype = _dtype(a)
+    try:
+        # not every operation knows every 8-bit dtype; float64 holds all their values
+        a, b = a.double(), b.double()
+    except NotImplementedError:
+        report.problems.append(
+            f"{module}: A is {dtype} and B {_dtype(b)}, which cannot be computed with: save it again"
+        )
+        return None
     finite = bool(a.isfinite().all()) and bool(b.isfinite().all())
     if not finite:
         report.problems.append(f"{module}: A or B holds NaN or infinity; train again with a smaller learning rate")
@@ -103,25 +113,22 @@ def _pair(report: Report, module: str, a: Tensor, b: Tensor, config: LoraConfig 
     )
 
 
+def _belong_together(a: Tensor, b: Tensor) -> bool:
+    """Say whether these are A and B of one layer, by their shapes alone.
+
+    Beyond two dimensions they are a convolution's: B has kernels of one element, and R / groups columns.
+    """
+    if a.dim() != b.dim() or a.dim() < 2:
+        return False
+    rank, columns = a.shape[0], b.shape[1]
+    if not rank or not columns or rank % columns or any(side != 1 for side in b.shape[2:]):
+        return False
+    groups = rank // columns
+    return groups == 1 or (a.dim() > 2 and a.shape[1] % groups == 0 and b.shape[0] % groups == 0)
+
+
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _scaling(report: Report, module: str, config: LoraConfig) -> float | None:
-    try:
-        return config.scaling_of(module)
-    except OverflowError:
-        where = f"{module}: " if module else ""
-        report.problems.append(f"{where}alpha or the rank is beyond any floating number: the configuration is damaged")
-        return None
-
-
-def _embedded(tensors: Tensors) -> dict[str, Any] | None:
-    try:
-        values = parse_json(tensors.metadata.get(METADATA_KEY, "null"))
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) else None
 
 
 def _compare(report: Report, written: dict[str, Any] | None, embedded: dict[str, Any] | None) -> None:
@@ -144,7 +151,7 @@ def _configuration(report: Report, values: dict[str, Any] | None) -> LoraConfig 
             # unknown fields are listed below
             warnings.simplefilter("ignore")
             config = config_from_peft(values)
-    except (LoraCoreError, TypeError, OverflowError) as error:
+    except LoraCoreError as error:
         report.problems.append(f"cannot be loaded here: {error}")
         return None
     targets = values.get("target_modules")
@@ -154,9 +161,7 @@ def _configuration(report: Report, values: dict[str, Any] | None) -> LoraConfig 
     return config
 
 
-def _settings(
-    report: Report, values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]
-) -> dict[str, Any]:
+def _settings(values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]) -> dict[str, Any]:
     values = values or {}
     kind = str(values.get("peft_type", "LORA")).upper()
     method = {"LORA": "LoRA"}.get(kind, kind)
@@ -167,7 +172,7 @@ def _settings(
     found: dict[str, Any] = {"method": method}
     found.update({name: values[name] for name in SHOWN_SETTINGS if values.get(name) not in (None, [], {})})
     if config is not None:
-        found["scaling"] = _scaling(report, "", config)
+        found["scaling"] = config.scaling_of("")
     for name in ("rank_pattern", "alpha_pattern", "base_model_name_or_path", "peft_version"):
         if values.get(name):
             found[name] = values[name]

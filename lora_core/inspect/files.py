@@ -1,6 +1,5 @@
 """Opening what a path names: safetensors and JSON only. A pickle can run any code when read, so none ever is."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapt.files import CONFIG, WEIGHTS
+from lora_core.adapt.json_text import parse_json_file
 from lora_core.errors import CheckpointError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -17,9 +17,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 SHOWN_NAMES = 10
-
-# levels of a JSON text; configurations have three or four
-DEEPEST = 64
 
 # safetensors' names of dtypes, as PyTorch calls them
 DTYPES = {
@@ -71,8 +68,17 @@ class Tensors:
         return DTYPES.get(code, code.lower())
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor."""
-        tensor: Tensor = self._owner[name].get_tensor(name)
+        """Return a tensor.
+
+        Raises:
+            CheckpointError: if its dtype is one that PyTorch does not have.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            tensor: Tensor = self._owner[name].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._places[name]}: {name} cannot be read: {error}; save it anew") from None
         return tensor
 
     def file_of(self, name: str) -> str | None:
@@ -147,33 +153,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
         CheckpointError: if it is not one.
     """
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json_file(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}): truncated or foreign; save it again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}; want a JSON object; save it again")
-    return values
-
-
-def parse_json(text: str) -> Any:
-    """Return what a JSON text says.
-
-    Raises:
-        ValueError: if it is none, or so deep that what walks it would overflow the stack.
-    """
-    try:
-        values = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    level, depth = [values], 0
-    while level:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError("nested too deeply")
-        inside = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [part for parts in inside if not isinstance(parts, (str, int, float, type(None))) for part in parts]
     return values
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_core.errors import AdapterError
+from lora_core.errors import AdapterError, DeviceError
 
 # adapters over a half-precision base are kept in fp32, as PEFT does: their small updates vanish in 8 bits of mantissa
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -53,6 +53,19 @@ class Start(nn.Module):
         super().__init__()
         self.register_buffer("lora_a", lora_a)
         self.register_buffer("lora_b", lora_b)
+
+
+class Matrices(nn.ParameterDict):
+    """A, or B, of every adapter by name.
+
+    Called for one, which PyTorch's own refuses, so that hooks run: those of offloading bring its values.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, name: str) -> Tensor:
+        matrix: Tensor = self[name]
+        return matrix
 
 
 @dataclass
@@ -97,8 +110,8 @@ class AdapterLayer(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.lora_a = nn.ParameterDict()
-        self.lora_b = nn.ParameterDict()
+        self.lora_a = Matrices()
+        self.lora_b = Matrices()
         self.lora_start = nn.ModuleDict()
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
@@ -167,7 +180,7 @@ class AdapterLayer(nn.Module):
     # adapters
 
     def add(self, name: str, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
-        """Create the matrices of an adapter, uninitialised, on the base weight's device.
+        """Create the matrices of an adapter, uninitialised, on the device where the base layer computes.
 
         Args:
             name: the adapter's name.
@@ -180,8 +193,11 @@ class AdapterLayer(nn.Module):
         if dtype is None:
             dtype = torch.float32 if weight.dtype in HALF_PRECISION else weight.dtype
         shape_a, shape_b = self.pair_shapes(adapter.rank)
-        self.lora_a[name] = nn.Parameter(torch.empty(shape_a, dtype=dtype, device=weight.device))
-        self.lora_b[name] = nn.Parameter(torch.empty(shape_b, dtype=dtype, device=weight.device))
+        # accelerate keeps an offloaded weight on the meta device, and its hook knows where it goes to compute
+        device = getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None)
+        device = weight.device if device is None or not weight.is_meta else device
+        self.lora_a[name] = nn.Parameter(torch.empty(shape_a, dtype=dtype, device=device))
+        self.lora_b[name] = nn.Parameter(torch.empty(shape_b, dtype=dtype, device=device))
         self.adapters[name] = adapter
 
     def remove(self, name: str) -> None:
@@ -192,6 +208,20 @@ class AdapterLayer(nn.Module):
             del self.lora_start[name]
         del self.lora_a[name], self.lora_b[name]
         self.active = tuple(n for n in self.active if n != name)
+
+    def matrices(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B of an adapter, on the device of x.
+
+        Raises:
+            DeviceError: if they are on another: a product of x and a matrix on the meta device would be noise.
+        """
+        lora_a, lora_b = self.lora_a(name), self.lora_b(name)
+        if lora_a.device != x.device or lora_b.device != x.device:
+            raise DeviceError(
+                f"adapter {name!r}: A is on {lora_a.device}, B on {lora_b.device}, x on {x.device}; want one device: "
+                "move the model with .to(device), or load the adapter before the model is offloaded"
+            )
+        return lora_a, lora_b
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Run these adapters, of those this layer has, and make just the trainable ones require gradients."""

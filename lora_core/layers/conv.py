@@ -66,11 +66,11 @@ class LoraConv(AdapterLayer):
     def is_as_written(self) -> bool:
         return runs_as_written(self.base_layer, nn.Conv1d.forward if self.dimensions == 1 else nn.Conv2d.forward)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the base convolution's output with the running adapters added; shapes as the base layer's."""
-        y = self.base_layer(x)
+        x, y = input, self.base_layer(input)
         for name in self.running():
-            adapter, lora_a, lora_b = self.adapters[name], self.lora_a[name], self.lora_b[name]
+            adapter, (lora_a, lora_b) = self.adapters[name], self.matrices(name, x)
             shared = x if autocast_on(x) else x.to(lora_a.dtype)
             dropped = F.dropout(shared, adapter.dropout, self.training)
             low_rank = CONVOLUTIONS[self.dimensions](

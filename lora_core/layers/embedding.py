@@ -56,11 +56,12 @@ class LoraEmbedding(AdapterLayer):
         """What some transformers embeddings multiply their output with; the adapter's share is scaled alike."""
         return getattr(self.base_layer, "embed_scale", 1.0)
 
-    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the embeddings of tokens, integers of any shape [...], as [..., D] in the base's dtype."""
-        y = self.base_layer(tokens, *args, **kwargs)
+        y = self.base_layer(input, *args, **kwargs)
         for name in self.running():
-            hidden = F.embedding(tokens, self.lora_a[name].T, padding_idx=self.base_layer.padding_idx)
-            low_rank = (hidden @ self.lora_b[name].T) * (self.adapters[name].scaling * self.embed_scale)
+            lora_a, lora_b = self.matrices(name, input)
+            hidden = F.embedding(input, lora_a.T, padding_idx=self.base_layer.padding_idx)
+            low_rank = (hidden @ lora_b.T) * (self.adapters[name].scaling * self.embed_scale)
             y = y + low_rank.to(y.dtype)
         return y

@@ -36,12 +36,12 @@ class Fused:
     fused_by: ClassVar[type["Fused"]]
     siblings: Siblings | None = None
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = None
-        if not args and not kwargs:
-            y = None if self.siblings is None else self.siblings.output(self, x)
-            y = self.alone(x) if y is None else y
-        return y if y is not None else super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if len(args) == 1 and not kwargs:
+            y = None if self.siblings is None else self.siblings.output(self, args[0])
+            y = self.alone(args[0]) if y is None else y
+        return y if y is not None else super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def alone(self: Any, x: Tensor) -> Tensor | None:
         """Return the output by a fused operation of this layer's own; None where its own forward has to run."""
@@ -195,6 +195,8 @@ def is_plain(layer: Any, name: str, x: Tensor | None = None) -> bool:
     low = pieces[0].weight.dtype
     return (
         name not in layer.lora_variant
+        # a tensor where PEFT has prepared the layer for adapters that are swapped
+        and isinstance(layer.scaling[name], (int, float))
         and not layer.lora_bias.get(name)
         and all(runs_as_written(piece, kind.forward) for piece, kind in zip(pieces, kinds, strict=True))
         and (x is None or low in (x.dtype, torch.float32) or autocast_on(x))

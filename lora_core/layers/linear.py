@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.errors import ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.dropout import fresh_seed
 from lora_core.ops.checks import autocast_on
@@ -57,20 +58,28 @@ class LoraLinear(AdapterLayer):
     def sample_input(self) -> Tensor:
         return torch.randn(2, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with the running adapters added.
 
         Args:
-            x: shape [..., K], in the base weight's dtype.
+            input: x, shape [..., K], in the base weight's dtype; called as PyTorch's layers call it.
             args: passed on to the base layer, as kwargs are.
         Returns:
             Shape [..., N], the base output's dtype.
+        Raises:
+            ConfigError: if the base layer returns something else than a tensor.
+            DeviceError: if an adapter's matrices are on another device than x.
         """
-        names = list(self.running())
+        x, names = input, list(self.running())
         if names and not args and not kwargs and self.is_as_written():
             y = self.fused(x, names.pop(0))
         else:
             y = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise ConfigError(
+                f"a {type(self.base_layer).__name__} returns a {type(y).__name__}, to which no update can be added: "
+                "leave it out with exclude_modules"
+            )
         for name in names:
             y = y + self.low_rank(x, name).to(y.dtype)
         for lora_a, lora_b, scaling in self.owed():
@@ -94,7 +103,7 @@ class LoraLinear(AdapterLayer):
         adapter = self.adapters[name]
         dropout = adapter.dropout if self.training else 0.0
         seed = fresh_seed(x.device) if dropout else None
-        return self.lora_a[name], self.lora_b[name], adapter.scaling, dropout, seed
+        return *self.matrices(name, x), adapter.scaling, dropout, seed
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return s (drop(x) A^T) B^T alone, in the adapter's dtype."""

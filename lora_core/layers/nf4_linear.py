@@ -68,9 +68,9 @@ class NF4Linear(nn.Module):
     def out_features(self) -> int:
         return int(self.weight.shape[0])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return x W^T + b; x [..., K] of any floating dtype, the result [..., N] in the same."""
-        return self.with_adapter(x, None, None, 0.0, 0.0, None)
+        return self.with_adapter(input, None, None, 0.0, 0.0, None)
 
     def with_adapter(
         self,

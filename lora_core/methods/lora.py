@@ -8,7 +8,7 @@ like sqrt(r), so dividing by r lets it vanish. Sources: Hu et al. 2021 (arXiv 21
 """
 
 import math
-import re
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -20,13 +20,18 @@ from lora_core.errors import ConfigError, NonFiniteError
 from lora_core.layers.adapter import AdapterLayer, Start
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods import olora, pissa
+from lora_core.methods.expressions import check_expression, compiled_ending, inside_of, layer_number, name_ending
 from lora_core.methods.fields import checks_field_names
 from lora_core.methods.peft_fields import REFUSED
+from lora_core.ops.checks import LARGEST
 
 # kaiming_uniform(a = sqrt 5) is U(-1/sqrt(K), 1/sqrt(K)), nn.Linear's own start; loralib and PEFT use it for A
 KAIMING_SLOPE = math.sqrt(5)
 
 BIASES = ("none", "all", "lora_only")
+
+# beyond the smaller side of any weight: a rank above it adds nothing but memory
+LARGEST_RANK = 2**16
 
 
 @checks_field_names
@@ -45,8 +50,8 @@ class LoraConfig:
         use_rslora: scale by alpha / sqrt(r).
         use_dora: weight-decomposed adaptation; not available yet.
         init_lora_weights: True (A uniform, B zero), "gaussian" (A normal with standard deviation 1/r), False (both
-            uniform, so the model changes at once; for tests), "pissa", "pissa_niter_N", "olora".
-        rank_pattern: {regular expression or name suffix: rank} for single layers.
+            uniform, so the model changes at once; for tests), "pissa", "pissa_niter_N" (N of at most 100), "olora".
+        rank_pattern: {regular expression or name suffix: rank} for single layers; the first that matches counts.
         alpha_pattern: the same for alpha.
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: the name of the list the indices count in, such as "layers".
@@ -89,10 +94,17 @@ class LoraConfig:
         self._check_kinds()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ConfigError(f"LoraConfig: the rank of {name!r} is {rank!r}; want a whole number of at least 1")
+                raise ConfigError(
+                    f"LoraConfig: the rank of {name!r} is {reprlib.repr(rank)}; want a whole number of at least 1"
+                )
+            if rank > LARGEST_RANK:
+                raise ConfigError(
+                    f"LoraConfig: the rank of {name!r} is {reprlib.repr(rank)}; want at most {LARGEST_RANK:,}, more "
+                    "than the smaller side of any weight"
+                )
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ConfigError(f"LoraConfig: the alpha of {name!r} is {alpha!r}; want a finite number")
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not -LARGEST <= alpha <= LARGEST:
+                raise ConfigError(f"LoraConfig: the alpha of {name!r} is {reprlib.repr(alpha)}; want a finite number")
             if alpha <= 0 and str(self.init_lora_weights).startswith("pissa"):
                 raise ConfigError(
                     f"LoraConfig: the alpha of {name!r} is {alpha!r}, and init_lora_weights={self.init_lora_weights!r} "
@@ -105,11 +117,19 @@ class LoraConfig:
         if self.use_dora:
             raise ConfigError("LoraConfig: use_dora=True is not available yet; leave it False")
         check_initialisation(self.init_lora_weights)
-        whole = (self.target_modules, self.exclude_modules, self.layers_pattern)
-        parts = (*self.rank_pattern, *self.alpha_pattern, *_listed(self.layers_pattern), *(self.modules_to_save or ()))
-        for expression in (*whole, *parts):
+        self._check_expressions()
+
+    def _check_expressions(self) -> None:
+        """Raise ConfigError where what is used as a regular expression is none."""
+        for expression in (self.target_modules, self.exclude_modules):
             if isinstance(expression, str):
                 check_expression(expression)
+        for pattern in map(str, (*self.rank_pattern, *self.alpha_pattern)):
+            check_expression(pattern, name_ending(pattern))
+        for pattern in _listed(self.layers_pattern):
+            check_expression(pattern, layer_number(pattern))
+        for name in self.modules_to_save or ():
+            check_expression(name, inside_of(name))
 
     def _check_kinds(self) -> None:
         """Raise ConfigError where a field holds something of another kind than it is for."""
@@ -128,6 +148,8 @@ class LoraConfig:
             names = value is None or isinstance(value, str) or _all_of(value, str)
             if not names:
                 raise ConfigError(f"LoraConfig: {name} is {value!r}; want names: a list of strings, or one string")
+            if name in ("target_modules", "modules_to_save") and not isinstance(value, str) and "" in (value or ()):
+                raise ConfigError(f"LoraConfig: {name} is {value!r}, which holds an empty name: leave that out")
             if not isinstance(value, (str, list, tuple, set, frozenset, type(None))):
                 # a dict's keys, say: as a list they can be written
                 object.__setattr__(self, name, list(value))
@@ -159,19 +181,11 @@ class LoraConfig:
 def check_initialisation(name: bool | str) -> None:
     """Raise ConfigError unless this library can start A and B that way."""
     plain = isinstance(name, bool) or name in ("gaussian", "pissa", "olora")
-    if not plain and not (isinstance(name, str) and pissa.FAST.fullmatch(name)):
+    if not plain and not (isinstance(name, str) and pissa.is_fast(name)):
         raise ConfigError(
-            f"LoraConfig: init_lora_weights is {name!r}; want True, False, 'gaussian', 'pissa', "
-            "'pissa_niter_N' or 'olora'"
+            f"LoraConfig: init_lora_weights is {name!r}; want True, False, 'gaussian', 'pissa', 'pissa_niter_N' with "
+            f"N of at most {pissa.MOST_ITERATIONS}, or 'olora'"
         )
-
-
-def check_expression(expression: str) -> None:
-    """Raise ConfigError unless this compiles as a regular expression."""
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ConfigError(f"LoraConfig: {expression!r} is no regular expression: {error}") from None
 
 
 def _all_of(values: Any, kind: type) -> bool:
@@ -184,7 +198,7 @@ def _listed(values: Sequence[str] | str | None) -> Sequence[str]:
 
 def pattern_matches(pattern: str, module: str) -> bool:
     """Say whether a key of rank_pattern or alpha_pattern matches the end of a module's name, as in PEFT."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return compiled_ending(pattern).match(module) is not None
 
 
 def _pattern_for(patterns: dict[str, Any], module: str) -> str:

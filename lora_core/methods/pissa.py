@@ -16,7 +16,16 @@ from torch import Tensor
 # W [N, K] in float32, rank, s -> A [R, K], B [N, R]
 Split = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 
-FAST = re.compile(r"pissa_niter_(\d+)")
+FAST = re.compile(r"pissa_niter_(\d{1,9})")
+
+# Halko and others need one or two, PEFT's examples take up to 16; each reads the weight twice
+MOST_ITERATIONS = 100
+
+
+def is_fast(name: str) -> bool:
+    """Say whether this is "pissa_niter_N" with as many iterations as end in reasonable time."""
+    fast = FAST.fullmatch(name)
+    return fast is not None and int(fast.group(1)) <= MOST_ITERATIONS
 
 
 def splitter(name: str) -> Split:

@@ -159,7 +159,11 @@ def _table_65b() -> list[Figure]:
     return [
         Figure("65B full: weights", 130, "2N", 2 * n, 2 * n, "the same", "GB"),
         Figure("65B full: gradients", 130, "2N", 2 * n, 2 * n, "the same", "GB"),
-        Figure("65B full: optimiser states", 520, "8N", 8 * n, 12 * n, "and an fp32 master copy of 4N", "GB"),
+        Figure("65B full: optimiser states", 520, "8N", 8 * n, 8 * n, "the same", "GB"),
+        Figure(
+            "65B full: fp32 master copy", 0, "0N", 0, 4 * n,
+            "4N, left out; counted among the states by Rajbhandari et al. 2019, section 3.1", "GB",
+        ),
         Figure("65B full: total", 780, "12N", 12 * n, 16 * n, "16N", "GB"),
         Figure(
             "65B LoRA: adapters", 0.08, "r = 16 on q and v in fp16", adapter, adapter,

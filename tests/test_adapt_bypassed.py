@@ -1,0 +1,89 @@
+"""Layers that a module works with and never calls: no adapter there, and no 4-bit weight."""
+
+import pytest
+import torch
+from models import randomise
+from torch import Tensor, nn
+
+import lora_core as lc
+from lora_core.adapt.bypassed import bypassed
+from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.nf4_linear import NF4Linear
+
+
+class Reader(nn.Module):
+    """Multiplies by weights itself, asks one what it is like, and calls the rest, one of them elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.passed, self.kept, self.asked, self.both, self.handed, self.plain = (
+            nn.Linear(64, 64) for _ in range(7)
+        )
+        self.initialise()
+
+    def initialise(self) -> None:
+        nn.init.normal_(self.plain.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.asked.weight.dtype) if isinstance(self.asked.weight, Tensor) else x
+        x = x @ self.read.weight.T + nn.functional.linear(x, self.passed.weight)
+        kept = self.kept.weight
+        x = self.asked(x @ kept) + self.both(x) @ self.both.weight
+        return self.later(self.plain(x))
+
+    def later(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.handed, x, use_reentrant=False)
+
+
+PAST = {"read", "passed", "kept"}
+
+
+def test_what_is_never_called_is_read_from_the_source():
+    model = nn.Sequential(Reader())
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert {name for name in names if bypassed(model, name)} == {f"0.{name}" for name in PAST}
+    # a forward that is patched onto the module, or has no source, calls all
+    model[0].forward = model[0].forward
+    assert not any(bypassed(model, name) for name in names)
+    namespace = {"nn": nn}
+    exec("class Unread(nn.Module):\n    def forward(self, x):\n        return x @ self.a.weight", namespace)
+    unread = namespace["Unread"]()
+    unread.a = nn.Linear(4, 4)
+    assert not bypassed(unread, "a")
+
+
+def test_all_linear_and_quantising_leave_out_what_is_never_called():
+    model = nn.Sequential(Reader(), nn.Linear(64, 64))
+    lc.quantize_model(model, skip_modules=[])
+    assert {n for n, m in model[0].named_children() if not isinstance(m, NF4Linear)} == PAST
+    model = nn.Sequential(Reader(), nn.Linear(64, 64))
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules="all-linear"))
+    assert not {f"0.{name}" for name in PAST} & adapter_layers(model).keys()
+    randomise(model)
+    model(torch.randn(3, 64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_is_never_called_is_refused_by_name_saying_whose_it_is():
+    for model in (nn.Sequential(Reader()), nn.Sequential(nn.MultiheadAttention(8, 2))):
+        name = "read" if isinstance(model[0], Reader) else "out_proj"
+        with pytest.raises(lc.ConfigError, match=f"{name} belongs to a .* without calling it"):
+            lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=[name]))
+
+
+@pytest.mark.peer("transformers")
+def test_every_adapter_of_a_state_space_model_is_trained_and_merges():
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaForCausalLM(config)
+    lc.add_adapter(model, lc.LoraConfig(r=4, target_modules="all-linear"))
+    randomise(model)
+    tokens = torch.randint(0, 64, (2, 10))
+    model.train()(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        before = model.eval()(tokens).logits
+        lc.merge_adapter(model)
+        # merged weights are rounded once
+        torch.testing.assert_close(model(tokens).logits, before)

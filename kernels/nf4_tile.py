@@ -65,11 +65,9 @@ def nf4_tile(
     element by element.
     """
     if PER_SCALE > 1:
-        # words of a row, a multiple of those that share a scale, which the compiler sees: wider loads
-        words_k = K // PER_SCALE * (PER_SCALE // 8)
         unit = first_k // 8 + tl.arange(0, BLOCK_K // 8)
-        ok = (n < N)[:, None] & (unit < words_k)[None, :]
-        place = n[:, None] * words_k + unit[None, :]  # [BLOCK_N, BLOCK_K / 8]
+        ok = (n < N)[:, None] & (unit < K // 8)[None, :]
+        place = n[:, None] * (K // 8) + unit[None, :]  # [BLOCK_N, BLOCK_K / 8]
         packed = tl.load(codes_ptr + place, mask=ok, other=0)
         run = first_k // PER_SCALE + tl.arange(0, BLOCK_K // PER_SCALE)
         run_ok = (n < N)[:, None] & (run < K // PER_SCALE)[None, :]

@@ -14,8 +14,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-# providers that do only what no implementation can leave out: lower bounds, no rivals
-BOUNDS = ("matmul", "copy")
+# PyTorch's product with a dense weight and its copy of one, for scale: other work than a case's, so no rivals, and no
+# floor, as fewer bytes or another library's product can take less
+YARDSTICKS = ("matmul", "copy")
+# whose backward leaves out work that its forward has done and keeps: a dense weight, of which 4 bits are to be held
+AHEAD = {("nf4_lora_linear", "bwd"): ("reference", "compiled")}
+
+
+def is_rival(op: str, mode: str, provider: str, ours: str) -> bool:
+    """Say whether a provider does the same work as this library, and is none of its paths."""
+    return provider.split(" ")[0] != ours and provider not in (*YARDSTICKS, *AHEAD.get((op, mode), ()))
 
 
 class CheckError(AssertionError):

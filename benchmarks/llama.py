@@ -13,7 +13,7 @@ from benchmarks.shapes import small_llama
 
 ALPHA = 32
 BLOCK_SIZE = 64
-UNIT_FP32, UNIT_BF16 = 2.0**-24, 2.0**-9
+UNIT_FP32, UNIT_BF16 = 2.0**-24, 2.0**-8
 # results that a block rounds to its dtype, one after another: two norms of three steps, the seven linear layers with an
 # adapter's product, scaling and sum each, the turned queries and keys, attention's two products and its softmax, the
 # gate, two sums

@@ -3,7 +3,7 @@
 bars      our speed over the best rival's, comparison by comparison, with the spread inside which it says nothing; what
           has a spread above 100% is left out
 roofline  operations a second over operations a byte, under the copy and matmul rates measured on that device
-scaling   time over tokens, rank, adapters and model size, with the exponent of its upper half
+scaling   time over tokens, rank, adapters and model size, with the exponent of the upper half of the sizes
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case import BOUNDS
+from benchmarks.case import YARDSTICKS
 from benchmarks.fit import exponent
 from benchmarks.record import RESULTS, Record
 from benchmarks.series import OURS, newest, of_suites, ours_of, rivals_of
@@ -34,7 +34,8 @@ SWEEPS = (
     ("grouped_lora", "G", "adapters in one batch"),
     ("training_step", "K", "hidden size of the model"),
 )
-FEWEST_POINTS = 4
+# sizes of a sweep, and of those that an exponent is fitted to
+FEWEST_POINTS, FEWEST_FITTED = 4, 3
 
 Run = list[Record]
 
@@ -112,7 +113,10 @@ def roofline(figure: Any, found: list[Run]) -> bool:
     roofs = [min(run, key=lambda r: r.median_ms) for run in found if run[0].op == "roof"]
     copy = next((r.bytes_moved / r.median_ms / 1e6 for r in roofs if r.bytes_moved), None)
     peaks = {r.dtype: r.flops / r.median_ms / 1e6 for r in roofs if r.flops}
-    points = [r for run in found for r in run if r.flops and r.bytes_moved and r.op != "roof"]
+    # what a yardstick does is other work, whose operations and bytes are not these
+    points = [
+        r for run in found for r in run if r.flops and r.bytes_moved and r.op != "roof" and r.provider not in YARDSTICKS
+    ]
     dtypes = sorted({r.dtype for r in points} & set(peaks))
     if copy is None or not dtypes:
         return False
@@ -125,7 +129,7 @@ def roofline(figure: Any, found: list[Run]) -> bool:
         axes.annotate(f"{dtype}: {peaks[dtype]:.3g} GFLOP/s", (max(high, edge), peaks[dtype]), ha="right", va="bottom")
     axes.annotate(f"{copy:.3g} GB/s", (low, low * copy), va="bottom", rotation=30)
     ops = sorted({r.op for r in points})
-    kinds = {"lower bound": (INK, 12), "rivals": (COLOURS[1], 12), "lora_core": (COLOURS[0], 26)}
+    kinds = {"rivals": (COLOURS[1], 12), "lora_core": (COLOURS[0], 26)}
     for kind, (colour, size) in kinds.items():
         for op in ops:
             own = [r for r in points if r.op == op and _kind(r) == kind]
@@ -148,8 +152,6 @@ def roofline(figure: Any, found: list[Run]) -> bool:
 
 
 def _kind(row: Record) -> str:
-    if row.provider in BOUNDS:
-        return "lower bound"
     return "lora_core" if row.provider.split(" ")[0] == OURS else "rivals"
 
 
@@ -163,10 +165,14 @@ def scaling(figure: Any, found: list[Run]) -> bool:
     providers = sorted({provider for _, chosen in panels for provider in chosen})
     for place, (axis, chosen) in enumerate(panels):
         axes = figure.add_subplot(rows, min(len(panels), 2), place + 1)
+        all_sizes = sorted({size for points in chosen.values() for size, _ in points})
+        upper = all_sizes[len(all_sizes) // 2 :]
         for provider, points in sorted(chosen.items()):
             points = sorted(points)
-            upper = points[len(points) // 2 :] if len(points) >= FEWEST_POINTS else points
-            label = f"{provider}: ~ {exponent(*zip(*upper, strict=True)):.2f}"
+            fitted = [point for point in points if point[0] in upper]
+            # of a curve that ends earlier it would be that of another range
+            whole = len(fitted) == len(upper) >= FEWEST_FITTED
+            label = f"{provider}: ~ {exponent(*zip(*fitted, strict=True)):.2f}" if whole else provider
             number = providers.index(provider) % len(COLOURS)
             style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
             axes.plot(*zip(*points, strict=True), label=label, **style)
@@ -175,29 +181,30 @@ def scaling(figure: Any, found: list[Run]) -> bool:
         axes.set_xlabel(axis)
         axes.set_ylabel("ms")
         axes.grid(color=GRID, linewidth=0.6)
-        axes.legend(fontsize=7, title="exponent of the upper half", title_fontsize=7)
+        axes.legend(fontsize=7, title=f"exponent from {upper[0]:g} on", title_fontsize=7)
     return True
 
 
 def _sweep(found: list[Run], op: str, name: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the largest set of runs that differ in one dimension alone: (size, median) by provider.
+    """Return the largest set of runs of one commit that differ in one dimension alone: (size, median) by provider.
 
-    Forward and backward together where both were measured, else the forward.
+    Forward and backward together where both were measured, else the forward. What other sizes were measured at later
+    is no part of a sweep.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in found:
         first = run[0]
         if first.op == op and name in first.shape:
             others = tuple((k, v) for k, v in ordered(first.shape).items() if k != name)
-            groups.setdefault((others, first.dtype, first.block_size), []).append(run)
+            groups.setdefault((others, first.dtype, first.block_size, first.commit), []).append(run)
     best = max(groups.values(), key=lambda runs: len({run[0].shape[name] for run in runs}), default=[])
-    if len({run[0].shape[name] for run in best}) < FEWEST_POINTS - 1:
+    if len({run[0].shape[name] for run in best}) < FEWEST_POINTS:
         return {}
     mode = max(run[0].mode for run in best)  # "fwdbwd" comes last
     chosen: dict[str, list[tuple[float, float]]] = {}
     for row in (row for run in best for row in run if row.mode == mode and not row.provider.endswith(AGAIN)):
         chosen.setdefault(row.provider, []).append((float(row.shape[name]), row.median_ms))
-    return {provider: points for provider, points in chosen.items() if len(points) > 1}
+    return {provider: points for provider, points in chosen.items() if len(points) >= FEWEST_FITTED}
 
 
 if __name__ == "__main__":

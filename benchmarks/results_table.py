@@ -45,7 +45,9 @@ def table(folder: Path = RESULTS, ops: Sequence[str] | None = None) -> str:
         own = sorted((run for run in found if run[0].device == device), key=lambda run: _order(run[0]))
         versions = sorted({(run[0].torch, run[0].python) for run in own})
         said = ", ".join(f"PyTorch {torch} on Python {python}" for torch, python in versions)
-        parts += [f"{device}; {said}.", "", row(HEAD), row(["---"] * len(HEAD)), *map(_line, own), ""]
+        unsaved = sum(run[0].dirty for run in own)
+        changed = f" {unsaved} of {len(own)} comparisons were measured with uncommitted changes." if unsaved else ""
+        parts += [f"{device}; {said}.{changed}", "", row(HEAD), row(["---"] * len(HEAD)), *map(_line, own), ""]
     if not any(run[0].cuda for run in found):
         parts.append(GPU_PLACE)
     return "\n".join(parts).rstrip()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.case import BOUNDS
+from benchmarks.case import is_rival
 from benchmarks.record import RESULTS, Record, read
 from benchmarks.shapes import ordered, swept_only
 from benchmarks.timing import AGAIN
@@ -55,8 +55,7 @@ def ours_of(run: list[Record]) -> Record | None:
 
 def rivals_of(run: list[Record]) -> list[Record]:
     """Return the rows of other providers that do the same work; this library's by a path of its choice are none."""
-    others = [r for r in run if r.provider.split(" ")[0] != OURS and r.provider not in BOUNDS]
-    return [r for r in others if not r.provider.endswith(AGAIN)]
+    return [r for r in run if is_rival(r.op, r.mode, r.provider, OURS) and not r.provider.endswith(AGAIN)]
 
 
 def takes_part(row: Record) -> bool:

@@ -1,7 +1,7 @@
 """What the compiled kernels promise without a GPU: `python -m benchmarks.run --suite static`.
 
 Registers, shared memory and occupancy of every sampled configuration on an H200, and for the kernels whose work is
-known the least time that bytes, instructions and matrix products need there. These are predictions: nothing is run.
+known the least time that bytes and instructions need there. These are predictions: nothing is run.
 They go into docs/performance.md between two markers, and as JSON lines into benchmarks/results/static.
 """
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.case import BOUNDS, Claim
+from benchmarks.case import YARDSTICKS, Claim, is_rival
 from benchmarks.record import Record
 from benchmarks.timing import AGAIN, spread, verdict
 
@@ -31,7 +31,7 @@ def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
         if row.provider.endswith(AGAIN):
             continue
         view.add_row(
-            f"{row.provider} (bound)" if row.provider in BOUNDS else row.provider,
+            f"{row.provider} (for scale)" if row.provider in YARDSTICKS else row.provider,
             f"{row.median_ms:.3g}" if row.median_ms < 100 else f"{row.median_ms:.0f}",
             f"{row.p20_ms:.3g}-{row.p80_ms:.3g}",
             _against_best(row, records, ours),
@@ -43,8 +43,8 @@ def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
 
 
 def best_rival(records: Iterable[Record], ours: str) -> Record | None:
-    """Return the fastest row that is neither ours, by whatever path, nor a lower bound."""
-    rivals = [r for r in records if r.provider.split(" ")[0] != ours and r.provider not in BOUNDS]
+    """Return the fastest row that does the same work and is not ours, by whatever path."""
+    rivals = [r for r in records if is_rival(r.op, r.mode, r.provider, ours)]
     return min(rivals, key=lambda r: r.median_ms, default=None)
 
 

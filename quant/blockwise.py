@@ -3,7 +3,7 @@
     absmax_j = max |x_i| over block j         code_i = nearest level to x_i / absmax_j        x_i ~ level_i absmax_j
 
 Blocks run over the flattened tensor in row-major order and may straddle rows; the last may be short. One outlier
-spoils its own block only. Source: Dettmers et al. 2022 (arXiv 2110.02861), section 2.1.
+spoils its own block only. Source: Dettmers et al. 2021 (arXiv 2110.02861), section 2.1.
 """
 
 import operator

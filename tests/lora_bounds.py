@@ -4,10 +4,16 @@ u and low are the unit roundoffs of the output's dtype and of A's; eta the spaci
 products in float32 errs by 2 u_32 sqrt(n) times the sum of magnitudes (tolerance.py). What is rounded on the way:
 of the base product and the update with the bias the one that is made first, as a library adds the other to it in place;
 S, dS, and D = drop(x) where p > 0.
+
+A value v that is rounded errs by low |v|, whatever the magnitudes of what it is the sum of. The values of S then enter
+y, those of dS dx and dA, and those of D S and dA, in sums over the ranks, the tokens and the columns; what the errors
+of all come to there is said by tolerance.Roundings.through. It takes the roundings, or else the other factors, to have
+signs independent of each other. So it is with random operands, with repeated rows or one element for all, and with
+subnormals; it would not be where both factors repeat, as in dS^T x with a constant dL/dy and a constant x.
 """
 
 import torch
-from tolerance import UNIT_FP32, assert_within_bound
+from tolerance import UNIT_FP32, Roundings, assert_within_bound
 from torch import Tensor
 
 from lora_core.reference.dropout import keep_mask
@@ -46,26 +52,36 @@ def check_forward(
     base, s = x @ weight.T, d @ a.T
     update = scaling * s @ b.T + bias
     truth = base + update
-    base_part, update_part = u * (base + bias).abs() + low * truth.abs(), u * update.abs()
+    base_part, update_part, summed = u * (base + bias).abs(), u * update.abs(), low * truth.abs()
     parts = {
-        "base": base_part,
-        "update": update_part,
-        "either": torch.maximum(base_part, update_part + low * truth.abs()),
-        "none": 0,
+        "base": (base_part, summed),
+        "update": (update_part,),
+        "either": (torch.maximum(base_part, update_part), summed),
+        "none": (),
     }
     columns, rank = x.shape[-1], a.shape[0]
     s_magnitude = d.abs() @ a.T.abs()
-    s_bound = low * (s.abs() + (dropout > 0) * s_magnitude) + eta + 2 * UNIT_FP32 * columns**0.5 * s_magnitude
-    factor = abs(scaling)
-    magnitude = x.abs() @ weight.T.abs() + bias.abs() + factor * s_magnitude @ b.T.abs()
-    sums = 2 * UNIT_FP32 * (columns + rank + 2) ** 0.5 * magnitude
+    s_bound = rounded_sum(s, low, eta, columns, s_magnitude)
+    if dropout > 0:
+        s_bound += Roundings.of(low * d.abs()).through(a.T)
+    magnitude = x.abs() @ weight.T.abs() + bias.abs() + abs(scaling) * s_magnitude @ b.T.abs()
     # a library may multiply B by the scaling first, which costs a subnormal one of its last bits
     scaled = eta * s.abs().sum(-1, keepdim=True)
-    bound = u * truth.abs() + parts[rounded] + factor * s_bound @ b.T.abs() + scaled + sums
+    own = Roundings.of(u * truth.abs(), *parts[rounded], scaled + sums(columns + rank + 2, magnitude))
+    bound = own + s_bound.through(scaling * b.T)
     assert_within_bound(y.cpu(), truth, bound)
     if hidden is not None:
-        flat = (-1, rank)
-        assert_within_bound(hidden.cpu(), s.reshape(flat), s_bound.reshape(flat))
+        assert_within_bound(hidden.cpu().view(s.shape), s, s_bound)
+
+
+def sums(terms: int, magnitude: Tensor) -> Tensor:
+    """Return what a float32 sum of so many products is off; one below the normal numbers errs as the smallest does."""
+    return 2 * UNIT_FP32 * terms**0.5 * (magnitude + torch.finfo(torch.float32).smallest_normal)
+
+
+def rounded_sum(value: Tensor, low: float, eta: float, terms: int, magnitude: Tensor) -> Roundings:
+    """Return what a value is off that is such a sum, rounded to a unit of low and a spacing of eta."""
+    return Roundings.of(low * value.abs() + eta / 2, sums(terms, magnitude))
 
 
 GRADIENTS = ("d_x", "d_weight", "d_bias", "d_lora_a", "d_lora_b")
@@ -101,8 +117,9 @@ def check_backward_of_several(d_x, pairs, d_ys, layers, x) -> None:
         u = torch.finfo(d_x.dtype).eps / 2
         # as each layer is added, the sum so far is rounded; it is no larger than all parts together
         parts = sum(own["parts of d_x"] for own in found)
-        truth, bound = (sum(own["d_x"][i] for own in found) for i in (0, 1))
-        assert_within_bound(d_x.cpu(), truth, bound + len(layers) * u * parts)
+        truths, bounds = zip(*(own["d_x"] for own in found), strict=True)
+        bound = sum(bounds, Roundings.of(*[u * parts] * len(layers)))
+        assert_within_bound(d_x.cpu(), sum(truths), bound)
 
 
 def backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> dict:
@@ -111,12 +128,14 @@ def backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, d
     g, dh, x, weight, a, b, s = wide(d_y, d_hidden, x, weight, lora_a, lora_b, hidden)
     rows, columns, rank = g.shape[0], g.shape[1], a.shape[0]
     factor, d = abs(scaling), masked(x, dropout, seed)
-    unit_sums = 2 * UNIT_FP32
-    d_s = scaling * g @ b + (0 if dh is None else dh)
-    d_s_magnitude = factor * g.abs() @ b.abs() + (0 if dh is None else dh.abs())
-    # the product is rounded before d_hidden is added, and the sum again
-    d_s_bound = 2 * low * d_s_magnitude + eta + unit_sums * columns**0.5 * d_s_magnitude
-    d_magnitude = d.abs()
+    dh_or_0 = torch.zeros_like(s) if dh is None else dh
+    product, product_magnitude = g @ b, g.abs() @ b.abs()
+    d_s, d_s_magnitude = scaling * product + dh_or_0, factor * product_magnitude + dh_or_0.abs()
+    # the product is rounded before it is scaled, and again then, and the sum with d_hidden
+    d_s_bound = rounded_sum(product, low, eta, columns, product_magnitude) * scaling
+    d_s_bound += Roundings.of(low * (scaling * product).abs() + eta / 2)
+    if dh is not None:
+        d_s_bound += Roundings.of(low * d_s.abs())
     mask = masked(torch.ones_like(x), dropout, seed)
     low_rank = mask * (d_s @ a)
     base = g @ weight
@@ -124,7 +143,7 @@ def backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, d
         "d_x": g.abs() @ weight.abs() + mask * (d_s_magnitude @ a.abs()),
         "d_weight": g.T.abs() @ x.abs(),
         "d_bias": g.abs().sum(0),
-        "d_lora_a": d_s_magnitude.T @ d_magnitude,
+        "d_lora_a": d_s_magnitude.T @ d.abs(),
         "d_lora_b": factor * g.T.abs() @ s.abs(),
     }
     truths = {
@@ -134,19 +153,21 @@ def backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, d
         "d_lora_a": d_s.T @ d,
         "d_lora_b": scaling * g.T @ s,
     }
-    extra = {
-        # rounded again: what a library adds the rest to, and the mixed-dtype update; 1 / (1 - p) is one more rounding
-        "d_x": u * torch.maximum(base.abs(), low_rank.abs())
-        + mask * (d_s_bound @ a.abs())
-        + low * (low_rank.abs() + truths["d_x"].abs()),
-        "d_lora_a": d_s_bound.T @ d_magnitude + low * (dropout > 0) * magnitudes["d_lora_a"],
+    # rounded again: what a library adds the rest to, and the mixed-dtype update; 1 / (1 - p) is one more rounding
+    again = (u * torch.maximum(base.abs(), low_rank.abs()), low * low_rank.abs(), low * truths["d_x"].abs())
+    carried = {
+        "d_x": Roundings.of(*again) + d_s_bound.through(a) * mask,
+        "d_lora_a": d_s_bound.T.through(d),
     }
+    if dropout > 0:
+        carried["d_lora_a"] += Roundings.of(low * d.abs()).T.through(d_s).T
     lengths = {"d_x": columns + rank, "d_weight": rows, "d_bias": rows, "d_lora_a": rows, "d_lora_b": rows}
     own = {"d_x": d_y, "d_weight": d_y, "d_bias": d_y, "d_lora_a": lora_a, "d_lora_b": lora_b}
     found = {"parts of d_x": base.abs() + low_rank.abs()}
     for name, truth in truths.items():
-        unit = torch.finfo(own[name].dtype).eps / 2
+        once = torch.finfo(own[name].dtype).eps / 2 * truth.abs()
         # scaling is multiplied in after the sum is rounded, in the reference
-        bound = 2 * unit * truth.abs() + unit_sums * (lengths[name] + 1) ** 0.5 * magnitudes[name]
-        found[name] = (truth, bound + extra.get(name, 0))
+        times = 2 if name == "d_lora_b" else 1
+        bound = Roundings.of(*[once] * times, sums(lengths[name] + 1, magnitudes[name]))
+        found[name] = (truth, bound + carried[name] if name in carried else bound)
     return found

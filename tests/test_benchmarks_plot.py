@@ -51,6 +51,34 @@ def test_plot_takes_the_largest_sweep_and_leaves_out_the_second_slot(tmp_path):
     assert plot._sweep(found, "lora_linear", "R") == {}
 
 
+def test_a_sweep_is_of_one_commit_and_its_exponents_of_one_range(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    recorded(tmp_path)
+    shape = {"M": 256, "N": 8, "K": 8, "R": 2}
+    same = {"op": "lora_linear", "dtype": "float32", "flops": 1000, "shape": shape, "block_size": None}
+    write(tmp_path, *rows(256.0, 512.0, 128.0, **same, commit="another"))
+    found = list(plot.newest(tmp_path).values())
+    assert max(size for size, _ in plot._sweep(found, "lora_linear", "M")["lora_core"]) == 64
+    for m in (256, 1024):
+        write(tmp_path, *rows(1.0 * m, 2.0 * m, **same | {"shape": shape | {"M": m}}))
+    drawn = figure()
+    assert plot.scaling(drawn, list(plot.newest(tmp_path).values()))
+    (axes,) = drawn.axes
+    # the third provider's curve ends before the upper half does
+    labels = sorted(text.get_text() for text in axes.get_legend().get_texts())
+    assert labels == ["bitsandbytes: ~ 1.00", "lora_core: ~ 1.00", "matmul"]
+    assert axes.get_legend().get_title().get_text() == "exponent from 64 on"
+
+
+def test_roofline_leaves_out_what_does_other_work(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    recorded(tmp_path)
+    drawn = figure()
+    assert plot.roofline(drawn, list(plot.newest(tmp_path).values()))
+    labels = {text.get_text() for text in drawn.axes[0].get_legend().get_texts()}
+    assert labels == {"lora_linear: rivals", "lora_linear: lora_core"}
+
+
 def test_bars_leave_out_what_says_nothing_and_what_is_not_this_librarys(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure
     told = rows(2.0, 2.5, 1.0, 2.1)

@@ -89,6 +89,19 @@ def test_models_in_bfloat16_pass_their_checks_and_a_wrong_scaling_does_not(op, m
         assert not next(run.cases_of(op, shape, "cpu")).check("lora_core").passed
 
 
+def test_operations_of_a_mixed_batch_are_those_of_rows_with_an_adapter():
+    forward = next(run.cases_of("grouped_lora", {"M": 8, "N": 16, "K": 64, "R": 4, "G": 3}, "cpu"))
+    # rows 3 and 7 have none; the others adapters 0, 1, 2, 1, 2, 0 of ranks 4, 2, 1
+    assert forward.flops == 2 * (16 + 64) * (4 + 2 + 1 + 2 + 1 + 4)
+
+
+def test_a_backward_that_holds_the_weight_dense_is_listed_with_the_reason():
+    case = next(run.cases_of("nf4_lora_linear", {"M": 4, "N": 16, "K": 64, "R": 4}, "cpu"))
+    backward = next(c for c in run.cases_of("nf4_lora_linear", case.shape, "cpu") if c.mode == "bwd")
+    assert {"reference", "compiled"} <= backward.missing.keys()
+    assert not {"reference", "compiled"} & {p.name for p in backward.providers}
+
+
 @pytest.mark.parametrize("op", ["grouped_lora", "dora_norm"])
 def test_every_provider_of_a_case_passes_its_check(op):
     shape = {"M": 8, "N": 16, "K": 64, "R": 4, "G": 3}

@@ -92,6 +92,22 @@ def test_no_path_of_this_library_is_its_rival():
     assert best_rival([*run, *forced], "lora_core").provider == "bitsandbytes"
 
 
+def test_a_backward_whose_forward_has_made_the_weight_dense_is_no_rival(tmp_path):
+    ours, theirs, *_ = rows(3.0, 4.0, op="nf4_lora_linear")
+    dense = dataclasses.replace(theirs, provider="reference", median_ms=1.0, p20_ms=1.0, p80_ms=1.0)
+    for mode, best in (("bwd", "bitsandbytes"), ("fwdbwd", "reference")):
+        run = [dataclasses.replace(r, mode=mode) for r in (ours, theirs, dense)]
+        assert min(rivals_of(run), key=lambda r: r.median_ms).provider == best
+        assert best_rival(run, "lora_core").provider == best
+
+
+def test_results_table_says_how_much_was_measured_with_uncommitted_changes(tmp_path):
+    write(tmp_path, *rows(1.0, 2.0, dirty=False))
+    assert "uncommitted" not in results_table.table(tmp_path)
+    write(tmp_path, *rows(1.0, 2.0, dirty=True, shape={"N": 2, "K": 2}))
+    assert "1 of 2 comparisons were measured with uncommitted changes" in results_table.table(tmp_path)
+
+
 def test_results_table_keeps_devices_apart_and_says_what_no_gpu_measured(tmp_path):
     write(tmp_path, *rows(1.0, 2.0), *rows(5.0, 2.0, device="another, 4 threads"))
     text = results_table.table(tmp_path)

@@ -77,7 +77,8 @@ QUOTED = {
     "80 GB cards for the 65B model's states": (10, 7),
     "65B full: weights": (130, 130),
     "65B full: gradients": (130, 130),
-    "65B full: optimiser states": (520, 780),
+    "65B full: optimiser states": (520, 520),
+    "65B full: fp32 master copy": (0, 260),
     "65B full: total": (780, 1040),
     "prefix of 20, 7B": (5_242_880, 5_242_880),
     "Houlsby adapters of 64, 7B": (33.6e6, 33_820_672),
@@ -144,8 +145,8 @@ def test_figures_beside_the_quoted_ones_are_those_published_and_told():
 
 
 def test_quoted_formulas_give_the_quoted_numbers():
-    """Each formula gives what is said, to two digits; the exceptions are errors of arithmetic in what is said."""
-    by_itself = {f.subject for f in figures() if abs(f.from_formula / f.said - 1) > 0.05}
+    """Each formula gives what is said, to two digits; the exceptions are rounded to one digit in what is said."""
+    by_itself = {f.subject for f in figures() if abs(f.from_formula - f.said) > 0.05 * f.said}
     # the paper's 1.2 TB / 350 GB is 3.4, quoted as 3; 0.8M / 7B is 0.0114 %, quoted as 0.01 %; 0.335 GB as 0.32
     assert by_itself == {"GPT-3: times less memory", "... of all parameters"}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,42 @@ from lora_core.puzzles.catalogue import PUZZLES, find_puzzle, stub
 from lora_core.puzzles.run import SOLVED, WRONG, check_file, main
 
 SOLUTIONS = Path(__file__).resolve().parent / "solutions"
+
+# adapters padded to the largest rank, one at a time
+PADDED = """\
+        widest = max(len(other) for other in lora_a)
+        a = torch.cat([a, a.new_zeros(widest - len(a), a.shape[1])])
+        b = torch.nn.functional.pad(b, (0, widest - b.shape[1]))
+        rows ="""
+PADDED_B = """\
+        wide = b.new_zeros(len(b), max(len(other) for other in lora_a))
+        wide[:, : len(a)] = b
+        b = wide[:, : len(a)]
+        rows ="""
+WORKSPACE = """\
+    workspace = torch.zeros(max(len(a) for a in lora_a), x.shape[1])
+    for g, (a, b, s) in enumerate(zip(lora_a, lora_b, scaling, strict=True)):
+        workspace[: len(a)] = a
+        workspace[len(a) :] = 0
+        a = workspace
+        b = torch.cat([b, b.new_zeros(len(b), len(a) - b.shape[1])], 1)
+"""
+WHOLE_LOOP = """\
+    y = base.clone()
+    for g, (a, b, s) in enumerate(zip(lora_a, lora_b, scaling, strict=True)):
+        rows = torch.nonzero(which == g).flatten()
+        y[rows] += s * (x[rows] @ a.T) @ b.T
+    return y
+"""
+# all adapters side by side, none padded
+TOGETHER = """\
+    a, b, owner = x.new_zeros(sum(map(len, lora_a)), x.shape[1]), torch.cat(list(lora_b), 1), []
+    for g, one in enumerate(lora_a):
+        a[len(owner) : len(owner) + len(one)] = one
+        owner += len(one) * [g]
+    owner = torch.tensor(owner)
+    return base + torch.where(which[:, None] == owner, x @ a.T * torch.tensor(scaling)[owner], 0) @ b.T
+"""
 
 # exercise, what stands in its solution, what a learner would write instead, what is said
 MISTAKES = (
@@ -32,6 +69,19 @@ MISTAKES = (
      "right, but you formed B A"),
     (1, "x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T",
      "x @ weight.clone().addmm_(lora_b, lora_a, alpha=scaling).T + bias", "right, but you formed B A"),
+    (1, "scaling * (x @ lora_a.T) @ lora_b.T",
+     "scaling * __import__('torch').stack([x @ (b @ lora_a) for b in lora_b], 1)",
+     "right, but you formed B A in pieces: 77 elements were computed from A and B alone, and B A has 7 x 11. That "
+     "saves memory, but is all the work of the product: multiply x by A^T first"),
+    (1, "x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T",
+     "x @ weight.T + bias + sum(scaling * x[:, k : k + 1] * (lora_b @ lora_a[:, k]) for k in range(x.shape[1]))",
+     "right, but you formed B A in pieces"),
+    (1, "scaling * (x @ lora_a.T) @ lora_b.T",
+     "scaling * __import__('torch').einsum('nr,rk,mk->mn', lora_b, lora_a, x)",
+     "right, but torch.einsum('nr,rk,mk->mn', ...) formed inside what is as large as B A"),
+    (2, "    return d_y @ weight + d_s @ lora_a,", "    low = sum(scaling * d_y[:, n : n + 1] * (b @ lora_a)"
+     " for n, b in enumerate(lora_b))\n    return d_y @ weight + low,",
+     "right, but you formed B A in pieces"),
     (2, "d_y @ weight + d_s @ lora_a,", "d_y @ (weight + scaling * lora_b @ lora_a),", "right, but you formed B A"),
     (2, "d_s.T @ x, scaling * d_y.T @ (x @ lora_a.T)",
      "scaling * lora_b.T @ (d_y.T @ x), scaling * (d_y.T @ x) @ lora_a.T", "you formed G^T x, the weight's gradient"),
@@ -103,11 +153,20 @@ MISTAKES = (
      "return (weight + scaling * lora_b @ lora_a).norm(dim=0)", "norms of the columns"),
     (11, "(lora_b * (weight @ lora_a.T)).sum(1)",
      "(weight * (lora_b[:, :, None] * lora_a).sum(1)).sum(1)", "right, but you formed B A"),
+    (11, "(lora_b * (weight @ lora_a.T)).sum(1)",
+     "__import__('torch').einsum('nr,rk,nk->n', lora_b, lora_a, weight)",
+     "right, but torch.einsum('nr,rk,nk->n', ...) formed inside what is as large as B A, 7 x 11: it multiplies its "
+     "operands two at a time, beginning with the first two. Write one product of two operands after another: W A^T"),
     (12, "    for g, (a,", "    widest = max(len(a) for a in lora_a)\n"
      "    lora_a = [torch.cat([a, a.new_zeros(widest - len(a), a.shape[1])]) for a in lora_a]\n"
      "    lora_a = torch.stack(lora_a)\n"
      "    lora_b = [torch.cat([b, b.new_zeros(len(b), widest - b.shape[1])], 1) for b in lora_b]\n    for g, (a,",
      "none is to be padded"),
+    (12, "        rows =", PADDED, "33 elements from A of adapter 0, whose A has 22: none is to be padded"),
+    (12, "        rows =", PADDED_B, "18 elements from B of adapter 0, whose B has 12: none is to be padded"),
+    (12, "    for g, (a, b, s) in enumerate(zip(lora_a, lora_b, scaling, strict=True)):\n", WORKSPACE,
+     "33 elements from A of adapter 0, whose A has 22: none is to be padded"),
+    (12, "(x[rows] @ a.T) @ b.T", "x[rows] @ (b @ a).T", "right, but you formed B A, a matrix of 6 x 11"),
     (12, "torch.nonzero(which == g)", "torch.nonzero(which % len(lora_a) == g)", "-1 is no adapter"),
     (12, "base.clone()", "torch.zeros_like(base)", "output is missing"),
     (12, "base.clone()", "base", "you changed base in place"),
@@ -129,6 +188,56 @@ NEEDLESS = (
 )
 
 
+# exercise, what is written in its kernel for what, what is said; all is right while the block sizes are alike
+BLOCK_MISTAKES = (
+    (6, {"* BLOCK + tl.arange(0, BLOCK)": "* 16 + tl.arange(0, 16)"},
+     "With BLOCK 16 it is right: is a number written where BLOCK is meant? It is for the elements of a program"),
+    (6, {"* BLOCK + tl.arange(0, BLOCK)": "* 1024 + tl.arange(0, 1024)"}, "is a number written where BLOCK is meant?"),
+    (7, {"* BLOCK + tl.arange(0, BLOCK)": "* 64 + tl.arange(0, 64)"},
+     "With BLOCK 64 it is right: is a number written where BLOCK is meant? It is for the weights of a program"),
+    (8, {"tl.program_id(0) * BLOCK_M": "tl.program_id(0) * BLOCK_N",
+         "tl.program_id(1) * BLOCK_N": "tl.program_id(1) * BLOCK_M"},
+     "With all block sizes 16 it is right: BLOCK_M and BLOCK_N are probably mixed up. BLOCK_M is for the rows of y"),
+    (8, {"BLOCK_M": "BLOCK_N", "BLOCK_N": "BLOCK_M", "BLOCK_K": "BLOCK_R", "BLOCK_R": "BLOCK_K"},
+     "BLOCK_M and BLOCK_N are probably mixed up"),
+    (8, {"range(0, K, BLOCK_K)": "range(0, K, BLOCK_R)"}, "BLOCK_K and BLOCK_R are probably mixed up"),
+    (8, {"range(0, R, BLOCK_R)": "range(0, R, BLOCK_K)"}, "BLOCK_K and BLOCK_R are probably mixed up"),
+    (8, {"k = start + tl.arange(0, BLOCK_K)": "k = start + tl.arange(0, BLOCK_M)"},
+     "BLOCK_M and BLOCK_K are probably mixed up"),
+    (8, {"range(0, K, BLOCK_K)": "range(0, K, 16)"}, "is a number written where BLOCK_K is meant?"),
+    (9, {"part * ROWS": "part * BLOCK_R", "tl.program_id(0) * BLOCK_N": "tl.program_id(0) * ROWS"},
+     "block sizes are probably mixed up, ROWS among them. They are ROWS for the rows of a part"),
+    (9, {"part * ROWS": "part * BLOCK_R"}, "ROWS and BLOCK_R are probably mixed up"),
+    (9, {"rank = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_R)":
+         "rank = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)"},
+     "BLOCK_R and BLOCK_N are probably mixed up"),
+    (9, {"* BLOCK + tl.arange(0, BLOCK)": "* 32 + tl.arange(0, 32)", "(BLOCK,)": "(32,)"},
+     "is a number written where BLOCK is meant? It is for the elements of a program of sum_kernel"),
+)  # fmt: skip
+
+# steps of another length give the right result: the interpreter sees the loads
+STEP_MISTAKES = (
+    ({"BLOCK_K": "BLOCK_R", "BLOCK_R": "BLOCK_K"},
+     "right, but x is loaded 256 elements at a time; want tiles of BLOCK_M x BLOCK_K, 1024\n"
+     "  With all block sizes 16 it is right: BLOCK_K and BLOCK_R are probably mixed up"),
+    ({"BLOCK_R": "16"}, "is a number written where BLOCK_R is meant? It is for the steps of the low-rank product"),
+    ({"BLOCK_K": "32"}, "right, but x is loaded 512 elements at a time; want tiles of BLOCK_M x BLOCK_K, 256"),
+)  # fmt: skip
+
+# exercise, what stands in its solution, what does the same otherwise
+OTHERWISE = (
+    (1, "x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T",
+     "x @ weight.T + bias + scaling * sum((x @ a)[:, None] * b for a, b in zip(lora_a, lora_b.T, strict=True))"),
+    (1, "x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T",
+     "__import__('torch').stack([v @ weight.T + bias + lora_b @ (scaling * lora_a @ v) for v in x])"),
+    (1, "(x @ lora_a.T) @ lora_b.T", "__import__('torch').einsum('mk,rk,nr->mn', x, lora_a, lora_b)"),
+    (11, "(lora_b * (weight @ lora_a.T)).sum(1)",
+     "__import__('torch').einsum('nk,rk,nr->n', weight, lora_a, lora_b)"),
+    (12, "(x[rows] @ a.T) @ b.T", "(x[rows] @ a.T.contiguous()) @ (1.0 * b).T"),
+    (12, WHOLE_LOOP, TOGETHER),
+)  # fmt: skip
+
+
 def solution(puzzle) -> Path:
     return SOLUTIONS / puzzle.file
 
@@ -139,6 +248,17 @@ def edited(puzzle, old, new, folder) -> Path:
     assert text.count(old) == 1, f"{puzzle.file} holds {old!r} {text.count(old)} times"
     path = folder / puzzle.file
     path.write_text(text.replace(old, new), "utf-8")
+    return path
+
+
+def rewritten(puzzle, changes, folder) -> Path:
+    """Write the exercise's solution with all these changed at once, in the bodies of kernels; return the file."""
+    parts = re.split(r"(def \w+\(.*?\):\n)", solution(puzzle).read_text("utf-8"), flags=re.DOTALL)
+    assert all(any(old in body for body in parts[2::2]) for old in changes)
+    either = re.compile("|".join(map(re.escape, changes)))
+    bodies = [either.sub(lambda found: changes[found.group()], body) for body in parts[2::2]]
+    path = folder / puzzle.file
+    path.write_text(parts[0] + "".join(map("".join, zip(parts[1::2], bodies, strict=True))), "utf-8")
     return path
 
 
@@ -163,6 +283,28 @@ def test_puzzles_usual_mistake_is_named(number, old, new, says, tmp_path, capsys
     puzzle = find_puzzle(number)
     status, said = said_of(puzzle, edited(puzzle, old, new, tmp_path), capsys)
     assert status == WRONG and says in said, said
+
+
+@pytest.mark.parametrize(("number", "changes", "says"), BLOCK_MISTAKES)
+def test_puzzles_block_size_in_another_ones_place_is_named(number, changes, says, tmp_path, capsys):
+    puzzle = find_puzzle(number)
+    status, said = said_of(puzzle, rewritten(puzzle, changes, tmp_path), capsys)
+    assert status == WRONG and says in said, said
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("changes", "says"), STEP_MISTAKES)
+def test_puzzles_steps_of_another_ones_length_are_named(changes, says, tmp_path, capsys):
+    puzzle = find_puzzle(8)
+    status, said = said_of(puzzle, rewritten(puzzle, changes, tmp_path), capsys)
+    assert status == WRONG and says in said, said
+
+
+@pytest.mark.parametrize(("number", "old", "new"), OTHERWISE)
+def test_puzzles_other_right_solution_is_accepted(number, old, new, tmp_path, capsys):
+    puzzle = find_puzzle(number)
+    status, said = said_of(puzzle, edited(puzzle, old, new, tmp_path), capsys)
+    assert status == SOLVED, said
 
 
 @pytest.mark.interpreted

@@ -56,7 +56,8 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     pairs = sum(ranks) * (k + n)
     # adapters, x, base and y; then adapters and their gradients, dL/dy, x and dL/dx
     moved = {"fwd": pairs + m * (k + 2 * n), "bwd": 2 * pairs + m * (2 * k + n)}
-    flops = {"fwd": 2 * m * (k + n) * sum(ranks) // adapters}
+    # of rows that have an adapter, of its own rank
+    flops = {"fwd": 2 * (k + n) * sum(ranks[g] for g in adapter.tolist() if g >= 0)}
     flops["bwd"] = 2 * flops["fwd"]
     for name in (moved, flops):
         name["fwdbwd"] = name["fwd"] + name["bwd"]

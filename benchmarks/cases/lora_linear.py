@@ -1,7 +1,7 @@
 """A LoRA linear layer: forward, backward with gradients of x, A and B, and both. bfloat16 on a GPU, float32 on a CPU.
 
 Beside it PEFT's layer, the formula in plain PyTorch as written ("reference") and under torch.compile ("compiled"), and
-as a lower bound the frozen product alone ("matmul"). On a GPU the forward runs by either path of the kernels too, with
+for scale the frozen product alone ("matmul"). On a GPU the forward runs by either path of the kernels too, with
 the fused product and with a library's ("lora_core fused", "lora_core library"), without the operation around them.
 """
 

@@ -1,6 +1,6 @@
 """Dequantising an NF4 weight with double-quantised scales to bf16. The shape is N x K.
 
-Beside it bitsandbytes, torchao (a format of its own), plain PyTorch ("reference"), and as a lower bound a copy of the
+Beside it bitsandbytes, torchao (a format of its own), plain PyTorch ("reference"), and for scale a copy of the
 dense weight's size ("copy").
 """
 

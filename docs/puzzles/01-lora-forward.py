@@ -4,7 +4,7 @@ A frozen layer computes x W^T + b. LoRA adds an update of low rank,
 
     y = x W^T + b + s (x A^T) B^T,
 
-and never forms the product B A, which is as large as W.
+and never forms the product B A, which is as large as W, neither whole nor row by row.
 
     x        [M, K]   M tokens of K features
     weight   [N, K]   W, frozen

@@ -8,8 +8,8 @@ past n, and what lies there belongs to somebody else: loads and stores take a ma
 
     x_ptr, y_ptr  pointers to float32 [n]; x_ptr + tl.arange(0, 4) points to four neighbours
 
-The kernel is started ceil(n / BLOCK) times. Without a GPU Triton's interpreter runs it, one program after another: then
-print() works inside.
+The kernel is started ceil(n / BLOCK) times, with a BLOCK that differs from run to run. Without a GPU Triton's
+interpreter runs it, one program after another: then print() works inside.
 """
 
 import triton

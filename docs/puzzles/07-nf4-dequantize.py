@@ -7,7 +7,7 @@
     levels_ptr  float32 [16]
     w_ptr       float32 [n]
     BLOCK_SIZE  weights that share one scale
-    BLOCK       weights of a program; the kernel is started ceil(n / BLOCK) times
+    BLOCK       weights of a program; the kernel is started ceil(n / BLOCK) times, not always with the same BLOCK
 
 tl.load takes pointers that repeat: two weights may read the same byte. What is loaded as uint8 is shifted and masked
 more safely after .to(tl.int32).

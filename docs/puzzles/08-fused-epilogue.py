@@ -3,7 +3,8 @@
     y = x W^T + scaling S B^T        where S = x A^T was computed before
 
 Two products, but y is written once: the low-rank part is added to the accumulator, still in registers, after the last
-step over K. Program (i, j) does rows i BLOCK_M ... and columns j BLOCK_N ... of y.
+step over K. Program (i, j) does rows i BLOCK_M ... and columns j BLOCK_N ... of y, in steps of BLOCK_K over K and of
+BLOCK_R over R; the four may all differ.
 
     x_ptr  float32 [M, K]        w_ptr  float32 [N, K]
     s_ptr  float32 [M, R]        b_ptr  float32 [N, R]        y_ptr  float32 [M, N]

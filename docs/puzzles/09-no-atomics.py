@@ -12,8 +12,8 @@ sum_kernel: adds the parts, part 0 + part 1 + ..., always in this order, and mul
     part_ptr  float32 [PARTS, N, R]      out_ptr     float32 [N, R], count = N R elements
     partial_kernel is started (ceil(N / BLOCK_N), ceil(M / ROWS)) times, sum_kernel ceil(count / BLOCK) times
 
-BLOCK_R is at least R: one tile covers the rank. ROWS is a power of two: one tl.dot of [BLOCK_N, ROWS] by
-[ROWS, BLOCK_R] does a whole part.
+The block sizes may all differ. BLOCK_R is at least R: one tile covers the rank. ROWS is a power of two: one tl.dot of
+[BLOCK_N, ROWS] by [ROWS, BLOCK_R] does a whole part.
 """
 
 import triton

@@ -90,7 +90,7 @@ PUZZLES = (
     )),
     Puzzle(11, "dora-norm", "DoRA norm without B A", "dora_norm", False, (
         "|W_n + s (B A)_n|^2 is a binomial: three sums.",
-        "W A^T is [N, R] and A A^T is [R, R]: both small.",
+        "W A^T is [N, R] and A A^T is [R, R]: both small. An einsum of three starts with its first two: not B and A.",
         "(W W).sum(1) + 2 s (B * (W A^T)).sum(1) + s^2 (B * (B (A A^T))).sum(1), then the root.",
     )),
     Puzzle(12, "grouped-adapters", "Grouped adapters", "grouped_lora", False, (

@@ -34,6 +34,11 @@ def load(path: str | Path) -> ModuleType:
     return module
 
 
+def describe_loaded(error: BaseException) -> str:
+    """Return an exception in a line, with the line that it came from in the file loaded last."""
+    return describe(error, Path(str(sys.modules["exercise"].__file__)))
+
+
 def describe(error: BaseException, path: Path) -> str:
     """Return an exception in a line, with the learner's line that it came from."""
     if isinstance(error, NotImplementedError):

@@ -34,10 +34,27 @@ def absolute(*tensors: Tensor) -> list[Any]:
     return [t.double().abs() for t in tensors]
 
 
-def refuse_product(watch: Watch, n: int, k: int, given: str, instead: str = "") -> None:
+def refuse_product(watch: Watch, n: int, k: int, given: str, instead: str) -> None:
     """Raise WrongAnswer if something as large as B A was made from A and B."""
-    if watch.formed(n, k):
-        raise WrongAnswer(f"{given}: right, but you formed B A, a matrix of {n} x {k}{instead}")
+    if not watch.formed(n, k):
+        return
+    equation = watch.einsum(n, k)
+    if equation:
+        raise WrongAnswer(
+            f"{given}: right, but torch.einsum({equation!r}, ...) formed inside what is as large as B A, {n} x {k}: it "
+            "multiplies its operands two at a time, beginning with the first two. Write one product of two operands "
+            f"after another: {instead}"
+        )
+    raise WrongAnswer(f"{given}: right, but you formed B A, a matrix of {n} x {k}: {instead}")
+
+
+def refuse_pieces(watch: Watch, n: int, k: int, given: str, instead: str) -> None:
+    """Raise WrongAnswer if as many elements as B A has were computed from A and B alone, a few at a time."""
+    if watch.joint >= n * k:
+        raise WrongAnswer(
+            f"{given}: right, but you formed B A in pieces: {watch.joint} elements were computed from A and B alone, "
+            f"and B A has {n} x {k}. That saves memory, but is all the work of the product: {instead}"
+        )
 
 
 def check_forward(solve: Callable[..., Any]) -> None:
@@ -55,10 +72,12 @@ def check_forward(solve: Callable[..., Any]) -> None:
             (base, "your result is the frozen layer's: the update is missing"),
         )
         given = "M, N, K, R = {}, {}, {}, {}".format(*shape)
-        with Watch((a, b)) as watch:
+        with Watch((a, b), (x,)) as watch:
             got = solve(x, weight, bias, a, b, s)
         compare(got, base + s * update, rounding(magnitude, sum(shape)), given, guesses)
-        refuse_product(watch, shape[1], shape[2], given)
+        instead = "multiply x by A^T first, and what comes out, [M, R], by B^T"
+        refuse_product(watch, shape[1], shape[2], given, instead)
+        refuse_pieces(watch, shape[1], shape[2], given, instead)
 
 
 def check_backward(solve: Callable[..., Any]) -> None:
@@ -74,7 +93,7 @@ def check_backward(solve: Callable[..., Any]) -> None:
         want = grads(d_y, x, weight, a, b)
         magnitude = grads(*absolute(d_y, x, weight, a, b))
         given = "M, N, K, R = {}, {}, {}, {}".format(*shape)
-        with Watch((d_y, x)) as whole, Watch((a, b)) as watch:
+        with Watch((d_y, x)) as whole, Watch((a, b), (d_y, x)) as watch:
             got = by_hand(given, solve, d_y, x, weight, a, b, s)
         if not isinstance(got, (tuple, list)) or len(got) != 3:
             raise WrongAnswer(f"{given}: want three gradients, (d_x, d_lora_a, d_lora_b)")
@@ -92,7 +111,9 @@ def check_backward(solve: Callable[..., Any]) -> None:
         n, k = shape[1:3]
         if whole.formed(n, k):
             raise WrongAnswer(f"{given}: right, but you formed G^T x, the weight's gradient of {n} x {k}")
-        refuse_product(watch, n, k, given)
+        instead = "multiply G by B first, and what comes out, [M, R], by A"
+        refuse_product(watch, n, k, given, instead)
+        refuse_pieces(watch, n, k, given, instead)
 
 
 def check_unpack(solve: Callable[..., Any]) -> None:
@@ -208,12 +229,13 @@ def check_dora(solve: Callable[..., Any]) -> None:
             ((plain.square() + (s * b @ a).square().sum(1)).sqrt(), "you forgot the mixed term 2 s <W, B A>"),
         )
         compare(got, want, room, given, guesses)
-        refuse_product(watch, n, k, given, ": W A^T and A A^T are enough")
+        refuse_product(watch, n, k, given, "W A^T, [N, R], and A A^T, [R, R], are enough")
 
 
 def check_grouped(solve: Callable[..., Any]) -> None:
     """One batch, an adapter of its own for each row."""
-    n, k = 6, 5
+    # no number of rows or rank, so that only B A has both
+    n, k = 6, 11
     for ranks, which in (((2, 3), [0, 1, 1, 0, -1]), ((4, 1, 2), [2, 2, 0, -1, 0, 2, 1]), ((3,), [-1, -1])):
         x, base, index = drawn(len(which), k), drawn(len(which), n), torch.tensor(which)
         a, b = [drawn(r, k) for r in ranks], [drawn(n, r) for r in ranks]
@@ -237,7 +259,20 @@ def check_grouped(solve: Callable[..., Any]) -> None:
         compare(got, want, rounding(magnitude, k + max(ranks)), given, guesses)
         if not torch.equal(base, kept):
             raise WrongAnswer(f"{given}: you changed base in place: its owner still needs it")
-        if projections.elements > sum(ranks) * k or ups.elements > sum(ranks) * n:
-            raise WrongAnswer(
-                f"{given}: right, but you made more of the adapters than they hold: none is to be padded or repeated"
-            )
+        refuse_product(projections, n, k, given, "multiply the rows of x by A_g^T first, then by B_g^T")
+        refuse_padding(projections, "A", f"R_g x {k}", given)
+        refuse_padding(ups, "B", f"{n} x R_g", given)
+
+
+def refuse_padding(watch: Watch, name: str, sides: str, given: str) -> None:
+    """Raise WrongAnswer if a tensor made from adapters alone holds more than these adapters do."""
+    grown = watch.grown()
+    if grown is None:
+        return
+    whose = ", ".join(str(source) for source in grown.sources)
+    whose = f"adapter {whose}, whose {name} has" if len(grown.sources) == 1 else f"adapters {whose}, whose {name} have"
+    raise WrongAnswer(
+        f"{given}: right, but you made {grown.elements} elements from {name} of {whose} {grown.held}: none is to be "
+        f"padded or repeated. What is added to a smaller rank is multiplied for nothing; every {name}_g can be "
+        f"multiplied as it is, {sides}, with the rows of its own adapter"
+    )

@@ -18,6 +18,8 @@ UNTOUCHED = -123.0
 _walls: list[tuple[int, int, Tensor]] = []
 # addresses inside walls that were read
 _read: set[int] = set()
+# first and last address, and elements, of every load
+_loads: list[tuple[int, int, int]] = []
 
 
 def _inside(room: Tensor, count: int) -> Tensor:
@@ -59,24 +61,41 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Call
 
 @contextmanager
 def watched_loads() -> Iterator[None]:
-    """Note what Triton's interpreter reads inside walls; a GPU tells nobody."""
+    """Note what Triton's interpreter loads, and what of it lies inside walls; a GPU tells nobody."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     load = InterpreterBuilder.create_masked_load
 
     def noting(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         wanted = ptrs.data[mask.data.astype(bool)]
-        for start, stop, _ in _walls:
-            _read.update(wanted[(wanted >= start) & (wanted < stop)].tolist())
+        if wanted.size:
+            first, last = int(wanted.min()), int(wanted.max())
+            _loads.append((first, last, ptrs.data.size))
+            for start, stop, _ in _walls:
+                if first < stop and last >= start:
+                    _read.update(wanted[(wanted >= start) & (wanted < stop)].tolist())
         return load(builder, ptrs, mask, *rest)
 
     _walls.clear()
     _read.clear()
+    _loads.clear()
     InterpreterBuilder.create_masked_load = noting
     try:
         yield
     finally:
         InterpreterBuilder.create_masked_load = load
+
+
+def loads_of(tensor: Tensor) -> set[int]:
+    """Return how many elements the loads of a tensor had, masked ones too; none where nobody watched."""
+    start = tensor.data_ptr()
+    stop = start + tensor.numel() * tensor.element_size()
+    return {size for first, last, size in _loads if first < stop and last >= start}
+
+
+def forget_reads() -> None:
+    """Forget what was read inside walls: another run begins."""
+    _read.clear()
 
 
 def refuse_reads(given: str) -> None:

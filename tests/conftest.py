@@ -20,6 +20,10 @@ if not torch.cuda.is_available():
 # what makes cuBLAS deterministic, which deterministic mode warns of; it must be set before CUDA starts
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# the bounds are those of sums in float32: cuBLAS adds the parts of a split sum in half precision unless told not to
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
 # the models are tiny and the tests run in two processes: more threads would only wait for one another
 torch.set_num_threads(1)
 

@@ -20,6 +20,14 @@ LEAST = 2**16
 ROOMS = {torch.float32: np.float32, torch.bfloat16: np.uint32}
 
 
+def _reaches(w: Packed) -> bool:
+    """Say whether all parts are as long as the weight needs: what check_parts would take longer to say."""
+    n = w.shape[0] * w.shape[1]
+    scales = w.absmax.numel()
+    nested = w.nested_absmax is None or w.nested_absmax.numel() * w.nested_block_size >= scales
+    return 2 * w.codes.numel() >= n and scales * w.block_size >= n and nested
+
+
 def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     """Return x W^T in float32 [M, N], x [M, K], W [N, K] as rounded to x's dtype; None where this is not for it.
 
@@ -31,8 +39,9 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     loops = compiled.load("nf4_product") if n * k >= LEAST else None
     if loops is None:
         return None
-    # loops by the byte would read past an end
-    check_parts("nf4_lora_linear", *w)
+    if not _reaches(w):
+        # loops by the byte would read past an end: say what does not fit
+        check_parts("nf4_lora_linear", *w)
     y = torch.empty(x.shape[0], n, dtype=torch.float32)
     codes, rows = w.codes.flatten().contiguous().numpy(), x.detach().float().resolve_neg().contiguous().numpy()
     scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)

@@ -28,7 +28,7 @@ def lora_linear(
         y = expand(flat, weight, bias, hidden, lora_b, scaling)
     else:
         y, hidden = reference.forward(flat, weight, bias, lora_a, lora_b, scaling, dropout, seed)
-    return y.view(*x.shape[:-1], weight.shape[0]), hidden
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), hidden
 
 
 def lora_linear_backward(

@@ -41,7 +41,8 @@ def nf4_lora_linear(
     hidden = reference.shrink(flat, lora_a, dropout, seed)
     y = y if bias is None else y.add_(bias)
     y.addmm_(hidden.float(), lora_b.T.float(), alpha=scaling)
-    return y.to(x.dtype).view(*x.shape[:-1], shape[0]), hidden
+    y = y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0]), hidden
 
 
 def nf4_lora_linear_backward(

@@ -67,6 +67,11 @@ class Matrices(nn.ParameterDict):
         matrix: Tensor = self[name]
         return matrix
 
+    def bring(self, name: str) -> Tensor:
+        """Return one, by a call where a forward is put around this module's, as accelerate does: it costs more."""
+        matrix: Tensor = self(name) if "forward" in self.__dict__ else self[name]
+        return matrix
+
 
 @dataclass
 class Merged:
@@ -215,7 +220,7 @@ class AdapterLayer(nn.Module):
         Raises:
             DeviceError: if they are on another: a product of x and a matrix on the meta device would be noise.
         """
-        lora_a, lora_b = self.lora_a(name), self.lora_b(name)
+        lora_a, lora_b = self.lora_a.bring(name), self.lora_b.bring(name)
         if lora_a.device != x.device or lora_b.device != x.device:
             raise DeviceError(
                 f"adapter {name!r}: A is on {lora_a.device}, B on {lora_b.device}, x on {x.device}; want one device: "

@@ -17,13 +17,7 @@ from torch import Tensor
 
 from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
-from lora_core.kernels.low_rank import (
-    low_rank_gradients,
-    low_rank_linear,
-    low_rank_part,
-    path_of,
-    skinny_product,
-)
+from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, low_rank_part, path_of, skinny_product
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
 from lora_core.kernels.nf4_panels import column_panels, row_panels, size_of_panels

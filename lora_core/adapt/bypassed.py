@@ -6,12 +6,12 @@ from the source of the module's methods; where that cannot be read, a layer coun
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+
+from lora_core.adapt.source import source_of
 
 # what is asked of a weight without multiplying by it
 ABOUT = frozenset(("device", "dim", "dtype", "is_floating_point", "is_meta", "ndim", "numel", "shape", "size"))
@@ -72,11 +72,6 @@ def _methods(kind: type[nn.Module]) -> Iterator[ast.FunctionDef]:
         if base in nn.Module.__mro__:
             continue
         for method in vars(base).values():
-            try:
-                # what wraps a method, as a decorator does, is no part of it
-                source = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
-                found = ast.parse(source).body[0]
-            except (OSError, TypeError, SyntaxError, ValueError, IndexError):
-                continue
-            if isinstance(found, ast.FunctionDef):
+            found = source_of(method)
+            if found is not None:
                 yield found

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_core.adapt.kinds import is_transposed_linear
+from lora_core.adapt.kinds import has_pefts_adapter, is_transposed_linear
 from lora_core.adapt.siblings import called_together
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
@@ -140,8 +140,7 @@ def _candidate(module: nn.Module) -> type[Fused] | str | None:
     lora = getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", None)
     if lora is not None and isinstance(module, lora):
         return _peft(module)
-    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
-    if tuner is not None and isinstance(module, tuner):
+    if has_pefts_adapter(module):
         return f"PEFT's {type(module).__name__} is no LoRA layer"
     if isinstance(module, nn.Linear) and is_four_bit(module):
         # the layer's own hooks are called around its forward, whichever that is

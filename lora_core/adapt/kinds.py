@@ -32,6 +32,12 @@ def is_held_by_others(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
 
 
+def has_pefts_adapter(module: nn.Module) -> bool:
+    """Say whether PEFT has put an adapter of any kind into this layer."""
+    layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    return isinstance(module, layer)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Say whether "all-linear" means this module."""
     if isinstance(module, AdapterLayer):

@@ -2,12 +2,12 @@
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+
+from lora_core.adapt.source import source_of
 
 
 def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -21,12 +21,8 @@ def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 @functools.cache
 def _groups(forward: Callable[..., Any]) -> tuple[tuple[str, ...], ...]:
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
-        function = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+    function = source_of(forward)
+    if function is None or not function.args.args:
         return ()
     reader = _Reader(function.args.args[0].arg)
     for statement in function.body:

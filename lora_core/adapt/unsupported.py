@@ -1,12 +1,10 @@
 """Modules that match and cannot be adapted, and why."""
 
-import sys
-
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_core.adapt.bypassed import bypassed
-from lora_core.adapt.kinds import SUPPORTED, adapted_kind, is_held_by_others
+from lora_core.adapt.kinds import SUPPORTED, adapted_kind, has_pefts_adapter, is_held_by_others
 from lora_core.dtypes import FLOATS
 from lora_core.errors import AdapterError, ConfigError, DtypeError
 from lora_core.layers.adapter import AdapterLayer
@@ -14,8 +12,7 @@ from lora_core.layers.adapter import AdapterLayer
 
 def refuse_peft(model: nn.Module, verb: str) -> None:
     """Raise AdapterError if PEFT has put adapters of its own into the model."""
-    layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
-    name = next((name for name, module in model.named_modules() if isinstance(module, layer)), None)
+    name = next((name for name, module in model.named_modules() if has_pefts_adapter(module)), None)
     if name is not None:
         raise AdapterError(
             f"cannot {verb}: {name} has PEFT's adapters; call lora_core.fuse(model) to run them faster, or take them "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
@@ -144,9 +144,8 @@ def variants() -> Iterator[Variant]:
                 kernel=_dora_norm_kernel,
                 signature={
                     "w_ptr": f"*{TYPES[dtype]}",
-                    "codes_ptr": "*i32" if kind in ("blocks", "words") else "*u8",
-                    "absmax_ptr": "*u8" if nested else "*fp32",
-                    **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
+                    # a dense weight has no codes
+                    **argument_types("elements" if kind == "dense" else kind, nested),
                     **dict.fromkeys(("a_ptr", "b_ptr"), f"*{TYPES[low]}"),
                     "part_ptr": "*fp32",
                     **dict.fromkeys(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.tile import round_to
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.packed import Packed
@@ -92,9 +92,7 @@ def variants() -> Iterator[Variant]:
             name=f"{TYPES[dtype]} {scales} {kind}",
             kernel=_nf4_columns_kernel,
             signature={
-                "codes_ptr": "*i32" if words else "*u8",
-                "absmax_ptr": "*u8" if nested else "*fp32",
-                **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
+                **argument_types(kind, nested),
                 "w_ptr": f"*{TYPES[dtype]}",
                 **dict.fromkeys(("N", "K", "first_tile", "width", "block_shift"), "i32"),
             },

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
@@ -173,9 +173,7 @@ def variants() -> Iterator[Variant]:
             kernel=_nf4_matmul_kernel,
             signature={
                 "x_ptr": f"*{TYPES[dtype]}",
-                "codes_ptr": "*u8" if kind == "elements" else "*i32",
-                "absmax_ptr": "*u8" if scales == "nested" else "*fp32",
-                **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
+                **argument_types(kind, scales == "nested"),
                 "bias_ptr": f"*{TYPES[dtype]}",
                 **dict.fromkeys(("s_ptr", "b_ptr"), f"*{TYPES[low]}"),
                 "seed_ptr": "*i64",

@@ -113,6 +113,15 @@ def reading(w: Packed, block_k: int) -> str:
     return "words" if w.block_size % most or w.shape[1] % most else "blocks"
 
 
+def argument_types(kind: str, nested: bool) -> dict[str, str]:
+    """Return the Triton types of what arguments gives, by the parameter's name; kind as reading says."""
+    return {
+        "codes_ptr": "*u8" if kind == "elements" else "*i32",
+        "absmax_ptr": "*u8" if nested else "*fp32",
+        **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
+    }
+
+
 def arguments(w: Packed) -> tuple[Tensor, ...]:
     """Return what a kernel's parameters from codes_ptr to levels8_ptr take; w.codes must be contiguous."""
     device = w.codes.device

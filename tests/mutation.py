@@ -91,6 +91,7 @@ IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_refere
 IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
 IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
 IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
+IN_CPU_PICK = "test_cpu_pick.py::test_pick_takes_the_entry_that_each_lane_names"
 IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
 IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
 IN_ADD_PRODUCT = "test_cpu_product.py::test_add_product_is"
@@ -253,6 +254,7 @@ MUTATIONS = (
     Mutation(COMPILED, "scale = absmax[start //", "scale = absmax[first //", IN_CPU_DECODE),
     Mutation(COMPILED, "scale = absmax2[block]", "scale = absmax2[0]", IN_CPU_CHUNKS),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
+    Mutation("lora_core/cpu/compiled/pick.py", '">=", half', '">", half', IN_CPU_PICK),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),
     Mutation(PLAIN, "scales[at + whole // block_size]", "scales[at]", IN_CPU_DECODE),
     Mutation(

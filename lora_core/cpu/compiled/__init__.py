@@ -13,8 +13,9 @@ WORTHWHILE = 2**18
 
 def load_for(name: str, elements: int) -> Any:
     """Return a module of this folder where it is there already or worth loading for so many elements, else None."""
-    loaded = sys.modules.get(f"{__name__}.{name}")
-    return loaded if loaded is not None or elements < WORTHWHILE else load(name)
+    # load waits for a module that another thread is importing
+    there = f"{__name__}.{name}" in sys.modules
+    return load(name) if there or elements >= WORTHWHILE else None
 
 
 @functools.cache
@@ -24,5 +25,5 @@ def load(name: str) -> Any:
         return None
     try:
         return importlib.import_module(f"{__name__}.{name}")
-    except ImportError:  # a Numba that does not go with this NumPy, or without its compiler
+    except ImportError:  # a Numba that does not go with this NumPy, without its compiler, or switched off
         return None

@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+from numba import config, njit
+
+# instructions of the processor have no form in Python
+if config.DISABLE_JIT:
+    raise ImportError("Numba is switched off by NUMBA_DISABLE_JIT")
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:

@@ -1,8 +1,7 @@
 """NF4 decoded and encoded.
 
-A block has but sixteen values, its levels times its scale, and each code picks one of them. Processors have
-instructions that pick sixteen times at once (vpermd of AVX-512); a compiler finds them for the pick written in
-_decode_sixteen, and in no loop over single codes. Elsewhere the pick becomes sixteen loads.
+A block has but sixteen values, its levels times its scale, and each code picks one of them: sixteen at a time, as
+pick.py writes it.
 """
 
 from typing import Any
@@ -14,16 +13,16 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from lora_core.cpu.compiled.jit import compiled
+from lora_core.cpu.compiled.pick import LANES, WORD, pick
 from lora_core.quant.codebook import codebook
 
 LEVELS, DYNAMIC = codebook("nf4").levels, codebook("dynamic").levels.numpy()
 MIDPOINTS = tuple(codebook("nf4").midpoints.numpy())
-ZERO = np.uint8(codebook("nf4").zero)
+ZERO = np.int32(codebook("nf4").zero)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-# bytes decoded at a time, and the values they stand for
-LANES = 16
+# what so many bytes, decoded at a time, stand for
 VALUES = 2 * LANES
-WORD, SINGLE = ir.IntType(32), ir.FloatType()
+SINGLE = ir.FloatType()
 WORDS, SINGLES, PAIRS = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES), ir.VectorType(WORD, VALUES)
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 
@@ -42,18 +41,12 @@ def _decode_sixteen(_: Any, scale: Any, codes: Any, values: Any) -> Any:
             array = context.make_array(signature.args[at])(context, builder, arguments[at])
             return builder.bitcast(array.data, kind.as_pointer())
 
-        def pick(index: Any) -> Any:
-            picked = ir.Constant(WORDS, ir.Undefined)
-            for lane in (ir.Constant(WORD, i) for i in range(LANES)):
-                entry = builder.extract_element(entries, builder.extract_element(index, lane))
-                picked = builder.insert_element(picked, entry, lane)
-            return picked
-
         first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), arguments[0], ir.Constant(WORD, 0))
         scales = builder.shuffle_vector(first, first, every(0))
         entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), scales))
         index = builder.zext(builder.load(memory(1, BYTES), align=1), WORDS)
-        joined = join(builder, pick(builder.lshr(index, every(4))), pick(builder.and_(index, every(15))))
+        high, low = builder.lshr(index, every(4)), builder.and_(index, every(15))
+        joined = join(builder, pick(builder, entries, high), pick(builder, entries, low))
         builder.store(joined, memory(2, joined.type), align=1)
         return context.get_dummy_value()
 
@@ -168,22 +161,23 @@ def encode(values: np.ndarray, codes: np.ndarray, absmax: np.ndarray, block_size
         block_size: elements of a scale, an even number.
     """
     bits, scales = values.view(np.uint32), absmax.view(np.uint32)
-    chosen = np.empty(block_size, np.uint8)
+    # as wide as what is compared: bytes would be packed after every comparison
+    chosen = np.empty(block_size, np.int32)
     for block in range(absmax.size):
         start = block * block_size
         words, weights = bits[start : start + block_size], values[start : start + block_size]
         # of magnitudes the larger has the larger bits, and NaN the largest
         largest = np.uint32(0)
         for i in range(words.size):
-            largest = max(largest, words[i] & MAGNITUDE)
+            largest = max(largest, np.uint32(words[i] & MAGNITUDE))
         scales[block] = largest
         divisor = absmax[block] if largest else np.float32(1)
         for i in range(words.size):
             # a tie stays below; NaN, which is above no midpoint and below none, gets 15
             quotient = weights[i] / divisor
-            code = np.uint8(15)
+            code = np.int32(15)
             for midpoint in MIDPOINTS:
-                code -= np.uint8(quotient <= midpoint)
+                code -= np.int32(quotient <= midpoint)
             chosen[i] = code
         chosen[words.size :] = ZERO
         for i in range((words.size + 1) // 2):

@@ -16,7 +16,7 @@ from benchmarks.table import claim_lines, table
 from benchmarks.timing import AGAIN, ProviderError, interleave
 
 # rounds at least, where all that are asked for would take longer than the seconds
-LEAST_SAMPLES, CASE_SECONDS = 5, 4
+LEAST_SAMPLES, CASE_SECONDS = 5, 3
 
 
 def measure(case: Case, options: argparse.Namespace, progress: Any) -> bool:

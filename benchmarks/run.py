@@ -148,6 +148,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _shape(text: str) -> dict[str, int]:
+    """Return shapes.parse(text), whose reason argparse prints only as an error of its own."""
+    try:
+        return shapes.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -155,7 +163,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--suite", choices=SUITES, help="which shapes and device; by default what this machine can do")
     parser.add_argument(
-        "--shape", action="append", type=shapes.parse, help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K); repeatable"
+        "--shape", action="append", type=_shape, help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K); repeatable"
     )
     parser.add_argument(
         "--sweep", choices=shapes.SWEEPS, help="instead: how the cost grows with tokens M, rank R, adapters G, model K"

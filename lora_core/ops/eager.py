@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# types of arguments, other than lists, that do not handle operations themselves
+_DEAF = frozenset({Tensor, torch.nn.Parameter, torch.Size, torch.dtype, tuple, float, int, bool, types.NoneType})
 # what runs an operation on a type of device
 _implementations: dict[tuple[Any, str], Callable[..., Any]] = {}
 
@@ -110,14 +112,16 @@ def _unheard(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None
     """Return what runs the operation if no one but autograd listens to the dispatcher, else None."""
     if listened():
         return None
-    plain, device = Tensor.__torch_dispatch__, ""
-    for a in args:
-        for t in a if type(a) is list else (a,):
-            if isinstance(t, Tensor):
-                if type(t).__torch_dispatch__ is not plain:
-                    return None
-                device = device or t.device.type
-    return _implementations.get((operation, device))
+    if not _DEAF.issuperset(map(type, args)) and not all(map(_is_deaf, args)):
+        return None
+    first = args[0][0] if type(args[0]) is list else args[0]
+    return _implementations.get((operation, first.device.type))
+
+
+def _is_deaf(value: Any) -> bool:
+    """Say whether a value is no tensor, nor a list with one, whose class handles operations itself."""
+    tensors = value if type(value) is list else (value,)
+    return all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors if isinstance(t, Tensor))
 
 
 def listened() -> bool:

@@ -21,6 +21,7 @@ from lora_core.ops.checks import (
     refuse_tangents,
 )
 from lora_core.ops.eager import call, differentiable
+from lora_core.ops.ready import ready
 from lora_core.reference import lora as reference
 
 
@@ -159,6 +160,8 @@ def lora_linear(
             differentiation.
     Source: Hu et al. 2021, eq. 3.
     """
+    if ready(x, weight, bias, lora_a, lora_b, scaling, dropout, seed):
+        return _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)[0]  # type: ignore[no-any-return]
     tensors: dict[str, object] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     scaling = check_kinds("lora_linear", tensors, bias, scaling)
     cast = autocast_dtype(x)

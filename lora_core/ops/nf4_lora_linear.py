@@ -23,6 +23,7 @@ from lora_core.ops.checks import (
 )
 from lora_core.ops.eager import call, differentiable
 from lora_core.ops.packed import Packed
+from lora_core.ops.ready import ready
 from lora_core.quant import QuantizedWeight
 from lora_core.reference import lora as reference
 
@@ -219,6 +220,8 @@ def packed_lora_linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Return what nf4_lora_linear returns, for a weight given by its parts, whoever holds them."""
+    if ready(x, w, bias, lora_a, lora_b, scaling, dropout, seed):
+        return _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)[0]  # type: ignore[no-any-return]
     if (lora_a is None) != (lora_b is None):
         raise ConfigError("nf4_lora_linear: lora_a and lora_b go together; got only one of them")
     name = "nf4_lora_linear"

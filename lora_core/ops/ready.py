@@ -1,0 +1,56 @@
+"""Whether operands can be taken as they are: most can, and the checks, one by one, take longer to say so."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_core.dtypes import FLOATS
+from lora_core.ops.checks import LARGEST, autocast_on
+from lora_core.ops.packed import Packed
+
+# subclasses may stand for anything
+TENSORS = frozenset({Tensor, torch.nn.Parameter})
+
+
+def ready(
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> bool:
+    """Say whether the checks of lora_linear, or of nf4_lora_linear, would neither refuse nor convert anything.
+
+    Never says so where they would; where it does not, they have to be asked.
+    """
+    frozen = weight.codes if type(weight) is Packed else weight
+    if torch.compiler.is_compiling() or not {type(x), type(frozen), type(lora_a), type(lora_b)} <= TENSORS:
+        return False
+    shape, device, dtype, low = weight.shape, x.device, x.dtype, lora_a.dtype
+    if len(shape) != 2 or 0 in shape:
+        return False
+    n, k = shape
+    return (
+        x.shape[-1:] == lora_a.shape[1:] == (k,)
+        and lora_b.shape == (n, lora_a.shape[0])
+        and dtype in FLOATS
+        and low == lora_b.dtype
+        and (low == dtype or low == torch.float32)
+        and (frozen is not weight or frozen.dtype == dtype)
+        and frozen.device == lora_a.device == lora_b.device == device
+        and (bias is None or _fits(bias, (n,), dtype, device))
+        and type(scaling) is float
+        and -LARGEST <= scaling <= LARGEST
+        and type(dropout) is float
+        and (seed is None or _fits(seed, (1,), torch.int64, device))
+        and (dropout == 0 or (0 < dropout < 1 and seed is not None))
+        and forward_ad._current_level < 0
+        and not autocast_on(x)
+    )
+
+
+def _fits(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    return type(t) in TENSORS and t.shape == shape and t.dtype == dtype and t.device == device

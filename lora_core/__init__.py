@@ -1,4 +1,4 @@
-"""LoRA and QLoRA in readable PyTorch, with fast paths proven against it."""
+"""LoRA and QLoRA in readable PyTorch, with fast paths tested against it."""
 
 from pathlib import Path
 

@@ -40,7 +40,7 @@ def draw(figure: Any, found: dict[str, Any], theme: Theme) -> None:
         axes.annotate(f"{total:.1f}", (total, place), xytext=(5, 0), textcoords="offset points", va="center")
     for size in CARDS_GB:
         axes.axvline(size, color=theme.ink, linewidth=1, linestyle=":")
-        axes.annotate(f"{size} GB card", (size, -0.5), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        axes.annotate(f"{size} GB", (size, -0.5), xytext=(4, 3), textcoords="offset points", fontsize=8)
     axes.set_yticks(places, [NAMES[method] for method in METHODS])
     axes.set_ylim(-0.55, len(METHODS) - 0.45)
     axes.grid(axis="x")

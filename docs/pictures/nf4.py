@@ -7,6 +7,7 @@ from lora_core.quant.codebook import NF4_OFFSET, codebook
 
 SIZE = (8.0, 2.7)
 POINTS = 60
+MARGIN = 0.04
 
 
 def numbers() -> dict[str, Any]:
@@ -17,7 +18,7 @@ def numbers() -> dict[str, Any]:
     return {
         "title": "NF4: sixteen levels, one of them zero, where a normal distribution has its weights",
         "levels": book.levels.tolist(),
-        "borders": [-1.25, *book.midpoints.tolist(), 1.25],
+        "borders": [-1.0, *book.midpoints.tolist(), 1.0],
         "deviation": 1 / float(norm.ppf(NF4_OFFSET)),
     }
 
@@ -37,7 +38,7 @@ def draw(figure: Any, found: dict[str, Any], theme: Theme) -> None:
         colour = COLOURS[1] if level == 0 else theme.ink
         axes.plot([level, level], [0, density(level)], color=colour, linewidth=1.6)
         axes.plot(level, density(level), "o", color=colour, markersize=4)
-    axes.set_xlim(borders[0], borders[-1])
+    axes.set_xlim(borders[0] - MARGIN, borders[-1] + MARGIN)
     axes.set_ylim(0, density(0) * 1.08)
     axes.set_yticks([])
     axes.set_xticks(found["levels"], [f"{level:.2f}" for level in found["levels"]], fontsize=7)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.tables import copied
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.reference import grouped as reference
 
@@ -70,9 +71,9 @@ def _table(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor
     """Return rank_offsets, or for a block_r of ranks rank_chunks, copied to the device: other streams may read it."""
     if block_r:
         found = [(g, first) for g, rank in enumerate(ranks) for first in range(0, rank, block_r)]
-        return torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device)
+        return copied(torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 2), device)
     starts = reference.offsets(ranks)
-    return torch.tensor([*starts, starts[-1]], dtype=torch.int64, device="cpu").to(device)
+    return copied(torch.tensor([*starts, starts[-1]], dtype=torch.int64, device="cpu"), device)
 
 
 # what a captured graph reads at every replay must outlive the cache

@@ -41,7 +41,11 @@ def row_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[tupl
     # a panel must begin with a block, and a second-level block where there are such
     unit = w.block_size * (w.nested_block_size if w.nested_absmax is not None else 1)
     step = unit // math.gcd(k, unit)
-    rows = max(panel_bytes // max(k * dtype.itemsize, 1) // step, 1) * step
+    most, whole = panel_bytes // max(k * dtype.itemsize, 1), math.lcm(step, TILE_OF_Y)
+    if whole <= most:
+        # y is cut between a product's tiles: none is left in part, and 16 bytes can be stored at once
+        step = whole
+    rows = max(most // step, 1) * step
     for first in range(0, n, rows):
         end = min(first + rows, n)
         start, stop = first * k, end * k

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.low_rank_matmul import in_wide_loads
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, keep, meet, round_to
@@ -30,9 +31,12 @@ BLOCK_M = (16, 64)
 # columns of a step and ranks of a tile, by A's dtype
 BLOCK_K = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
-# warps by ranks of a tile: what keeps every configuration in registers
-WARPS = {16: 4, 64: 4, 128: 8}
-STAGES = 5
+# warps by ranks of a tile: what keeps every configuration in registers, and where x is loaded element by element,
+# whose addresses take more of them
+WARPS, LOOSE_WARPS = {16: 4, 64: 4, 128: 8}, {16: 4, 64: 8, 128: 8}
+# steps whose loads are in flight, by ranks of a tile: what 99 KiB of shared memory hold, all that a program can have on
+# compute capability 8.6, 8.9 and 12.0
+STAGES = {16: 5, 64: 5, 128: 4}
 # terms of a part of a split sum at least
 SHORTEST = 256
 
@@ -117,7 +121,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 aligned=("K", "stride_xm", "k_per_split", *((long,) if unit == "stride_ak" else ())),
-                options={"num_warps": WARPS[block_r], "num_stages": STAGES},
+                options={"num_warps": WARPS[block_r], "num_stages": STAGES[block_r]},
                 tile_m=block_m if low != torch.float32 else 0,
             )
 
@@ -156,6 +160,7 @@ def launch_shrink(
     together = splits == 1 and add is None
     s = x.new_empty((m, r) if together else (splits, m, r), dtype=low if together else torch.float32)
     factor = factor / (1 - dropout)
+    warps = WARPS if in_wide_loads(x) else LOOSE_WARPS
     if s.numel():
         with torch.cuda.device_of(x):
             _shrink_kernel[(triton.cdiv(m, block_m), triton.cdiv(r, block_r), splits)](
@@ -175,7 +180,7 @@ def launch_shrink(
                 BLOCK_M=block_m,
                 BLOCK_K=BLOCK_K[low],
                 BLOCK_R=block_r,
-                num_warps=WARPS[block_r],
-                num_stages=STAGES,
+                num_warps=warps[block_r],
+                num_stages=STAGES[block_r],
             )
     return s if together else launch_split_sum(s, low, factor, add)

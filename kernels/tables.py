@@ -4,6 +4,7 @@ Made on the CPU in dtypes that are named: what is made once must not depend on t
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -11,10 +12,20 @@ from torch import Tensor
 from lora_core.quant.codebook import codebook
 
 
+def copied(table: Tensor, device: torch.device) -> Tensor:
+    """Return a table's copy on the device, to be kept: what is in force in the calling thread has no part in it.
+
+    While torch.compile prepares a CUDA graph (mode="reduce-overhead"), what that thread allocates is the graph's: a
+    table would be refused, or lie where the next replay writes. So a thread of its own copies, and waits for the copy.
+    """
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(table.to, device).result()
+
+
 @functools.cache
 def levels(name: str, device: torch.device) -> Tensor:
     """Return a codebook's levels: float32 [16] or [256] on the device."""
-    return codebook(name).levels.to(device)
+    return copied(codebook(name).levels, device)
 
 
 @functools.cache
@@ -39,4 +50,4 @@ def thresholds(name: str, device: torch.device) -> Tensor:
         depth = node.bit_length() - 1
         width = count >> (depth + 1)
         tree[node] = ordered[(2 * (node - (1 << depth)) + 1) * width - 1]
-    return tree.to(device)
+    return copied(tree, device)

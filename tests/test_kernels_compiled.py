@@ -1,4 +1,4 @@
-"""How often kernels are compiled: what Triton tells launches apart by, over many numbers of tokens, without a GPU."""
+"""How often kernels are compiled, over many numbers of tokens, and for which GPUs: what Triton says without a GPU."""
 
 import json
 import os
@@ -12,6 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # compiled at most so often for all numbers of tokens: tiles of few and many rows, whole and split sums
 # (split_sum, to which one row must not be a case of its own: sizes that are multiples of 16, and others)
 MOST, MOST_OF_SUMS = 4, 2
+# bytes of a thread's registers in memory at most, with any compiler
+MOST_STACK = 16
+# shared memory of a program at most, by the least of the GPUs since compute capability 8.0: 8.6, 8.9 and 12.0
+# (CUDA C++ Programming Guide, technical specifications per compute capability)
+SHARED_BYTES = 99 * 1024
+# what takes most of it
+LARGEST = {
+    "shrink": ("bf16 bf16 64x128 dropout", "fp16 fp16 64x64 dropout"),
+    "low_rank_matmul": ("bf16 bf16 128x128x64 rank 32 transposed dropout",),
+    "row_sum": ("bf16 bf16 rank 64 transposed dropout",),
+}
 
 # prints, for every kernel file and way of calling, how many different launches Triton would compile for
 PROGRAM = """
@@ -92,10 +103,62 @@ print(json.dumps([[file, use, len(found)] for (file, use), found in keys.items()
 """
 
 
-def test_kernels_are_compiled_a_few_times_for_all_numbers_of_tokens():
+# prints, for every configuration named, the bytes of shared memory that a program takes
+SHARED = """
+import json, sys
+from benchmarks import codegen
+for kernel, names in json.loads(sys.argv[1]).items():
+    chosen = [variant for variant in codegen.variants_of(kernel) if variant.name in names]
+    print(json.dumps([[variant.name, codegen.build(variant, 89).metadata.shared] for variant in chosen]))
+"""
+
+# prints the bytes of registers that lie in memory where rows of x have no multiple of 16 elements, as then launched
+LOOSE = """
+import dataclasses
+import torch
+from benchmarks import codegen
+from benchmarks.machine_code import resources
+import lora_core
+from lora_core.kernels import shrink
+
+
+class Recorded:
+    def __getitem__(self, grid):
+        return lambda *args, num_warps, num_stages, **constants: chosen.update(warps=num_warps, stages=num_stages)
+
+
+chosen = {}
+(variant,) = [variant for variant in shrink.variants() if variant.name == "bf16 bf16 64x64 dropout"]
+shrink._shrink_kernel = Recorded()
+x, lora_a = (torch.zeros(64, 3420, dtype=torch.bfloat16) for _ in range(2))
+shrink.launch_shrink(x, lora_a, 0.1, torch.tensor([5]), splits=1)
+options = {"num_warps": chosen["warps"], "num_stages": chosen["stages"]}
+loose = dataclasses.replace(variant, aligned=("k_per_split",), options=options)
+print(resources(codegen.build(loose, 80).asm["cubin"])["STACK"])
+"""
+
+
+def run(program, *arguments):
+    """The lines that a program prints where kernels are compiled, not interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_kernels_fit_the_shared_memory_of_every_gpu():
+    """Else a launch is refused on them: what an A100 has room for, an RTX 4090 may not have."""
+    found = [row for line in run(SHARED, json.dumps(LARGEST)) for row in json.loads(line)]
+    assert len(found) == sum(map(len, LARGEST.values()))
+    assert [row for row in found if row[1] > SHARED_BYTES] == []
+
+
+def test_the_shrink_kernel_keeps_addresses_of_single_elements_in_registers():
+    assert int(run(LOOSE)[-1]) <= MOST_STACK
+
+
+def test_kernels_are_compiled_a_few_times_for_all_numbers_of_tokens():
+    found = json.loads(run(PROGRAM)[-1])
     assert {file for file, *_ in found} == set(codegen.kernel_names())
     assert [row for row in found if row[2] > (MOST_OF_SUMS if row[0] == "split_sum" else MOST)] == []

@@ -67,6 +67,32 @@ def test_kernels_can_be_captured_in_a_cuda_graph(name):
     assert torch.equal(y, run())
 
 
+def test_the_first_call_may_be_the_one_that_prepares_a_cuda_graph():
+    """torch.compile refuses memory of its graphs that outlives the call, as the kernels' tables do."""
+    program = """
+import torch
+import lora_core as lc
+from lora_core.ops.grouped_lora import grouped_lora
+
+x, w, a, b = (torch.randn(*shape, device="cuda") for shape in ((3, 64), (32, 64), (5, 64), (32, 5)))
+q = lc.quantize_nf4(w)
+adapter, scaling = torch.tensor([0, 1, -1], device="cuda"), torch.ones(2, device="cuda")
+
+
+def run(x):
+    return lc.nf4_lora_linear(x, q, None, a, b, 0.5), grouped_lora(x, a, b, [2, 3], adapter, scaling)
+
+
+compiled = torch.compile(run, mode="reduce-overhead")
+with torch.no_grad():
+    runs = [[y.clone() for y in compiled(x)] for _ in range(4)]
+    want = run(x)
+assert all(torch.equal(y, z) for ys in runs for y, z in zip(ys, want))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 def test_kernels_run_on_the_current_stream():
     """Work queued behind a long task on a side stream sees what that task wrote."""
     x, weight, _, lora_a, lora_b = layer(300)

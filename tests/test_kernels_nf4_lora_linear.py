@@ -16,7 +16,7 @@ from lora_core.kernels.nf4_lora_linear import (
     packed_input_gradient,
 )
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
-from lora_core.kernels.nf4_panels import column_panels, row_panels
+from lora_core.kernels.nf4_panels import PANEL_BYTES, TILE_OF_Y, column_panels, row_panels
 from lora_core.ops.packed import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,6 +87,19 @@ def test_panels_of_rows_put_together_are_the_weight(n, k, block, nested, panel_b
     assert torch.equal(torch.cat([part.dense(torch.float32) for *_, part in found]), dense)
     unit = block * (256 if nested else 1)
     assert all(4 * k * (end - first) <= max(panel_bytes, 4 * k * unit) for first, end, _ in found)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("k", [4096, 5120, 11008, 14336, 28672, 53248])
+def test_panels_of_rows_that_fill_a_cache_begin_with_a_tile_of_the_product(k, nested):
+    """Else a part of a tile is left to each, and y is stored at addresses that are no multiples of 16 bytes."""
+    n, meta = 3 * PANEL_BYTES // (2 * k), torch.device("meta")
+    absmax = torch.empty(n * k // 64, dtype=torch.uint8 if nested else torch.float32, device=meta)
+    second = (torch.empty(-(-n * k // 2**14), device=meta), torch.empty((), device=meta)) if nested else (None, None)
+    w = Packed(torch.empty(n * k // 2, 1, dtype=torch.uint8, device=meta), absmax, *second, (n, k), 64, 256)
+    found = list(row_panels(w, torch.bfloat16, PANEL_BYTES))
+    assert len(found) > 2 and not any(first % TILE_OF_Y for first, *_ in found)
+    assert all(2 * k * (end - first) <= PANEL_BYTES for first, end, _ in found)
 
 
 @given(

@@ -34,13 +34,13 @@ def default_dtype(dtype):
         torch.set_default_dtype(torch.float32)
 
 
-def every_table():
+def every_table(device=DEVICE):
     return [
-        tables.levels("nf4", DEVICE),
-        tables.thresholds("nf4", DEVICE),
-        tables.thresholds("dynamic", DEVICE),
-        groups.rank_offsets((2, 0, 17), DEVICE),
-        groups.rank_chunks((2, 0, 17), 16, DEVICE),
+        tables.levels("nf4", device),
+        tables.thresholds("nf4", device),
+        tables.thresholds("dynamic", device),
+        groups.rank_offsets((2, 0, 17), device),
+        groups.rank_chunks((2, 0, 17), 16, device),
     ]
 
 
@@ -72,6 +72,12 @@ def test_tables_are_the_same_under_any_default_dtype_and_device(defaults):
     assert torch.equal(got[0], codes) and torch.equal(got[1], absmax)
     assert torch.equal(back, nf4.nf4_dequantize(codes, absmax, None, None, (2048,), torch.float32, 64))
     assert all(torch.equal(a, b) for a, b in zip(grouped, plain, strict=True))
+
+
+def test_tables_are_copied_outside_what_the_first_caller_has_in_force():
+    """Inference mode marks what its thread makes, as a CUDA graph in preparation owns what its thread allocates."""
+    with torch.inference_mode():
+        assert not any(table.is_inference() for table in every_table(torch.device("meta")))
 
 
 def test_tables_of_ranks_are_kept_in_a_bounded_number_but_for_those_a_graph_reads(monkeypatch):

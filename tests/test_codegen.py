@@ -37,6 +37,8 @@ OTHER_COMPILERS_STACK = 16
 # kernels that also have configurations for operands whose elements are loaded one by one
 LOOSE = ("low_rank_matmul",)
 # a quotient decides the code
+# of a program at most; what runs on compute capability 8.0, which has 163, has to run on 8.6 and 8.9
+SHARED_KIB = {80: 99, 90: 227, 100: 227}
 EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
 
 
@@ -70,7 +72,7 @@ def check(rows: list[dict]) -> None:
     for row in rows:
         said = f"{row['kernel']} {row['variant']} on sm_{row['arch']}: {row}"
         assert row["spill_bytes"] == 0 and row["stack_bytes"] <= most_stack(), said
-        assert row["shared_bytes"] <= {80: 163, 90: 227, 100: 227}[row["arch"]] * 1024, said
+        assert row["shared_bytes"] <= SHARED_KIB[row["arch"]] * 1024, said
         # a product with an operand in float32, x or A and B beside a half-precision x, is made of multiply-adds
         if row["kernel"] in UNFUSED and not (row["kernel"] == "nf4_matmul" and "fp32" in row["variant"].split()):
             assert row["ptx"]["fma.rn.f32"] == row["instructions"].get("FFMA", 0) == 0, said

@@ -36,9 +36,9 @@ UNFUSED = ("nf4_dequantize", "nf4_columns", "absmax_dequantize", "nf4_matmul")
 OTHER_COMPILERS_STACK = 16
 # kernels that also have configurations for operands whose elements are loaded one by one
 LOOSE = ("low_rank_matmul",)
-# a quotient decides the code
 # of a program at most; what runs on compute capability 8.0, which has 163, has to run on 8.6 and 8.9
 SHARED_KIB = {80: 99, 90: 227, 100: 227}
+# a quotient decides the code
 EXACT_QUOTIENTS = ("nf4_quantize", "absmax_quantize")
 
 

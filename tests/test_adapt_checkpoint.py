@@ -378,3 +378,43 @@ def test_what_is_no_module_is_refused(model, tmp_path):
     for verb in (lambda m: lc.add_adapter(m, lc.LoraConfig()), lambda m: lc.save_adapter(m, tmp_path)):
         with pytest.raises(lc.ConfigError, match=f"model is a {type(model).__name__}; want a torch.nn.Module"):
             verb(model)
+
+
+class Picture(nn.Sequential):
+    """Has no tokens, and says so as transformers' models of images and sound do."""
+
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+    get_output_embeddings = get_input_embeddings
+
+
+def test_checkpoint_of_a_model_without_tokens_loads(tmp_path):
+    lc.save_adapter(adapted(Picture(nn.Linear(4, 4)), target_modules="all-linear"), tmp_path)
+    assert list(adapter_layers(lc.load_adapter(Picture(nn.Linear(4, 4)), tmp_path))) == ["0"]
+
+
+@pytest.mark.parametrize("config", [{}, {"layers_to_transform": [0], "layers_pattern": "layers"}], ids=["all", "some"])
+def test_checkpoint_names_no_module_that_ends_like_a_target(config, tmp_path):
+    """A list means every name that ends like an entry: "proj" is "patches.proj" too."""
+
+    def make():
+        torch.manual_seed(0)
+        patches, layers = (
+            nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"proj": m})])}) for m in (nn.Tanh(), nn.Linear(4, 4))
+        )
+        layers["patches"] = patches
+        return layers
+
+    lc.save_adapter(adapted(make(), target_modules="all-linear", **config), tmp_path)
+    assert list(adapter_layers(lc.load_adapter(make(), tmp_path))) == ["layers.0.proj"]
+
+
+def test_checkpoint_holds_the_configuration_as_it_was_when_the_adapter_was_added(tmp_path):
+    targets, ranks = ["q_proj"], {"q_proj": 3}
+    model = lc.add_adapter(decoder(), lc.LoraConfig(target_modules=targets, rank_pattern=ranks))
+    targets.append("v_proj")
+    ranks["q_proj"] = 5
+    lc.save_adapter(model, tmp_path)
+    assert read(tmp_path)["target_modules"] == ["q_proj"] and read(tmp_path)["rank_pattern"] == {"q_proj": 3}
+    lc.load_adapter(decoder(), tmp_path)

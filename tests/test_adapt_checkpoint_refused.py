@@ -217,7 +217,8 @@ def test_checkpoint_of_eight_bit_floats_with_a_nan_is_reported(folder):
 
 
 def test_checkpoint_extra_tensors_of_peft_are_accepted(tmp_path):
-    config = {"target_modules": ["embed_tokens", "v_proj"], "modules_to_save": ["norm"], "bias": "all"}
+    whole = ["norm", "layers.2.attn"]
+    config = {"target_modules": ["embed_tokens", "v_proj"], "modules_to_save": whole, "bias": "all"}
     model = adapted(decoder(), **config)
     lc.save_adapter(model, tmp_path)
     extra = {
@@ -225,6 +226,7 @@ def test_checkpoint_extra_tensors_of_peft_are_accepted(tmp_path):
         "norm.original_module.bias": model.norm.original.bias,
         "norm.original_module.weight": model.norm.original.weight,
         "norm.modules_to_save.bias": model.norm.copies["default"].bias,
+        "layers.2.attn.modules_to_save.mine.v_proj.bias": model.layers[2].attn.copies["default"].v_proj.bias,
     }
     rewrite(tmp_path, lambda t: t.update({PREFIX + n: v.detach().clone() for n, v in extra.items()}))
     loaded = lc.load_adapter(decoder(), tmp_path)

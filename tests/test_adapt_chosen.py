@@ -1,5 +1,6 @@
 """Which modules a configuration chooses, to adapt and to train whole, and what it is told of the rest."""
 
+import sys
 import warnings
 
 import pytest
@@ -207,7 +208,8 @@ def test_convolution_that_pads_otherwise_is_told_of_when_saving(tmp_path):
 
 @pytest.mark.peer("transformers")
 @pytest.mark.parametrize("by_transformers", [False, True])
-def test_gradients_are_let_in_once_and_kept_out_again(by_transformers):
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel], ids=["", "compile", "parallel"])
+def test_gradients_are_let_in_once_and_kept_out_again(by_transformers, wrap):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -217,6 +219,7 @@ def test_gradients_are_let_in_once_and_kept_out_again(by_transformers):
         model.disable_input_require_grads()
     embedding = model.get_input_embeddings()
     before = len(embedding._forward_hooks)
+    model = wrap(model)
     for name in ("a", "b", "c"):
         lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["q_proj"]), name)
     assert len(embedding._forward_hooks) == 1
@@ -233,3 +236,57 @@ def test_nothing_is_warned_of_without_need(tmp_path):
         )
         lc.save_adapter(model, tmp_path)
         lc.load_adapter(TinyDecoder(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (["classifier.0"], ["classifier"], "names classifier, where an adapter has a layer or a module of its own"),
+        (["classifier"], ["classifier.0"], "names classifier.0, and adapter 'a' trains classifier whole"),
+    ],
+    ids=["around", "inside"],
+)
+def test_two_adapters_do_not_train_one_module_inside_the_others(first, then, message):
+    model = Classifier()
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["body.0"], modules_to_save=first), "a")
+    with pytest.raises(lc.ConfigError, match=message):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["body.0"], modules_to_save=then), "b")
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["body.0"], modules_to_save=first), "b")
+    assert list(trainable_copies(model)[first[0]].copies) == ["a", "b"]
+
+
+def test_what_is_trained_whole_is_none_of_an_adapters_own_parts():
+    """An adapted layer holds a "base_layer", which ends as "last_layer" does."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "last_layer": nn.Linear(4, 4)})
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["body"]), "a")
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["body"], modules_to_save=["layer"]), "b")
+    assert list(trainable_copies(model)) == ["last_layer"]
+
+
+def calls(verb, size):
+    """Count the Python calls that a verb makes on a model of this many linear layers."""
+    model, found = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(32, 32) for _ in range(size))}), [0]
+    if verb is lc.fuse:
+        adapt(model, target_modules="all-linear")
+
+    def count(frame, event, argument):
+        found[0] += event == "call"
+
+    sys.setprofile(count)
+    try:
+        verb(model)
+    finally:
+        sys.setprofile(None)
+    return found[0]
+
+
+def adapt_by_names(model):
+    adapt(model, target_modules=[f"layers.{i}" for i in range(len(model["layers"]))])
+
+
+@pytest.mark.parametrize("verb", [lc.fuse, lc.quantize_model, adapt_by_names])
+def test_work_grows_with_the_number_of_layers_and_no_faster(verb):
+    """A mixture of experts has tens of thousands of linear layers."""
+    calls(verb, 2)
+    few, many = calls(verb, 40), calls(verb, 160)
+    assert many < 5 * few

@@ -302,3 +302,11 @@ def test_half_precision_matrices_run_in_the_compute_dtype_of_a_quantised_layer(c
     y = model(x)
     y.float().sum().backward()
     assert y.dtype == x.dtype and model[0].lora_b["default"].grad.abs().sum() > 0
+
+
+def test_encoder_runs_a_trained_copy_of_its_attention_in_eval_mode():
+    """PyTorch's encoder layer asks its attention for an attribute that has an underscore before its name."""
+    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 4, 16)
+    wanted = encoder(x)
+    lc.add_adapter(encoder, lc.LoraConfig(r=2, target_modules=["linear1"], modules_to_save=["self_attn"]))
+    assert torch.equal(encoder(x), wanted)

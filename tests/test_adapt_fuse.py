@@ -417,3 +417,12 @@ def test_fused_4bit_layer_computes_in_bitsandbytes_dtypes():
         y = model(x)
         assert y.dtype == want.dtype == torch.float32 and made.compute_dtype == inside
         check_forward(y.to(inside), x.to(inside), *pieces(made, inside)[:2], *pieces(made, inside)[2:])
+
+
+def test_adapters_on_a_model_fused_before_are_fused():
+    model = lc.quantize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), skip_modules=[])
+    lc.fuse(model)
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0", "1"]))
+    wanted = model(torch.ones(2, 64))
+    assert lc.fuse(model).swapped == ["0", "1"] and all(layer.is_as_written() for layer in model)
+    assert torch.equal(model(torch.ones(2, 64)), wanted)

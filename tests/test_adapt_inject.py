@@ -330,3 +330,32 @@ def test_modules_to_save_means_every_name_that_ends_so():
     """As in PEFT, where "norm" means input_layernorm too."""
     model = adapt(target_modules=["q_proj"], modules_to_save=["orm"])
     assert isinstance(model.norm, TrainableCopy)
+
+
+class Gated(nn.Linear):
+    """A linear layer with another inside."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.gate = nn.Linear(width, width)
+
+    def forward(self, x):
+        return super().forward(x) * self.gate(x)
+
+
+def test_layer_inside_a_chosen_layer_is_left_out_and_told_of():
+    model, x = nn.Sequential(nn.Linear(4, 4), Gated(4)), torch.randn(3, 4)
+    wanted = model(x)
+    with pytest.warns(UserWarning, match="left out: 1.gate, inside a layer that is adapted itself") as caught:
+        adapt(model, target_modules="all-linear")
+    assert caught[0].filename == __file__
+    assert list(adapter_layers(model)) == ["0", "1"] and torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("verb", [lambda model: adapt(model, target_modules=["0"]), lc.quantize_model])
+def test_model_with_a_layer_without_a_shape_yet_is_refused_and_stays_as_it_was(verb):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(lc.ConfigError, match="1 is a LazyLinear without a shape yet: run the model once first"):
+        verb(model)
+    assert [type(module) for module in model.modules()] == kinds

@@ -132,3 +132,10 @@ def test_dtypes_that_are_none_are_refused(dtype):
         lc.quantize_nf4(torch.randn(64)).dequantize(dtype)
     with pytest.raises(lc.DtypeError, match="cannot quantise a list"):
         lc.quantize_nf4([[1.0]])
+
+
+def test_skip_modules_mean_plain_names_inside_a_compiled_part():
+    model = TinyDecoder()
+    model.layers[0] = torch.compile(model.layers[0])
+    lc.quantize_model(model, skip_modules=["layers.0.attn.q_proj"])
+    assert [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] == ["layers.0._orig_mod.attn.q_proj"]

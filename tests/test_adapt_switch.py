@@ -125,3 +125,12 @@ def test_naming_an_adapter_twice_or_by_a_number_is_refused():
         lc.set_adapter(model, ["default", "default"])
     with pytest.raises(lc.AdapterError, match="adapter names 5: want the name"):
         lc.set_adapter(model, 5)
+
+
+def test_deleting_an_adapter_leaves_the_others_active_that_trained_the_same_module():
+    model = TinyDecoder()
+    for name in ("a", "b"):
+        lc.add_adapter(model, lc.LoraConfig(modules_to_save=["norm"]), name)
+    lc.set_adapter(model, ["a", "b"])
+    lc.delete_adapter(model, "a")
+    assert model.norm.running() is model.norm.copies["b"] and model.norm.weight.requires_grad

@@ -135,3 +135,14 @@ def test_a_gradient_wanted_of_x_in_between_is_given(library):
     x.requires_grad_()
     (d_x,) = torch.autograd.grad(parent.b(x).sum(), x)
     assert d_x.abs().sum() > 0
+
+
+@LIBRARIES
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_a_traced_model_computes_what_it_did(library):
+    whole, _ = adapted(Two(), library)
+    x = inputs()
+    wanted = whole(x)
+    assert lc.fuse(whole).shared
+    difference = torch.jit.trace(whole, (x,))(x) - wanted
+    assert difference.abs().max() <= APART[torch.float32] * wanted.abs().max()

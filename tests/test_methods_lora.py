@@ -97,17 +97,22 @@ def test_start_from_the_weight_splits_it(init, kind):
     assert_within_rounding(old, whole, layer.weight.detach(), a, b, depth=4 + 2)
 
 
-def test_pissa_takes_the_largest_singular_values():
-    base = nn.Linear(12, 20)
+@pytest.mark.parametrize("shape", [(12, 20), (16, 16)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pissa_takes_the_largest_singular_values(shape, transposed):
+    from transformers.pytorch_utils import Conv1D
+
+    base = Conv1D(*shape[::-1]) if transposed else nn.Linear(*shape)
+    nn.init.kaiming_uniform_(base.weight)
     values = torch.linalg.svdvals(base.weight.detach().double())
     model = nn.Sequential(base)
     lc.add_adapter(model, lc.LoraConfig(r=5, target_modules=["0"], init_lora_weights="pissa"))
     kept = torch.linalg.svdvals(model[0].delta("default").double())[:5]
     rest = torch.linalg.svdvals(model[0].weight.detach().double())
-    # a singular value moves by at most the norm of the perturbation (Weyl): one rounding of each entry, n = 20 deep
+    # a singular value moves by at most the norm of the perturbation (Weyl): one rounding of each entry, n <= 20 deep
     slack = 20 * torch.finfo(torch.float32).eps * values[0]
     assert ((kept - values[:5]).abs() <= slack).all()
-    assert ((rest[:7] - values[5:]).abs() <= slack).all()
+    assert ((rest[: len(values) - 5] - values[5:]).abs() <= slack).all()
 
 
 def test_olora_starts_with_orthonormal_columns():
@@ -179,6 +184,7 @@ def test_start_from_the_weight_refuses_what_has_none(init):
         ({"use_rslora": "no"}, "use_rslora is 'no'; want True or False"),
         ({"rank_pattern": None}, "rank_pattern is None; want a dict"),
         ({"alpha_pattern": ["q"]}, r"alpha_pattern is \['q'\]; want a dict"),
+        ({"extra": 3}, "extra is 3; want a dict of name to value"),
         ({"target_modules": 5}, "target_modules is 5; want names"),
         ({"target_modules": [0]}, r"target_modules is \[0\]; want names"),
         ({"layers_to_transform": [0.5]}, r"layers_to_transform is \[0.5\]; want the indices"),

@@ -117,6 +117,7 @@ CASES = {
     "groups": (conv_net, {"target_modules": ["deep"], "bias": "all"}),
     "classifier": (classifier, {"target_modules": QV, "task_type": "SEQ_CLS", "modules_to_save": ["score"]}),
     "pissa": (llama, {"target_modules": QV, "init_lora_weights": "pissa"}),
+    "pissa of a transposed layer": (gpt2, {"target_modules": ["c_proj"], "init_lora_weights": "pissa"}),
     "olora": (llama, {"target_modules": QV, "init_lora_weights": "olora"}),
 }
 

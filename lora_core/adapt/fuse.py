@@ -71,15 +71,16 @@ def fuse(model: nn.Module) -> FuseReport:
     Source: Hu et al. 2021, eq. 3; Dettmers et al. 2023, eq. 5.
     """
     report = FuseReport()
-    done: list[str] = []
+    inside: str | None = None
     module: Any
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}." if outer else outer) for outer in done):
+        if inside is not None and name.startswith(inside):
             continue
         found = _mixin(module)
         if found is None:
             continue
-        done.append(name)
+        # what this layer holds comes right behind it
+        inside = f"{name}." if name else ""
         if isinstance(found, str):
             report.skipped[name] = found
         else:

@@ -1,5 +1,6 @@
 """add_adapter: put low-rank adapters into a model, in place."""
 
+import copy
 import warnings
 
 from torch import nn
@@ -11,7 +12,7 @@ from lora_core.adapt.kinds import adapted_kind
 from lora_core.adapt.saved import find_saved, with_task_heads
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.target import find_targets
-from lora_core.adapt.unsupported import refuse_peft
+from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
 from lora_core.adapt.walk import (
     Ties,
     adapter_layers,
@@ -51,8 +52,8 @@ def add_adapter(
         model.
     Raises:
         TargetNotFoundError: if no module matches.
-        ConfigError: if a matching module cannot be adapted or trained whole, or "pissa" or "olora" would change a
-            tied weight.
+        ConfigError: if a matching module cannot be adapted or trained whole, any has parameters without a shape yet,
+            or "pissa" or "olora" would change a tied weight.
         DtypeError: if a matching weight is of a dtype that cannot be adapted.
         NonFiniteError: if "pissa" or "olora" is to start from a weight that holds NaN or infinity.
         AdapterError: if the name is taken, an adapter is merged, adapters are disabled for a while, PEFT has put
@@ -85,6 +86,9 @@ def inject(
             f"add_adapter: config is a {kind}; want a lora_core.LoraConfig, which has the same field names as PEFT's"
         )
     refuse_peft(model, f"add adapter {adapter_name!r}")
+    refuse_unshaped(model, f"add adapter {adapter_name!r}")
+    # it is saved with the adapter, and its lists and patterns are the caller's, who may go on to change them
+    config = copy.deepcopy(config)
     _refuse_second_biases(model, config)
     targets = find_targets(model, config) if config.target_modules or not config.modules_to_save else []
     saved = find_saved(model, config)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lora_core.adapt.walk import adapter_layers, plain_name, trainable_copies
+from lora_core.adapt.walk import adapter_layers, plain_name, stated_embeddings, trainable_copies
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
@@ -23,6 +23,9 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 # Some training frameworks write the names that PEFT has in memory, with the adapter's in the middle or at the end.
 NAMED_PAIR = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
 NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.[^.]+$")
+
+# With bias="all" PEFT itself writes the biases of modules_to_save so once more, the adapter's name left out of some.
+NAMED_COPY = re.compile(r"\.modules_to_save\.([^.]+\.)?")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -52,7 +55,7 @@ def canonical(name: str) -> str | None:
     if ".original_module." in name:
         return None
     name = NAMED_EMBEDDING.sub(r".\1", NAMED_PAIR.sub(r".\1.weight", name))
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    return NAMED_COPY.sub(".", name.replace(".base_layer.", "."))
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, Tensor]:
@@ -89,8 +92,7 @@ def base_tensors(model: nn.Module, config: LoraConfig) -> dict[str, Tensor | Non
 
 def embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the embeddings, and the output layer of a language model, by name."""
-    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    known = [get() for get in getters if callable(get)]
+    known = [stated_embeddings(model, side) for side in ("input", "output")]
     for name, module in model.named_modules():
         said = any(module is m for m in known)
         if said or isinstance(module, LoraEmbedding) or name.split(".")[-1] in EMBEDDINGS:

@@ -1,13 +1,21 @@
 """What a list of names, or an expression, means: PEFT's rules."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
 
 ALL_LINEAR = "all-linear"
 
 
-def matches(name: str, wanted: Sequence[str] | str) -> bool:
+def matches(name: str, wanted: Collection[str] | str) -> bool:
     """Say whether a module name is one of the wanted."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    return any(name == w or name.endswith(f".{w}") for w in wanted)
+    return any(ending in wanted for ending in endings(name))
+
+
+def endings(name: str) -> Iterator[str]:
+    """Yield all that an entry of a list may say to mean this name: itself, and what is behind each of its dots."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

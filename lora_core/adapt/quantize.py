@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.fast_path import settle_fast_paths
+from lora_core.adapt.keys import unwrapped
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
 from lora_core.adapt.names import matches
 from lora_core.adapt.target import output_head
-from lora_core.adapt.unsupported import refuse_peft
-from lora_core.adapt.walk import Ties, adapter_names, places, replace
+from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
+from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.linear import LoraLinear, LoraTransposedLinear
 from lora_core.layers.nf4_linear import NF4Linear
@@ -39,7 +40,8 @@ def quantize_model(
         DtypeError: if a weight is of a dtype that cannot be quantised; the model is unchanged.
         TargetNotFoundError: if there is no layer to quantise.
         AdapterError: if the model has adapters, PEFT's too: quantise first, then add them.
-        ConfigError: if the model is a single layer, or an argument is of another kind.
+        ConfigError: if the model is a single layer or has parameters without a shape yet, or an argument is of another
+            kind.
     Source: Dettmers et al. 2023, section 3.
     """
     config = config or NF4Config()
@@ -50,6 +52,7 @@ def quantize_model(
             f"quantize_model: the model has adapters {adapter_names(model)}; quantise it before adding any"
         )
     refuse_peft(model, "quantise the model")
+    refuse_unshaped(model, "quantise the model")
     if not model._modules:
         raise ConfigError(
             f"quantize_model: the model is a single {type(model).__name__}, which cannot be replaced inside itself: "
@@ -58,7 +61,8 @@ def quantize_model(
     if isinstance(skip_modules, str):
         raise ConfigError(f"quantize_model: skip_modules is the string {skip_modules!r}; want a list of names")
     where = places(model)
-    chosen = {m: names for m, names in where.items() if _chosen(model, m, names, skip_modules)}
+    head = output_head(unwrapped(model)) if skip_modules is None else None
+    chosen = {m: names for m, names in where.items() if m is not head and _chosen(model, m, names, skip_modules or ())}
     ties = Ties(model)
     own = {m: names for m, names in chosen.items() if _is_used_otherwise(m)}
     chosen = {m: names for m, names in chosen.items() if m not in own and not ties.of(m.weight)}
@@ -90,16 +94,14 @@ def quantize_model(
     return model
 
 
-def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str] | None) -> bool:
+def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str]) -> bool:
     if not isinstance(module, nn.Linear) and not is_transposed_linear(module):
         return False
     if is_held_by_others(module):
         return False
     if any(bypassed(model, name) for name in names):
         return False
-    if skip is None:
-        return module is not output_head(model)
-    return not any(matches(name, skip) for name in names)
+    return not any(matches(plain_name(name), skip) for name in names)
 
 
 def _is_used_otherwise(module: nn.Module) -> bool:
@@ -116,7 +118,7 @@ def _check(weight: Tensor, name: str, block_size: int) -> None:
 
 
 def _warn_of_unmatched(model: nn.Module, skip: Sequence[str] | None) -> None:
-    names = [name for name, _ in model.named_modules()]
+    names = [plain_name(name) for name, _ in model.named_modules()]
     idle = [word for word in skip or () if not any(matches(name, [word]) for name in names)]
     if idle:
         warnings.warn(f"skip_modules: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=3)

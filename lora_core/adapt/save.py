@@ -15,7 +15,7 @@ from lora_core.adapt.files import folder_path, write_checkpoint
 from lora_core.adapt.keys import adapter_tensors, key, unwrapped
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.peft_differs import warn_where_peft_differs
-from lora_core.adapt.walk import adapter_layers, plain_name, require_adapters, trainable_copies
+from lora_core.adapt.walk import adapter_layers, original_modules, plain_name, require_adapters, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear
 from lora_core.methods.lora import LoraConfig, pattern_matches
@@ -109,9 +109,10 @@ def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraCo
         # PEFT refuses an empty list; null has it add pairs of its own, which start at zero
         return dataclasses.replace(config, target_modules=None)
     if config.layers_to_transform is not None:
-        return dataclasses.replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+        named = _whole_names(_original_names(model), targets)
+        return dataclasses.replace(config, target_modules=named, layers_to_transform=None, layers_pattern=None)
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return dataclasses.replace(config, target_modules=_shortest(model, targets))
+        return dataclasses.replace(config, target_modules=_shortest(_original_names(model), targets))
     return config
 
 
@@ -136,13 +137,23 @@ def _contradicting(patterns: dict[str, Any], matching: dict[str, list[str]]) -> 
     return {p for found in matching.values() if len({patterns[q] for q in found}) > 1 for p in found}
 
 
-def _shortest(model: nn.Module, targets: list[str]) -> list[str]:
-    """Return the last parts of the targets' names if these choose no other module, else the whole names."""
-    inside = tuple(f"{n}." for n in [*adapter_layers(model), *trainable_copies(model)])
-    names = [plain_name(n) for n, _ in model.named_modules() if n and not n.startswith(inside)]
+def _original_names(model: nn.Module) -> list[str]:
+    return [plain_name(name) for name, _ in original_modules(model)]
+
+
+def _shortest(names: list[str], targets: list[str]) -> list[str] | str:
+    """Return the last parts of the targets' names if these choose no other module, else what names them whole."""
     suffixes = sorted({t.split(".")[-1] for t in targets})
     chosen = {n for n in names if matches(n, suffixes)}
-    return suffixes if chosen == set(targets) else sorted(targets)
+    return suffixes if chosen == set(targets) else _whole_names(names, targets)
+
+
+def _whole_names(names: list[str], targets: list[str]) -> list[str] | str:
+    """Return the targets' names, or an expression for them where a list would choose others that end like one."""
+    wanted = set(targets)
+    if any(matches(name, wanted) for name in set(names) - wanted):
+        return "|".join(re.escape(target) for target in targets)
+    return targets
 
 
 def _with_base_name(model: nn.Module, values: dict[str, Any]) -> dict[str, Any]:

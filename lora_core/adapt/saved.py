@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora_core.adapt.walk import Ties, plain_name
+from lora_core.adapt.walk import Ties, original_modules, outermost, plain_name, trainable_copies
 from lora_core.errors import ConfigError, TargetNotFoundError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
@@ -43,18 +43,18 @@ def find_saved(model: nn.Module, config: LoraConfig) -> list[str]:
     """Return the names of the modules trained whole, outermost ones only.
 
     Raises:
-        ConfigError: if one cannot be: it has an adapter's layer inside, or is quantised, or a container.
+        ConfigError: if one cannot be: it has an adapter's layer or trained module inside, or lies inside one, or is
+            quantised, or a container.
         TargetNotFoundError: if no module has one of the names.
     """
     wanted = config.modules_to_save
     if not wanted:
         return []
-    modules = {n: m for n, m in model.named_modules() if n}
-    found: list[str] = []
-    for name, module in modules.items():
-        if saves(plain_name(name), wanted) and not name.startswith(tuple(f"{f}." for f in found)):
-            _refuse(name, module)
-            found.append(name)
+    _refuse_inner(model, wanted)
+    modules = dict(original_modules(model))
+    found = outermost(n for n in modules if saves(plain_name(n), wanted))
+    for name in found:
+        _refuse(name, modules[name])
     for word in wanted:
         if not any(saves(plain_name(n), [word]) for n in modules):
             raise TargetNotFoundError(
@@ -65,12 +65,24 @@ def find_saved(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
+def _refuse_inner(model: nn.Module, wanted: Sequence[str]) -> None:
+    """Raise ConfigError if one of these lies inside a module that another adapter trains whole."""
+    for outer, copies in trainable_copies(model).items():
+        for inner, _ in copies.original.named_modules():
+            if inner and saves(plain_name(f"{outer}.{inner}"), wanted) and not saves(plain_name(outer), wanted):
+                raise ConfigError(
+                    f"modules_to_save names {outer}.{inner}, and adapter {next(iter(copies.copies))!r} trains {outer} "
+                    f"whole: name {outer} here too, or delete that adapter first"
+                )
+
+
 def _refuse(name: str, module: nn.Module) -> None:
     """Raise ConfigError if a module cannot be trained whole."""
-    if any(isinstance(m, AdapterLayer) for m in module.modules()):
+    inside = [m for m in module.modules() if m is not module]
+    if isinstance(module, AdapterLayer) or any(isinstance(m, (AdapterLayer, TrainableCopy)) for m in inside):
         raise ConfigError(
-            f"modules_to_save names {name}, where an adapter has a layer: choose one of the two, or delete "
-            "that adapter first"
+            f"modules_to_save names {name}, where an adapter has a layer or a module of its own: choose one of the "
+            "two, or delete that adapter first"
         )
     if isinstance(module, CONTAINERS):
         raise ConfigError(

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora_core.adapt.walk import adapter_layers, parts, require_adapters, require_editable, trainable_copies
+from lora_core.adapt.walk import (
+    adapter_layers,
+    adapter_names,
+    parts,
+    require_adapters,
+    require_editable,
+    trainable_copies,
+)
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.methods.lora import LoraConfig
@@ -55,12 +62,10 @@ def chosen_names(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def active_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the adapters that a model runs, in the order of their parts."""
-    found: dict[str, None] = {}
-    for part in parts(model).values():
-        active = part.active if isinstance(part, AdapterLayer) else (part.active,)
-        found.update(dict.fromkeys(name for name in active if name is not None))
-    return tuple(found)
+    """Return the adapters that a model runs, in the order in which they were chosen."""
+    chosen = dict.fromkeys(name for part in parts(model).values() for name in part.chosen)
+    have = adapter_names(model)
+    return tuple(name for name in chosen if name in have)
 
 
 def trained_configs(model: nn.Module, names: Sequence[str]) -> dict[str, LoraConfig]:

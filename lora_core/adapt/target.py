@@ -4,7 +4,6 @@ A name matches a list when it is an entry or ends in "." + an entry; it matches 
 """
 
 import re
-from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
@@ -14,11 +13,15 @@ from lora_core.adapt.kinds import is_linear
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.saved import TASK_HEADS, saves
 from lora_core.adapt.unsupported import refuse_unsupported
-from lora_core.adapt.untargeted import nothing_found, warn_of_experts, warn_of_idle_patterns, warn_of_unmatched
-from lora_core.adapt.walk import plain_name
+from lora_core.adapt.untargeted import (
+    nothing_found,
+    warn_of_experts,
+    warn_of_idle_patterns,
+    warn_of_inner,
+    warn_of_unmatched,
+)
+from lora_core.adapt.walk import original_modules, outermost, plain_name, stated_embeddings
 from lora_core.errors import ConfigError, TargetNotFoundError
-from lora_core.layers.adapter import AdapterLayer
-from lora_core.layers.trainable_copy import TrainableCopy
 from lora_core.methods.expressions import inside_of, layer_number
 from lora_core.methods.lora import LoraConfig
 
@@ -37,16 +40,19 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
             "LoraConfig: target_modules is not set; give name suffixes such as ['q_proj', 'v_proj'], a regular "
             "expression, or 'all-linear'"
         )
-    candidates = dict(_candidates(model))
+    candidates = dict(original_modules(model))
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         head = output_head(model, config.task_type)
         found = [n for n, m in candidates.items() if is_linear(m) and m is not head and not bypassed(model, n)]
         warn_of_experts(candidates)
     else:
-        found = [n for n in candidates if matches(plain_name(n), wanted)]
+        names = wanted if isinstance(wanted, str) else frozenset(wanted)
+        found = [n for n in candidates if matches(plain_name(n), names)]
         warn_of_unmatched("target_modules", wanted, candidates)
     found = [n for n in found if not _left_out(plain_name(n), config)]
     found = [n for n in found if _layer_chosen(plain_name(n), config)]
+    warn_of_inner(found)
+    found = outermost(found)
     warn_of_unmatched("exclude_modules", config.exclude_modules or "", candidates)
     warn_of_idle_patterns(config, found)
     if not found:
@@ -62,34 +68,23 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
     A transformers model says which it is. Elsewhere it is the module called lm_head, or the last linear layer if it
     leads from an embedding's dimension to its vocabulary.
     """
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if isinstance(head, nn.Module):
+    head = stated_embeddings(model, "output")
+    if head is not None:
         return head
     if task_type == "SEQ_CLS":
         return next(
             (getattr(model, n) for n in TASK_HEADS[task_type] if isinstance(getattr(model, n, None), nn.Module)), None
         )
-    linear = [(n, m) for n, m in _candidates(model) if is_linear(m)]
+    modules = list(original_modules(model))
+    linear = [(n, m) for n, m in modules if is_linear(m)]
     for name, module in linear:
         if name.split(".")[-1] == "lm_head":
             return module
-    tables = {m.weight.shape for _, m in _candidates(model) if isinstance(m, nn.Embedding)}
+    tables = {m.weight.shape for _, m in modules if isinstance(m, nn.Embedding)}
     last: Any = linear[-1][1] if linear else None
     if last is not None and last.weight.shape in tables:
         return cast(nn.Module, last)
     return None
-
-
-def _candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Walk the modules that were there before any adapter: nothing inside an adapted layer or a trainable copy."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
-            continue
-        yield name, module
-        if isinstance(module, (AdapterLayer, TrainableCopy)):
-            inside = (*inside, name + ".")
 
 
 def _left_out(name: str, config: LoraConfig) -> bool:

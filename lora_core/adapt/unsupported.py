@@ -20,6 +20,15 @@ def refuse_peft(model: nn.Module, verb: str) -> None:
         )
 
 
+def refuse_unshaped(model: nn.Module, verb: str) -> None:
+    """Raise ConfigError if a module of the model waits for its first input to give its parameters a shape."""
+    for name, module in model.named_modules():
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module._parameters.values()):
+            raise ConfigError(
+                f"cannot {verb}: {name} is a {type(module).__name__} without a shape yet: run the model once first"
+            )
+
+
 def _looks_up_otherwise(module: nn.Module) -> bool:
     """Say whether an embedding has a forward of its own, as learned positions do; one that scales says by how much."""
     if not isinstance(module, nn.Embedding) or hasattr(module, "embed_scale"):
@@ -34,8 +43,6 @@ def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
             f"{name} belongs to a {owner}, which uses its weight without calling it: an adapter there would do "
             "nothing; leave it out with exclude_modules"
         )
-    if isinstance(getattr(module, "weight", None), UninitializedParameter):
-        raise ConfigError(f"{name} is a {type(module).__name__} without a shape yet: run the model once first")
     kind = module if isinstance(module, AdapterLayer) else adapted_kind(module)
     dtype = getattr(getattr(module, "weight", None), "dtype", None)
     if kind is not None and dtype is not None and (dtype.is_floating_point or dtype.is_complex):

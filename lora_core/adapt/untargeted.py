@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from lora_core.adapt.kinds import adapted_kind
-from lora_core.adapt.names import ALL_LINEAR, matches
-from lora_core.adapt.walk import plain_name
+from lora_core.adapt.names import ALL_LINEAR, endings, matches
+from lora_core.adapt.walk import outermost, plain_name
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.methods.lora import LoraConfig, pattern_matches
 
@@ -19,7 +19,8 @@ SHOWN_STACKED = 4
 def warn_of_unmatched(field: str, wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
     if isinstance(wanted, str):
         return
-    idle = [w for w in wanted if not any(matches(plain_name(n), [w]) for n in candidates)]
+    named = {ending for name in candidates for ending in endings(plain_name(name))}
+    idle = [w for w in wanted if w not in named]
     # where nothing at all is targeted, an error follows
     if idle and (field != "target_modules" or len(idle) < len(wanted)):
         warnings.warn(f"{field}: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=5)
@@ -32,6 +33,18 @@ def warn_of_idle_patterns(config: LoraConfig, found: list[str]) -> None:
         if idle and found:
             told = ", ".join(map(repr, idle))
             warnings.warn(f"{field}: no adapted module matches {told}", UserWarning, stacklevel=5)
+
+
+def warn_of_inner(found: list[str]) -> None:
+    """Warn of layers that are chosen and lie inside another chosen one, which is adapted as a whole."""
+    inner = sorted(set(found).difference(outermost(found)))
+    if inner:
+        warnings.warn(
+            f"left out: {', '.join(inner)}, inside a layer that is adapted itself; to adapt the inner ones instead, "
+            "leave that layer out with exclude_modules",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def warn_of_experts(candidates: dict[str, nn.Module]) -> None:

@@ -1,6 +1,6 @@
 """Finding and replacing modules inside a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +31,40 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def trainable_copies(model: nn.Module) -> dict[str, TrainableCopy]:
     """Return the modules trained whole (modules_to_save) by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, TrainableCopy)}
+
+
+def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules below a model that were there before any adapter, with their names.
+
+    An adapted layer and a trainable copy stand for what they replaced: nothing inside them is yielded.
+    """
+    # a module's own come right behind it
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        yield name, module
+        inside = f"{name}." if isinstance(module, (AdapterLayer, TrainableCopy)) else inside
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Return the names, given in a model's order, that are not inside another of them."""
+    found: list[str] = []
+    for name in names:
+        if not found or not name.startswith(f"{found[-1]}."):
+            found.append(name)
+    return found
+
+
+def stated_embeddings(model: nn.Module, side: str) -> nn.Module | None:
+    """Return the "input" or "output" embeddings that a transformers model says it has; None where it says none."""
+    get = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:
+        # a model of images or sound has no tokens
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def adapter_names(model: nn.Module) -> list[str]:

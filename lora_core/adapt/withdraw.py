@@ -4,6 +4,7 @@ from torch import nn
 
 from lora_core.adapt.checkpointing import keep_gradients_out
 from lora_core.adapt.fast_path import settle_fast_paths
+from lora_core.adapt.keys import unwrapped
 from lora_core.adapt.walk import parts, places, replace
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
@@ -29,4 +30,4 @@ def tidy(model: nn.Module) -> None:
     """Undo what adapted layers asked of the modules around them, where none is left."""
     settle_fast_paths(model)
     if not parts(model):
-        keep_gradients_out(model)
+        keep_gradients_out(unwrapped(model))

@@ -119,6 +119,8 @@ class AdapterLayer(nn.Module):
         self.lora_b = Matrices()
         self.lora_start = nn.ModuleDict()
         self.adapters: dict[str, Adapter] = {}
+        # what activate was given last, and of that what this layer has
+        self.chosen: tuple[str, ...] = ()
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: Merged | None = None
@@ -230,6 +232,7 @@ class AdapterLayer(nn.Module):
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Run these adapters, of those this layer has, and make just the trainable ones require gradients."""
+        self.chosen = names
         self.active = tuple(n for n in names if n in self.adapters)
         for name, adapter in self.adapters.items():
             wanted = adapter.trainable and name in self.active and self.merged is None

@@ -21,8 +21,10 @@ from lora_core.reference.lora import lora_delta
 
 def runs_as_written(module: nn.Module, forward: Any) -> bool:
     """Say whether calling module means calling this forward: no subclass, hook or patch stands between."""
+    # a class that fuse made computes what the one that it was made from does
+    kind: Any = getattr(type(module), "fused_from", type(module))
     return (
-        type(module).forward is forward
+        kind.forward is forward
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks

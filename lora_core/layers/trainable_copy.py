@@ -10,6 +10,9 @@ from torch import nn
 
 from lora_core.layers.adapter import Merged
 
+# never the running module's: the wrapper's own, and where accelerate keeps a module's hook and the forward it replaced
+OWN = frozenset(("original", "copies", "merged", "chosen", "active", "enabled", "_hf_hook", "_old_forward"))
+
 
 class TrainableCopy(nn.Module):
     """Runs the copy that belongs to the active adapter, or the original.
@@ -25,6 +28,8 @@ class TrainableCopy(nn.Module):
         self.trainable: dict[str, bool] = {}
         self.configs: dict[str, Any] = {}
         self.merged: Merged | None = None
+        # what activate was given last, and of that the first that has a copy
+        self.chosen: tuple[str, ...] = ()
         self.active: str | None = None
         self.enabled = True
         self.training = original.training
@@ -34,7 +39,7 @@ class TrainableCopy(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name in ("original", "copies"):
+            if name.startswith("__") or name in OWN:
                 raise
             return getattr(self.running(), name)
 
@@ -53,6 +58,7 @@ class TrainableCopy(nn.Module):
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Run the copy of the first of these adapters that has one; make it trainable if it is to be trained."""
+        self.chosen = names
         self.active = next((n for n in names if n in self.copies), None)
         self.original.requires_grad_(False)
         for name, module in self.copies.items():

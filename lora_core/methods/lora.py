@@ -19,6 +19,7 @@ from torch import nn
 from lora_core.errors import ConfigError, NonFiniteError
 from lora_core.layers.adapter import AdapterLayer, Start
 from lora_core.layers.embedding import LoraEmbedding
+from lora_core.layers.linear import LoraTransposedLinear
 from lora_core.methods import olora, pissa
 from lora_core.methods.expressions import check_expression, compiled_ending, inside_of, layer_number, name_ending
 from lora_core.methods.fields import checks_field_names
@@ -136,9 +137,9 @@ class LoraConfig:
         for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"LoraConfig: {name} is {getattr(self, name)!r}; want True or False")
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name, what in (("rank_pattern", "number"), ("alpha_pattern", "number"), ("extra", "value")):
             if not isinstance(getattr(self, name), Mapping):
-                raise ConfigError(f"LoraConfig: {name} is {getattr(self, name)!r}; want a dict of name to number")
+                raise ConfigError(f"LoraConfig: {name} is {getattr(self, name)!r}; want a dict of name to {what}")
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"LoraConfig: modules_to_save is the string {self.modules_to_save!r}; want a list of names"
@@ -256,9 +257,8 @@ def start_from_weight(layer: AdapterLayer, name: str, split: pissa.Split) -> Non
             "repair it, or load the base again"
         )
     lora_a, lora_b = layer.lora_a[name], layer.lora_b[name]
-    outward = layer.product(lora_a, lora_b).shape == (lora_b.shape[0], lora_a.shape[1])
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    a, b = split(matrix if outward else matrix.T, adapter.rank, adapter.scaling)
+    a, b = split(matrix.T if isinstance(layer, LoraTransposedLinear) else matrix, adapter.rank, adapter.scaling)
     if a.shape[0] < adapter.rank:
         raise ConfigError(
             f"init_lora_weights={adapter.config.init_lora_weights!r} at rank {adapter.rank} on a weight of shape "

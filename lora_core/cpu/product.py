@@ -61,9 +61,9 @@ def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
-        a.dtype == torch.float32
+        onednn_is_faster()
+        and a.dtype == torch.float32
         and 2 * a.shape[0] * a.shape[1] * b.shape[0] >= LEAST_OPERATIONS
-        and onednn_is_faster()
         and _is_dense(a)
         and _is_dense(b)
         and bool(torch.backends.mkldnn.enabled)

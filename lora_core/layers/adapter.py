@@ -69,8 +69,12 @@ class Matrices(nn.ParameterDict):
 
     def bring(self, name: str) -> Tensor:
         """Return one, by a call where a forward is put around this module's, as accelerate does: it costs more."""
-        matrix: Tensor = self(name) if "forward" in self.__dict__ else self[name]
-        return matrix
+        if "forward" in self.__dict__:
+            brought: Tensor = self(name)
+            return brought
+        matrix = self._parameters.get(name)
+        # one that is computed, by a parametrisation, is kept elsewhere
+        return self[name] if matrix is None else matrix
 
 
 @dataclass
@@ -99,6 +103,18 @@ def reads_from_base(*names: str) -> Callable[[type[T]], type[T]]:
     return add
 
 
+def part(name: str) -> Any:
+    """Return a property: this submodule, where it is kept; nn.Module searches as long as a small layer runs."""
+
+    def find(layer: nn.Module) -> Any:
+        try:
+            return layer._modules[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    return property(find)
+
+
 class AdapterLayer(nn.Module):
     """Base of the adapted layers; use a subclass.
 
@@ -110,7 +126,7 @@ class AdapterLayer(nn.Module):
     PEFT_A: ClassVar[str] = "lora_A.weight"
     PEFT_B: ClassVar[str] = "lora_B.weight"
 
-    base_layer: Any
+    base_layer, lora_a, lora_b, lora_start = map(part, ("base_layer", "lora_a", "lora_b", "lora_start"))
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

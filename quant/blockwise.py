@@ -110,3 +110,18 @@ def check_block_size(block_size: object) -> int:
     if whole not in BLOCK_SIZES:
         raise ConfigError(f"block_size is {block_size!r}; want one of {', '.join(map(str, BLOCK_SIZES))}")
     return whole
+
+
+def check_nested_block_size(owner: str, block_size: object) -> int:
+    """Return block_size, scales sharing one second-level scale, as an int.
+
+    Raises:
+        ConfigError: unless it is a whole number of at least 1; 256.0 is none.
+    """
+    try:
+        whole = operator.index(block_size)  # type: ignore[arg-type]
+    except TypeError:
+        whole = 0
+    if not 1 <= whole < 2**63:
+        raise ConfigError(f"{owner} is {block_size!r}; want a whole number of at least 1, as a rule 256")
+    return whole

@@ -33,7 +33,8 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLO
     Returns:
         codes uint8 [b], absmax2 float32 [ceil(b / block_size)].
     """
-    return quantize_blocks(absmax - offset, codebook("dynamic"), block_size)
+    # a block is no larger than what there is, or it would be filled up
+    return quantize_blocks(absmax - offset, codebook("dynamic"), min(block_size, max(absmax.numel(), 1)))
 
 
 def lower_overflowing(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_core.dtypes import FLOATS
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
-from lora_core.quant.blockwise import check_block_size
+from lora_core.quant.blockwise import check_block_size, check_nested_block_size
 
 FOUR_BIT = ("nf4", "fp4", "int4")
 
@@ -37,8 +38,7 @@ def check_parts(
         ShapeError, DtypeError, DeviceError, ConfigError: saying which part does not fit.
     """
     check_block_size(block_size)
-    if nested_block_size < 1:
-        raise ConfigError(f"{owner}: nested_block_size is {nested_block_size}; want a whole number of at least 1")
+    check_nested_block_size(f"{owner}: nested_block_size", nested_block_size)
     if (nested_absmax is None) != (nested_offset is None):
         raise ShapeError(f"{owner}: nested_absmax and nested_offset go together; got only one of them")
     if any(side < 0 for side in shape):
@@ -66,6 +66,12 @@ def check_parts(
             raise DtypeError(f"{owner}: {name} is {tensor.dtype}; want {dtype}")
         if tensor.device != codes.device:
             raise DeviceError(f"{owner}: {name} is on {tensor.device}, codes on {codes.device}: want one device")
+
+
+def check_dtype(what: str, dtype: object) -> None:
+    """Raise DtypeError, which begins with what, unless a weight can be of this dtype."""
+    if dtype not in FLOATS:
+        raise DtypeError(f"{what} {dtype!r}; want one of {', '.join(map(str, FLOATS))}")
 
 
 def check_four_bit(quant_type: object) -> None:

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.errors import CheckpointError, ConfigError, DtypeError
+from lora_core.errors import CheckpointError, ConfigError
 from lora_core.quant import bitsandbytes
-from lora_core.quant.blockwise import dequantize_blocks
-from lora_core.quant.codebook import codebook
+from lora_core.quant.blockwise import check_block_size, check_nested_block_size
 from lora_core.quant.double import NESTED_BLOCK_SIZE
-from lora_core.quant.packing import unpack
-from lora_core.quant.parts import check_four_bit, check_parts
+from lora_core.quant.parts import check_dtype, check_four_bit, check_parts
 
 
 class QuantizedWeight(nn.Module):
@@ -58,6 +56,7 @@ class QuantizedWeight(nn.Module):
             "QuantizedWeight", codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size
         )
         check_four_bit(quant_type)
+        check_dtype("QuantizedWeight: dtype is", dtype)
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.register_buffer("nested_absmax", nested_absmax)
@@ -65,8 +64,8 @@ class QuantizedWeight(nn.Module):
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.quant_type = quant_type
-        self.block_size = block_size
-        self.nested_block_size = nested_block_size
+        self.block_size = check_block_size(block_size)
+        self.nested_block_size = check_nested_block_size("nested_block_size", nested_block_size)
 
     @property
     def device(self) -> torch.device:
@@ -114,17 +113,17 @@ class QuantizedWeight(nn.Module):
         """Return the weight, level * absmax rounded once to dtype.
 
         Args:
-            dtype: a floating dtype; by default that of the weight before.
+            dtype: float32, float16, bfloat16 or float64; by default that of the weight before.
         Returns:
             A new tensor of self.shape.
         Raises:
-            DtypeError: if dtype is not floating.
+            DtypeError: if dtype is none of these.
         """
         dtype = dtype or self.dtype
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise DtypeError(f"cannot dequantise to {dtype!r}; want a floating dtype such as torch.bfloat16")
+        check_dtype("cannot dequantise to", dtype)
+        dense: Tensor
         if self.quant_type == "nf4":
-            dense: Tensor = torch.ops.lora_core.nf4_dequantize(
+            dense = torch.ops.lora_core.nf4_dequantize(
                 self.codes,
                 self.absmax,
                 self.nested_absmax,
@@ -134,10 +133,11 @@ class QuantizedWeight(nn.Module):
                 self.block_size,
                 self.nested_block_size,
             )
-            return dense
-        codes = unpack(self.codes, self.shape.numel())
-        flat = dequantize_blocks(codes, self.dense_absmax(), codebook(self.quant_type), self.block_size, dtype)
-        return flat.view(self.shape)
+        else:
+            dense = torch.ops.lora_core.dequantize(
+                self.codes, self.dense_absmax(), self.shape, dtype, self.block_size, self.quant_type
+            )
+        return dense
 
     def dense_absmax(self) -> Tensor:
         """Return the scales in float32, as they enter the weights."""

@@ -210,6 +210,8 @@ assert torch.isfinite(want.dequantize()).all()
         ),
         # installed, and not for this NumPy
         ("sys.modules['numba'] = None; import importlib.util as u; u.find_spec = lambda n: True", False),
+        # installed, and switched off
+        ("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", False),
     ],
 )
 def test_numba_is_loaded_for_large_weights_where_it_works(prepare, loaded):
@@ -222,3 +224,42 @@ def test_numba_is_loaded_for_large_weights_where_it_works(prepare, loaded):
         timeout=120,
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+IMPORTING = """
+import sys
+import threading
+import time
+import torch
+import lora_core as lc
+
+weight, failures = torch.randn(512, 512), []
+
+def work(first):
+    try:
+        while not first and "lora_core.cpu.compiled.nf4" not in sys.modules:
+            time.sleep(0.001)
+        lc.quantize_nf4(weight).dequantize()
+    except BaseException as failure:
+        failures.append(failure)
+
+threads = [threading.Thread(target=work, args=(first,)) for first in (True, False)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failures, failures
+"""
+
+
+def test_a_thread_waits_for_loops_that_another_one_imports():
+    pytest.importorskip("numba")
+    run = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_cpu_takes_scales_of_any_shape(loops, nested):
+    q = lc.quantize_nf4(torch.randn(100, 64), double_quant=nested)
+    second = (q.nested_absmax[:, None], q.nested_offset.view(1, 1)) if nested else (None, None)
+    assert torch.equal(nf4_dequantize(q.codes, q.absmax[:, None], *second, q.shape, q.dtype), q.dequantize())

@@ -15,9 +15,11 @@ from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_dequantize import op as dequantize_op
 from lora_core.ops.nf4_quantize import nf4_quantize
 from lora_core.ops.nf4_quantize import op as quantize_op
+from lora_core.quant import QuantizedWeight, quantize
 from lora_core.quant.codebook import NF4_LEVELS, codebook, derive_nf4
 from lora_core.quant.double import absmax_offset
 from lora_core.quant.packing import pack, unpack
+from lora_core.reference import nf4 as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = [32, 64, 128, 4096]
@@ -80,11 +82,14 @@ def test_quant_refuses_other_block_sizes(block_size):
         lc.quantize_nf4(torch.ones(64), block_size)
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (63,), (5, 13), (2, 3, 11), (0, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (63,), (5, 13), (2, 3, 11), (0, 7)], ids=str)
 def test_quant_takes_any_shape(shape):
     weight = torch.randn(shape)
-    dense = lc.quantize_nf4(weight).dequantize()
+    q = lc.quantize_nf4(weight)
+    dense = q.dequantize()
     assert dense.shape == weight.shape and dense.dtype == weight.dtype
+    parts = (q.codes, q.absmax, q.nested_absmax, q.nested_offset)
+    assert torch.equal(reference.nf4_dequantize(*parts, shape, torch.float32, 64), dense)
 
 
 def test_quant_reads_strided_weights_in_their_own_order():
@@ -106,8 +111,6 @@ def test_quant_extreme_scales_come_back_exactly(value):
 @pytest.mark.parametrize("blocks", [1, 2, 10, 33, 300, 600])
 def test_quant_of_finite_weights_is_finite_up_to_the_largest(kind, dtype, blocks):
     """The nearest 8-bit code of a scale may stand for more than the largest number there is."""
-    from lora_core.quant import quantize
-
     largest = torch.finfo(dtype).max
     g = torch.Generator().manual_seed(blocks)
     for weight in (torch.zeros(blocks, 64, dtype=dtype), torch.rand(blocks, 64, generator=g).to(dtype) * largest):
@@ -128,8 +131,6 @@ def test_quant_bits_per_parameter_are_the_papers():
 @pytest.mark.parametrize(("kind", "error"), [("nf4", 0.001297), ("int4", 0.001459), ("fp4", 0.002243)])
 def test_quant_errors_rank_as_measured(kind, error):
     """Mean square error over absmax^2-free N(0, 1) in blocks of 64, to the digits known; five standard errors."""
-    from lora_core.quant import quantize
-
     weight = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
     q = quantize(weight, kind, 64, False)
     scaled = (q.dequantize() - weight).view(-1, 64) / q.absmax[:, None]
@@ -149,8 +150,6 @@ def test_quant_weight_survives_copies_casts_and_pickling(double_quant):
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
 def test_quant_weight_round_trips_through_a_state_dict(kind, assign):
-    from lora_core.quant import quantize
-
     q, other = (quantize(torch.randn(40, 70), kind, 64, True) for _ in range(2))
     other.load_state_dict(q.state_dict(), assign=assign)
     assert torch.equal(other.dequantize(), q.dequantize())
@@ -177,6 +176,24 @@ def test_quant_ops_pass_opcheck_and_compile(nested):
     torch.library.opcheck(dequantize_op, packed)
     compiled = torch.compile(q.dequantize, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.float16), q.dequantize(torch.float16))
+
+
+@pytest.mark.parametrize("kind", ["fp4", "int4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_compiler_sees_one_operation_in_place_of_another_codebooks_formula(kind, nested):
+    """Inductor left the short last block of this weight unwritten where it could take the formula apart."""
+    q = quantize(torch.randn(33, 65), kind, double_quant=nested)
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    dense = torch.compile(q.dequantize, fullgraph=True, backend=backend)(torch.bfloat16)
+    assert torch.equal(dense, q.dequantize(torch.bfloat16))
+    assert seen == ["lora_core.absmax_dequantize"] * nested + ["lora_core.dequantize"]
+    arguments = (q.codes, q.dense_absmax(), q.shape, torch.bfloat16, 64, kind)
+    torch.library.opcheck(torch.ops.lora_core.dequantize, arguments)
 
 
 def test_absmax_ops_pass_opcheck_and_run_backwards():
@@ -206,6 +223,13 @@ def test_absmax_quantize_refuses_what_does_not_fit(change, error, words):
     operands = {"absmax": torch.rand(3), "offset": torch.zeros(()), "block_size": 256} | change
     with pytest.raises(error, match=words):
         absmax_quantize(**operands)
+
+
+def test_absmax_quantize_fills_no_block_larger_than_the_scales():
+    """2^50 of them would not fit into memory."""
+    absmax = torch.rand(3)
+    for got, want in zip(*(absmax_quantize(absmax, absmax.mean(), size) for size in (2**50, 3)), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_absmax_dequantize_refuses_too_few_second_level_scales():
@@ -240,10 +264,15 @@ def test_quant_dequantise_refuses_what_does_not_fit(change, error, message):
         nf4_dequantize(**(given_ | change))
 
 
-def test_quant_weight_dequantises_to_floating_dtypes_alone():
-    q = lc.quantize_nf4(torch.randn(4, 8))
-    with pytest.raises(lc.DtypeError, match="cannot dequantise to torch.int8"):
-        q.dequantize(torch.int8)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e8m0fnu], ids=str)
+def test_quant_weight_dequantises_to_dtypes_of_weights_alone(kind, dtype):
+    """As the operation does: float8_e8m0fnu, say, has neither a zero nor a sign."""
+    q = quantize(torch.randn(4, 8), kind)
+    with pytest.raises(lc.DtypeError, match=f"cannot dequantise to {dtype}; want one of torch.float32"):
+        q.dequantize(dtype)
+    with pytest.raises(lc.DtypeError, match=f"dtype is {dtype}"):
+        QuantizedWeight(q.codes, q.absmax, q.nested_absmax, q.nested_offset, shape=q.shape, dtype=dtype)
     assert q.dequantize(torch.float64).dtype == torch.float64
 
 

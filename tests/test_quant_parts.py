@@ -14,6 +14,7 @@ from lora_core.cpu import compiled
 from lora_core.cpu.plain import nf4 as plain
 from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.absmax_quantize import absmax_quantize
+from lora_core.ops.dora_norm import dora_norm
 from lora_core.ops.nf4_quantize import nf4_quantize
 from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
@@ -83,6 +84,13 @@ def test_block_sizes_are_whole_numbers(tmp_path):
     assert type(q.block_size) is int
     torch.save(q.state_dict(), tmp_path / "state")
     assert type(lc.NF4Config(block_size=np.int64(128)).block_size) is int
+    given = parts(block_size=np.int64(64), nested_block_size=np.int64(256))
+    assert QuantizedWeight.from_bitsandbytes(QuantizedWeight(**given).to_bitsandbytes()).nested_block_size == 256
+    scale, nested = absmax_quantize(torch.rand(300), torch.zeros(()), np.int64(256))
+    assert absmax_dequantize(scale, nested, torch.zeros(()), np.int64(256)).shape == (300,)
+    for wrong in (256.0, "256", None, 2**63):
+        with pytest.raises(lc.ConfigError, match="nested_block_size is .*want a whole number of at least 1"):
+            QuantizedWeight(**parts(nested_block_size=wrong))
     for given in (64.0, "64", None, True):
         with pytest.raises(lc.ConfigError, match=f"block_size is {given!r}"):
             lc.quantize_nf4(torch.randn(4, 64), given)
@@ -321,6 +329,11 @@ CODES_300 = torch.zeros(300, dtype=torch.uint8)
             lambda: absmax_dequantize(torch.zeros(3, dtype=torch.uint8), torch.ones(1).double(), torch.zeros(())),
             lc.DtypeError,
             "absmax2 is torch.float64",
+        ),
+        (
+            lambda: dora_norm(lc.quantize_nf4(torch.ones(2, 64)), torch.ones(1, 64), torch.ones(2, 1), 1.0, "bf16"),
+            lc.DtypeError,
+            "dtype is 'bf16'; want one of torch.float32",
         ),
         (
             # the operation itself, too: its loops would read what lies behind the scales

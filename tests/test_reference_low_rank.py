@@ -116,6 +116,16 @@ def test_subspace_gradient_is_that_of_autograd():
     assert ((space.gradient(gradients) - z.grad).abs() <= bound).all()
 
 
+def test_subspace_keeps_float32_whatever_the_default():
+    space, gradient = Subspace([torch.zeros(5)], 2), [torch.ones(5)]
+    wanted = space.gradient(gradient)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(space.gradient(gradient), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_subspace_starts_at_its_parameters_and_leaves_them():
     parameter = torch.randn(6)
     before = parameter.clone()

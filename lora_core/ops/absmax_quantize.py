@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lora_core.errors import ConfigError, DtypeError, ShapeError
+from lora_core.errors import DtypeError, ShapeError
 from lora_core.ops.checks import check_devices, check_tensors
 from lora_core.quant import double as reference
-from lora_core.quant.blockwise import check_finite
+from lora_core.quant.blockwise import check_finite, check_nested_block_size
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 
@@ -48,8 +48,7 @@ def check(scales: Tensor, offset: Tensor, block_size: int, name: str) -> None:
     """Raise unless the operands that both directions share are sound."""
     check_tensors(name, {"scales": scales, "offset": offset})
     check_devices(name, {"scales": scales, "offset": offset})
-    if type(block_size) is not int or block_size < 1:
-        raise ConfigError(f"{name}: block_size is {block_size!r}; want a whole number of at least 1, as a rule 256")
+    check_nested_block_size(f"{name}: block_size", block_size)
     if offset.numel() != 1 or scales.dim() != 1:
         raise ShapeError(
             f"{name}: want scales [b] and an offset of one element; got {tuple(scales.shape)} and {tuple(offset.shape)}"

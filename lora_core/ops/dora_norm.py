@@ -12,6 +12,7 @@ from lora_core.errors import ConfigError
 from lora_core.ops.checks import check_devices, check_dtypes, check_kinds, check_shapes, outside_autocast
 from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight
+from lora_core.quant.parts import check_dtype
 from lora_core.reference import dora as reference
 
 
@@ -99,6 +100,7 @@ def dora_norm(
     if weight.quant_type != "nf4":
         raise ConfigError(f"dora_norm: quant_type is {weight.quant_type!r}; want 'nf4', or weight.dequantize()")
     dtype = dtype or lora_a.dtype
+    check_dtype("dora_norm: dtype is", dtype)
     _check(torch.empty(weight.shape, dtype=dtype, device="meta"), weight.codes, lora_a, lora_b)
     q = weight
     packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size)

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.dtypes import FLOATS
-from lora_core.errors import DtypeError
 from lora_core.ops.checks import refuse_tangents
 from lora_core.quant.double import NESTED_BLOCK_SIZE
-from lora_core.quant.parts import check_parts
+from lora_core.quant.parts import check_dtype, check_parts
 from lora_core.reference import nf4 as reference
 
 
@@ -74,7 +72,6 @@ def nf4_dequantize(
     """
     name = "nf4_dequantize"
     check_parts(name, codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    if dtype not in FLOATS:
-        raise DtypeError(f"{name}: cannot return {dtype}; want one of {', '.join(map(str, FLOATS))}")
+    check_dtype(f"{name}: cannot return", dtype)
     refuse_tangents(name, absmax, nested_absmax, nested_offset)
     return op(codes, absmax, nested_absmax, nested_offset, shape, dtype, block_size, nested_block_size)

@@ -56,4 +56,4 @@ def nf4_dequantize(
     if nested_absmax is not None and nested_offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset, nested_block_size)
     flat = dequantize_blocks(unpack(codes, math.prod(shape)), absmax, codebook("nf4"), block_size, dtype)
-    return flat.view(*shape)
+    return flat.view(torch.Size(shape))

@@ -67,7 +67,7 @@ class Subspace:
         Args:
             gradients: dL/dtheta, in the parameters' shapes.
         """
-        total = torch.zeros(self.dimension)
+        total = torch.zeros(self.dimension, dtype=torch.float32)
         for gradient, index, entry in zip(gradients, self._index, self._entry, strict=True):
             total.index_add_(0, index, gradient.reshape(-1).float() * entry)
         return total

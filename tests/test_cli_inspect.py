@@ -105,6 +105,12 @@ def test_inspect_lists_unknown_fields_with_the_nearest_known(tmp_path):
     assert any("shiny = 1" in n for n in notes)
 
 
+def test_inspect_leaves_the_fields_of_another_method_alone(tmp_path):
+    write_adapter(tmp_path, {**CONFIGURATION, "peft_type": "VERA", "init_weights": True})
+    report = inspect_path(tmp_path)
+    assert any("peft_type 'VERA'" in p for p in report.problems) and not any("init_weights" in n for n in report.notes)
+
+
 def test_inspect_reports_metadata_of_another_generation(tmp_path):
     other = json.dumps({**CONFIGURATION, "lora_alpha": 16})
     write_adapter(tmp_path, metadata={METADATA_KEY: other})
@@ -343,6 +349,21 @@ def test_inspect_says_where_a_link_leads_nowhere(tmp_path):
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(CheckpointError, match="model.safetensors"):
             inspect_path(path)
+
+
+@pytest.mark.parametrize("name", [CONFIG, "model.safetensors.index.json"])
+def test_inspect_of_a_json_file_asks_for_its_folder(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no tensors; want the folder that it lies in"):
+        inspect_path(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_inspect_waits_for_no_pipe_in_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    command = [sys.executable, "-m", "lora_core", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "has no safetensors file" in done.stderr
 
 
 def test_inspect_refuses_what_is_neither_file_nor_folder(tmp_path):

@@ -88,6 +88,8 @@ def test_memory_shows_figures_and_models(capsys, monkeypatch):
     [
         (["--model", "llama"], "no model 'llama' is known; did you mean"),
         (["--model", "absent/config.json"], "cannot be read"),
+        (["--model", "Qwen/Qwen2.5-3B"], "want a model's config.json, downloaded before, or a known model's name"),
+        (["--model", "gpt-2", "--seq", "1025"], "GPT-2 has learned 1,024 positions"),
         (["--method", "dora"], "method is 'dora'; want one of full, lora, qlora, all"),
         (["--rank", "0"], "rank is 0"),
         (["--targets", ","], "no target module was given"),
@@ -115,6 +117,11 @@ def test_memory_refuses_what_it_cannot_plan(arguments, message, capsys):
 def test_memory_with_the_largest_sizes_is_still_a_number(capsys):
     size = str(2**32)
     run(capsys, "--rank", size, "--batch", size, "--seq", size, "--gpu-gb", "1e9", "--optimizer", "adamw_8bit")
+
+
+def test_memory_takes_the_name_of_a_known_repository(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(run(capsys, "--model", "Qwen/Qwen2.5-7B", "--json"))["model"]["name"] == "Qwen2.5-7B"
 
 
 def test_memory_with_an_empty_name_reads_no_config_of_the_current_folder(capsys, tmp_path, monkeypatch):

@@ -87,6 +87,26 @@ def test_kept_bytes_of_a_model_with_norms_of_its_heads(method, dtype):
 
 
 @pytest.mark.peer("transformers")
+@pytest.mark.parametrize("targets", ["all-linear", "attention", ["qkv_proj"], ["gate_up_proj"]])
+@pytest.mark.parametrize("method", METHODS)
+def test_kept_bytes_of_a_model_with_fused_layers(method, targets, monkeypatch):
+    import models
+    import transformers
+
+    shape = replace(TINY, fused=True)
+    config = transformers.Phi3Config(
+        num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    monkeypatch.setattr(models, "transformers_config", lambda shape: config)
+    setup = Setup(method=method, dtype="bfloat16", targets=targets, rank=5, batch=2, sequence=24)
+    model = setup_model(shape, setup)
+    assert kept_bytes(shape, setup) == saved_bytes(model, setup)
+    assert plan_memory(shape, setup).trainable == count_parameters(model)[0]
+
+
+@pytest.mark.peer("transformers")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kept_bytes_of_a_model_with_layer_norms_and_two_matrices(dtype):
     shape = ModelShape(
@@ -222,6 +242,11 @@ def test_fit_finds_a_rank_beyond_ranks_that_do_not_fit():
     budget = 170_058_368
     assert takes(shape, setup, 3) > budget == takes(shape, setup, 4) < takes(shape, setup, 5)
     assert fit(shape, setup, budget).largest_rank == 4
+
+
+def test_fit_goes_no_further_than_the_learned_positions():
+    shape = find_shape("GPT-2")
+    assert fit(shape, Setup(method="lora"), 24 * 10**9).largest_sequence == shape.positions
 
 
 def test_fit_says_where_nothing_fits_and_where_everything_does():

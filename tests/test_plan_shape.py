@@ -85,6 +85,7 @@ def tiny_config(kind, **more):
 
     gpt2 = {"n_layer": 2, "n_embd": 48, "n_head": 4, "n_positions": 32, "vocab_size": 64}
     rotary = {
+        **({"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0} if kind == "phi3" else {}),
         "num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 64,
     }  # fmt: skip
@@ -155,7 +156,7 @@ GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positio
         ({**GPT2, "n_positions": None}, "positions of .* is None"),
         ({**GPT2, "add_cross_attention": True}, "add_cross_attention, whose layers are not counted"),
         ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "text_config of .* does not state"),
-        ({"model_type": "llava", "text_config": {"model_type": "phi3"}}, "model_type of .* is 'llava'"),
+        ({"model_type": "llava", "text_config": {"model_type": "gemma"}}, "model_type of .* is 'llava'"),
     ],
 )
 def test_config_file_with_a_value_that_cannot_be_says_which(settings, message, tmp_path):
@@ -182,7 +183,7 @@ def test_config_file_without_permission_is_refused(tmp_path, unreadable):
     [
         ("{", "is not JSON"),
         ("[1]", "holds a list"),
-        ('{"model_type": "mamba"}', "model_type of .* is 'mamba'.*llama, mistral, qwen2, qwen3, gpt2"),
+        ('{"model_type": "mamba"}', "is .mamba.*, qwen3, phi3, gpt2; for an estimate take the known model"),
         ("{}", "model_type of .* is None"),
         ('{"model_type": "llama", "hidden_size": 8}', "does not state 'num_hidden_layers'"),
         ('{"model_type": "llama", "mlp_bias": true}', "mlp_bias"),
@@ -204,6 +205,11 @@ def test_config_file_with_a_size_that_is_no_size(tmp_path):
 def test_missing_config_file_says_where_it_looked(tmp_path):
     with pytest.raises(ConfigError, match="config.json cannot be read"):
         read_shape(tmp_path)
+
+
+def test_shape_is_found_by_its_repository():
+    assert find_shape("meta-llama/llama-2-7b-hf") is find_shape("Llama-2-7B")
+    assert find_shape("huggyllama/llama-65b") is find_shape("LLaMA-65B")
 
 
 def test_unknown_model_names_the_nearest():
@@ -233,5 +239,9 @@ def test_targets_by_name_by_group_and_unknown():
     assert [t.name for t in shape.targets(["v_proj", "q_proj"])] == ["q_proj", "v_proj"]
     with pytest.raises(ConfigError, match="no linear layer 'q_pro'.*did you mean 'q_proj'"):
         shape.targets(["q_pro"])
+    with pytest.raises(ConfigError, match="did you mean 'all-linear'"):
+        shape.targets(["all_linear"])
+    with pytest.raises(ConfigError, match="did you mean 'attention'.*each alone"):
+        shape.targets(["ATTENTION"])
     with pytest.raises(ConfigError, match="no target module was given"):
         shape.targets([])

@@ -436,6 +436,17 @@ def test_puzzles_program_lists_hints_and_starts(tmp_path, monkeypatch, capsys):
     assert mine.read_text() == "my work"
 
 
+def test_puzzles_file_that_is_not_written_is_named_with_its_folder(tmp_path, capsys):
+    path = edited(find_puzzle(1), "    return", "    raise NotImplementedError\n    return", tmp_path)
+    assert f"{path} is not written yet" in said_of(find_puzzle(1), path, capsys)[1]
+
+
+def test_puzzles_interrupted_check_ends_without_a_traceback(tmp_path, capsys):
+    path = tmp_path / "interrupted.py"
+    path.write_text("def lora_forward(*a):\n    raise KeyboardInterrupt\n")
+    assert said_of(find_puzzle(1), path, capsys) == (WRONG, "the check of interrupted.py was interrupted\n")
+
+
 def test_puzzles_program_checks_the_file_here(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     puzzle = find_puzzle(3)
@@ -455,6 +466,9 @@ def test_puzzles_program_checks_the_file_here(tmp_path, monkeypatch, capsys):
         (["check"], "want the number of an exercise, 1 to 13"),
         (["check", "forward"], "want the number of an exercise, 1 to 13"),
         (["check", "99"], "there is no exercise 99"),
+        (["check", "\u00b2"], "want the number of an exercise, 1 to 13"),
+        (["check", "1" * 5000], "want the number of an exercise, 1 to 13"),
+        (["start", os.devnull], "want a folder, new or not, that can be written"),
         (["hint", "1", "--level", "9"], "hints of level 1 to 3"),
         (["check", "1", "--file", "nowhere.py"], "nowhere.py is no file"),
     ],

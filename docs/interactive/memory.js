@@ -99,7 +99,7 @@ const memory = (() => {
       fits: holds({}),
       rank: s.method === "full" ? null : largest((rank) => holds({ rank }), widest, falls),
       batch: largest((batch) => holds({ batch }), SEARCH_END),
-      sequence: largest((sequence) => holds({ sequence }), SEARCH_END),
+      sequence: largest((sequence) => holds({ sequence }), m.positions || SEARCH_END),
     };
   }
 

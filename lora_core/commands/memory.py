@@ -8,7 +8,7 @@ GIGA = 10**9
 # an exabyte: more than any machine has, and its bytes are still a whole number as a float
 LARGEST_GB = 10**9
 # lora_core.plan.config_file.MODEL_TYPES, which is loaded only when it is needed
-MODEL_TYPES = "llama, mistral, qwen2, qwen3 or gpt2"
+MODEL_TYPES = "llama, mistral, qwen2, qwen3, phi3 or gpt2"
 
 
 def memory(
@@ -78,14 +78,15 @@ def _plan(model: str, methods: tuple[str, ...], settings: dict[str, Any]) -> lis
     import os
     from pathlib import Path
 
-    from lora_core.plan.catalogue import find_shape
+    from lora_core.plan.catalogue import find_shape, is_known
     from lora_core.plan.config_file import read_shape
     from lora_core.plan.memory import plan_memory
     from lora_core.plan.setup import Setup
 
     # a name that cannot be a path, too long or empty, does not exist either
-    is_path = os.path.exists(model) or os.sep in model or model.endswith(".json")
+    is_path = os.path.exists(model) or (not is_known(model) and (os.sep in model or model.endswith(".json")))
     shape = read_shape(Path(model)) if is_path else find_shape(model)
+    shape.check_sequence(settings["sequence"])
     return [plan_memory(shape, Setup(method=method, **settings)) for method in methods]
 
 

@@ -1,5 +1,6 @@
 """`lora-core puzzles`: exercises that check themselves."""
 
+import reprlib
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +30,12 @@ def puzzles(
         return
     if what == "all" and action == "check" and file is None:
         chosen = list(PUZZLES)
-    elif what.isdigit():
+    # longer than any number of an exercise, a row of digits may be more than int() takes
+    elif what.isdecimal() and len(what) < 10:
         chosen = [find_puzzle(int(what))]
     else:
-        raise ConfigError(f"puzzles {action} {what!r}: want the number of an exercise, 1 to {len(PUZZLES)}")
+        shown = reprlib.repr(what)
+        raise ConfigError(f"puzzles {action} {shown}: want the number of an exercise, 1 to {len(PUZZLES)}")
     if action == "hint":
         hints = chosen[0].hints
         if not 1 <= level <= len(hints):
@@ -46,9 +49,14 @@ def puzzles(
 
 def _start(folder: Path) -> None:
     """Copy the exercises into a folder; what is there already stays."""
+    from lora_core.errors import ConfigError
     from lora_core.puzzles.catalogue import PUZZLES, stub
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"puzzles start {folder}: {why}; want a folder, new or not, that can be written") from None
     for puzzle in PUZZLES:
         path = folder / puzzle.file
         if path.exists():

@@ -163,7 +163,7 @@ def _configuration(report: Report, values: dict[str, Any] | None) -> LoraConfig 
 
 def _settings(values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]) -> dict[str, Any]:
     values = values or {}
-    kind = str(values.get("peft_type", "LORA")).upper()
+    kind = _kind(values)
     method = {"LORA": "LoRA"}.get(kind, kind)
     if kind == "LORA" and values.get("use_rslora"):
         method = "rsLoRA"
@@ -179,10 +179,15 @@ def _settings(values: dict[str, Any] | None, config: LoraConfig | None, names: l
     return found
 
 
+def _kind(values: dict[str, Any] | None) -> str:
+    return str((values or {}).get("peft_type", "LORA")).upper()
+
+
 def _judge(report: Report, values: dict[str, Any] | None, config: LoraConfig | None) -> None:
     """Add what only the whole shows."""
     known = [*LoraConfig.field_names(), *REFUSED, *KEPT, *ALWAYS]
-    for name in sorted(set(values or {}) - set(known)):
+    # another method's fields are its own
+    for name in sorted(set(values or {}) - set(known)) if _kind(values) == "LORA" else []:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         hint = f"; did you mean {near[0]}?" if near else ""
         report.notes.append(f"{CONFIG} has a field that is not known here: {name} = {(values or {})[name]!r}{hint}")

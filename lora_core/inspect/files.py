@@ -103,12 +103,17 @@ def weight_files(path: Path) -> list[Path]:
         raise CheckpointError(f"there is no {path}; want an adapter's folder, a model's folder or a .safetensors file")
     if path.is_file():
         _refuse_pickle(path)
+        if path.suffix == ".json":
+            raise CheckpointError(
+                f"{path} is by its name JSON, which holds no tensors; want the folder that it lies in"
+            )
         return [path]
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a file nor a folder; want a .safetensors file or a folder of them")
     if (path / WEIGHTS).exists():
         return [path / WEIGHTS]
-    found = sorted(path.glob("*.safetensors"))
+    # opening a pipe would wait for its other end
+    found = sorted(p for p in path.glob("*.safetensors") if not p.is_fifo())
     if (path / CONFIG).exists():
         found = []
     if found:

@@ -161,7 +161,7 @@ def lora_linear(
     Source: Hu et al. 2021, eq. 3.
     """
     if ready(x, weight, bias, lora_a, lora_b, scaling, dropout, seed):
-        return _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)[0]  # type: ignore[no-any-return]
+        return _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)[0]
     tensors: dict[str, object] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     scaling = check_kinds("lora_linear", tensors, bias, scaling)
     cast = autocast_dtype(x)

@@ -221,7 +221,7 @@ def packed_lora_linear(
 ) -> Tensor:
     """Return what nf4_lora_linear returns, for a weight given by its parts, whoever holds them."""
     if ready(x, w, bias, lora_a, lora_b, scaling, dropout, seed):
-        return _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)[0]  # type: ignore[no-any-return]
+        return _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)[0]
     if (lora_a is None) != (lora_b is None):
         raise ConfigError("nf4_lora_linear: lora_a and lora_b go together; got only one of them")
     name = "nf4_lora_linear"

@@ -1,5 +1,7 @@
 """Whether operands can be taken as they are: most can, and the checks, one by one, take longer to say so."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,19 +14,10 @@ from lora_core.ops.packed import Packed
 TENSORS = frozenset({Tensor, torch.nn.Parameter})
 
 
-def ready(
-    x: Tensor,
-    weight: Tensor | Packed,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> bool:
+def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any, dropout: Any, seed: Any) -> bool:
     """Say whether the checks of lora_linear, or of nf4_lora_linear, would neither refuse nor convert anything.
 
-    Never says so where they would; where it does not, they have to be asked.
+    Never says so where they would; where it does not, they have to be asked. Arguments are theirs, and may be anything.
     """
     frozen = weight.codes if type(weight) is Packed else weight
     if torch.compiler.is_compiling() or not {type(x), type(frozen), type(lora_a), type(lora_b)} <= TENSORS:
@@ -52,5 +45,5 @@ def ready(
     )
 
 
-def _fits(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+def _fits(t: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     return type(t) in TENSORS and t.shape == shape and t.dtype == dtype and t.device == device

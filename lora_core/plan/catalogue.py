@@ -155,16 +155,26 @@ SHAPES = (
 
 
 def find_shape(name: str) -> ModelShape:
-    """The shape of the model with this name, upper and lower case alike.
+    """The shape of the model with this name or in this repository, upper and lower case alike.
 
     Raises:
         ConfigError: if there is none, with the nearest name.
     """
     known = {shape.name.lower(): shape for shape in SHAPES}
-    if name.lower() in known:
-        return known[name.lower()]
+    found = known.get(name.lower()) or _of_repository(name)
+    if found is not None:
+        return found
     near = known[difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]].name
     raise ConfigError(
         f"no model {reprlib.repr(name)} is known; did you mean {near!r}? Known: {', '.join(s.name for s in SHAPES)}. "
         "Any other model: give the path of its config.json"
     )
+
+
+def is_known(name: str) -> bool:
+    """Say whether find_shape has a model of this name."""
+    return any(shape.name.lower() == name.lower() for shape in SHAPES) or _of_repository(name) is not None
+
+
+def _of_repository(name: str) -> ModelShape | None:
+    return next((shape for shape in SHAPES if shape.source.rpartition("; ")[2].lower() == name.lower()), None)

@@ -9,7 +9,7 @@ from typing import Any
 from lora_core.errors import ConfigError
 from lora_core.plan.shape import ModelShape
 
-ROTARY_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+ROTARY_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # where the file states none and it is not hidden / heads; source: transformers' configuration
 HEAD_SIZES = {"qwen3": 128}
 # whose attention heeds attention_bias
@@ -35,7 +35,7 @@ def read_shape(path: Path) -> ModelShape:
     if kind not in MODEL_TYPES:
         raise ConfigError(
             f"model_type of {file} is {reprlib.repr(kind)}; its layers are not known here, only those of "
-            f"{', '.join(MODEL_TYPES)}"
+            f"{', '.join(MODEL_TYPES)}; for an estimate take the known model nearest to it in size"
         )
     try:
         shape = _gpt2 if kind == "gpt2" else _rotary_decoder
@@ -50,7 +50,9 @@ def _read(file: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        raise ConfigError(f"{file} cannot be read: {why}; want a model's config.json") from error
+        raise ConfigError(
+            f"{file} cannot be read: {why}; want a model's config.json, downloaded before, or a known model's name"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON ({error}); want a model's config.json") from error
     except RecursionError as error:
@@ -81,6 +83,7 @@ def _rotary_decoder(name: str, settings: dict[str, Any], source: str) -> ModelSh
         tied=_flag(settings, "tie_word_embeddings", source),
         qkv_bias=biased or kind == "qwen2",
         output_bias=biased,
+        fused=kind == "phi3",
         head_norms=kind == "qwen3",
         source=source,
     )

@@ -41,7 +41,8 @@ class Fit:
 def fit(shape: ModelShape, setup: Setup, budget_bytes: int) -> Fit:
     """Whether a setup fits into a budget, and how far each of its sizes could go alone.
 
-    The rank goes up to the widest that an adapter can use, the smaller side of the largest adapted layer.
+    The rank goes up to the widest that an adapter can use, the smaller side of the largest adapted layer; the sequence
+    up to the positions that the model has learned, if it has.
 
     Raises:
         ConfigError: if the budget is not positive, or a target is none of the model's layers.
@@ -64,7 +65,7 @@ def fit(shape: ModelShape, setup: Setup, budget_bytes: int) -> Fit:
         plan_memory(shape, setup).total_bytes,
         ranks,
         _largest(lambda batch: holds(batch=batch), SEARCH_END),
-        _largest(lambda sequence: holds(sequence=sequence), SEARCH_END),
+        _largest(lambda sequence: holds(sequence=sequence), shape.positions or SEARCH_END),
     )
 
 

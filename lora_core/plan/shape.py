@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from lora_core.errors import ConfigError
 from lora_core.plan.sizes import check_count
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+GROUPS = ("attention", "all-linear")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ModelShape:
         qkv_bias: q, k and v have biases.
         output_bias: o has one.
         biases: every linear layer has a bias, and norms are LayerNorms with one.
+        fused: q, k and v are one layer, qkv_proj, and so are gate and up, gate_up_proj; as in Phi-3.
         head_norms: one norm for the query heads of a block and one for its key heads, each of the width of a head.
         positions: rows of a learned position embedding; 0 with rotary positions.
         source: where the sizes come from.
@@ -61,6 +63,7 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     biases: bool = False
+    fused: bool = False
     head_norms: bool = False
     positions: int = 0
     source: str = ""
@@ -98,16 +101,26 @@ class ModelShape:
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """The linear layers of one block, in the order they run."""
-        qkv_bias = self.qkv_bias or self.biases
-        feed_forward = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
+        q, kv, inner = self.query_width, self.kv_width, self.intermediate
+        attention = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        feed_forward = {"gate_proj": inner, "up_proj": inner} if self.gated else {"up_proj": inner}
+        if self.fused:
+            attention = {"qkv_proj": q + 2 * kv}
+            feed_forward = {"gate_up_proj": 2 * inner} if self.gated else feed_forward
         return (
-            LinearShape("q_proj", self.query_width, self.hidden, qkv_bias),
-            LinearShape("k_proj", self.kv_width, self.hidden, qkv_bias),
-            LinearShape("v_proj", self.kv_width, self.hidden, qkv_bias),
+            *(LinearShape(name, rows, self.hidden, self.qkv_bias or self.biases) for name, rows in attention.items()),
             LinearShape("o_proj", self.hidden, self.query_width, self.output_bias or self.biases),
-            *(LinearShape(name, self.intermediate, self.hidden, self.biases) for name in feed_forward),
+            *(LinearShape(name, rows, self.hidden, self.biases) for name, rows in feed_forward.items()),
             LinearShape("down_proj", self.hidden, self.intermediate, self.biases),
         )
+
+    def check_sequence(self, sequence: int) -> None:
+        """Raises ConfigError if the model has no positions for so many tokens."""
+        if self.positions and sequence > self.positions:
+            raise ConfigError(
+                f"the sequence is {sequence:,} tokens; {self.name} has learned {self.positions:,} positions, and want "
+                "no more than that"
+            )
 
     @property
     def norm_parameters(self) -> int:
@@ -139,15 +152,15 @@ class ModelShape:
         if names == "all-linear":
             return self.linears
         if names == "attention":
-            names = ATTENTION
+            names = [name for name in ATTENTION if name in known]
         wanted = [names] if isinstance(names, str) else list(names)
         if not wanted:
             raise ConfigError(f"no target module was given; want some of {', '.join(known)}, or 'all-linear'")
         for name in wanted:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                near = difflib.get_close_matches(name.lower(), [*known, *GROUPS], n=1, cutoff=0)[0]
                 raise ConfigError(
                     f"{self.name} has no linear layer {name!r} in its blocks; did you mean {near!r}? It has "
-                    f"{', '.join(known)}; 'attention' and 'all-linear' name several at once"
+                    f"{', '.join(known)}; 'attention' and 'all-linear', each alone, name several at once"
                 )
         return tuple(layer for layer in self.linears if layer.name in wanted)

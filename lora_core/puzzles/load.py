@@ -42,7 +42,7 @@ def describe_loaded(error: BaseException) -> str:
 def describe(error: BaseException, path: Path) -> str:
     """Return an exception in a line, with the learner's line that it came from."""
     if isinstance(error, NotImplementedError):
-        return f"{path.name} is not written yet: replace the line that raises NotImplementedError"
+        return f"{path} is not written yet: replace the line that raises NotImplementedError"
     inner = error
     # Triton's interpreter raises its own error from the kernel's
     while inner.__cause__ is not None:

@@ -100,6 +100,8 @@ def verdict(puzzle: Puzzle, path: Path) -> tuple[int, str]:
         return UNUSABLE, str(error)
     except SystemExit:
         return WRONG, f"{path.name} ends the program: take exit() out"
+    except KeyboardInterrupt:
+        return WRONG, f"the check of {path.name} was interrupted"
     except Exception as error:
         return WRONG, describe(error, path)
     return SOLVED, f"solved: {puzzle.title}"

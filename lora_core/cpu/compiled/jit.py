@@ -6,7 +6,7 @@ from typing import Any
 from numba import config, njit
 
 # instructions of the processor have no form in Python
-if config.DISABLE_JIT:
+if getattr(config, "DISABLE_JIT", False):
     raise ImportError("Numba is switched off by NUMBA_DISABLE_JIT")
 
 

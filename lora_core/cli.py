@@ -58,7 +58,8 @@ def _app(arguments: list[str]) -> Any:
 
     wanted = [name for name in COMMANDS if name in arguments[:1]] or COMMANDS
     for name in wanted:
-        app.command(name)(getattr(importlib.import_module(f"lora_core.commands.{name}"), name))
+        command = importlib.import_module(f"lora_core.commands.{name}")
+        app.command(name, context_settings=getattr(command, "SETTINGS", None))(getattr(command, name))
     return app
 
 

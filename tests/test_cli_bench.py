@@ -29,3 +29,11 @@ def test_bench_without_a_gpu_refuses_the_suite_for_one(capsys, monkeypatch):
     monkeypatch.setattr(run, "_has_gpu", lambda: False)
     code, told = refusal(capsys, cli.main, "bench", "--suite", "gpu")
     assert code == 1 and told.startswith("lora-core bench: the gpu suite needs a CUDA device")
+
+
+def test_bench_takes_every_option_of_the_benchmarks(capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(run, "main", lambda arguments, program: given.append((arguments, program)) or 0)
+    options = ["--op", "roof", "--shape", "8x8", "--shape", "M=1", "--provider", "peft", "--seed", "3", "--help"]
+    cli.main(["bench", *options])
+    assert given == [(options, "lora-core bench")]

@@ -1,35 +1,23 @@
 """`lora-core bench`: the benchmarks of a source checkout."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 import lora_core
 from lora_core.errors import LoraCoreError
 
+# the benchmarks have their own options, --help among them
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-def bench(
-    op: Annotated[list[str] | None, typer.Option(help="Which benchmark; repeat for more; all by default.")] = None,
-    suite: Annotated[str | None, typer.Option(help="cpu, gpu or static; by default what this machine can do.")] = None,
-    shape: Annotated[str | None, typer.Option(help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K).")] = None,
-    sweep: Annotated[str | None, typer.Option(help="How the cost grows: M, R, G (adapters) or K (model).")] = None,
-    mode: Annotated[str | None, typer.Option(help="fwd, bwd or fwdbwd; all by default.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Rounds of interleaved samples.")] = None,
-    results: Annotated[str | None, typer.Option(help="Folder the rows are appended in.")] = None,
-) -> None:
-    """Time this library beside its peers, in one process, and record what passes its check."""
+
+def bench(context: typer.Context) -> None:
+    """Time this library beside its peers, in one process, and record what passes its check; --help has the options."""
     import importlib
     import sys
 
-    root = checkout_root()
-    arguments = [part for name in op or [] for part in ("--op", name)]
-    options = {"suite": suite, "shape": shape, "sweep": sweep, "mode": mode, "samples": samples, "results": results}
-    for name, value in options.items():
-        if value is not None:
-            arguments += [f"--{name}", str(value)]
-    sys.path.insert(0, str(root))
-    raise typer.Exit(importlib.import_module("benchmarks.run").main(arguments, "lora-core bench"))
+    sys.path.insert(0, str(checkout_root()))
+    raise typer.Exit(importlib.import_module("benchmarks.run").main(context.args, "lora-core bench"))
 
 
 def checkout_root() -> Path:

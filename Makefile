@@ -22,7 +22,7 @@ format: $(READY)
 
 # mypy sees the folder mapping of setup.py only in a normal install
 typecheck: $(READY)
-	rm -rf build
+	rm -rf build/lib build/bdist.* build/typecheck
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p lora_core
 

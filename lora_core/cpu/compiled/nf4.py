@@ -13,7 +13,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from lora_core.cpu.compiled.jit import compiled
-from lora_core.cpu.compiled.pick import LANES, WORD, pick
+from lora_core.cpu.compiled.pick import LANES, WORD, every, pick
 from lora_core.quant.codebook import codebook
 
 LEVELS, DYNAMIC = codebook("nf4").levels, codebook("dynamic").levels.numpy()
@@ -55,11 +55,6 @@ def _decode_sixteen(_: Any, scale: Any, codes: Any, values: Any) -> Any:
 
 # (scale, codes, values) in compiled code
 decode_sixteen: Any = intrinsic(_decode_sixteen)
-
-
-def every(value: int) -> Any:
-    """Return the vector with this word in every lane."""
-    return ir.Constant(WORDS, [value] * LANES)
 
 
 def as_float32(builder: Any, products: Any) -> Any:

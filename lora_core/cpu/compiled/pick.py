@@ -30,9 +30,9 @@ def pick(builder: Any, entries: Any, index: Any, among: int = AMONG) -> Any:
     tables = _halves(builder, entries)
     halves = []
     for half in _halves(builder, index):
-        inside = builder.and_(half, _every(half, among - 1))
+        inside = builder.and_(half, every(among - 1, among))
         low, high = (_permute(builder, table, inside) for table in tables)
-        halves.append(builder.select(builder.icmp_unsigned(">=", half, _every(half, among)), high, low))
+        halves.append(builder.select(builder.icmp_unsigned(">=", half, every(among, among)), high, low))
     return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(WORD, LANES), list(range(LANES))))
 
 
@@ -47,13 +47,12 @@ def _permute(builder: Any, entries: Any, index: Any) -> Any:
 
 def _halves(builder: Any, words: Any) -> list[Any]:
     """Return the first and the last eight of sixteen words."""
-    half = ir.VectorType(WORD, LANES // 2)
-    starts = (0, LANES // 2)
-    return [
-        builder.shuffle_vector(words, words, ir.Constant(half, list(range(first, first + LANES // 2))))
-        for first in starts
-    ]
+    lanes = ir.VectorType(WORD, LANES // 2)
+    places = list(range(LANES))
+    halves = places[: LANES // 2], places[LANES // 2 :]
+    return [builder.shuffle_vector(words, words, ir.Constant(lanes, half)) for half in halves]
 
 
-def _every(words: Any, value: int) -> Any:
-    return ir.Constant(words.type, [value] * words.type.count)
+def every(value: int, lanes: int = LANES) -> Any:
+    """Return the vector with this word in every lane."""
+    return ir.Constant(ir.VectorType(WORD, lanes), [value] * lanes)

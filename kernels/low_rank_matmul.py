@@ -20,12 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.loads import in_wide_loads
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
-# bytes, or elements, that addresses and sizes are multiples of where 16 bytes are loaded at once
-ALIGNMENT = 16
 # rows of tiles whose columns are walked together, so that tiles at work share W in the cache
 GROUP = 8
 
@@ -198,13 +197,6 @@ def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int,
         options={"num_warps": tiling.warps, "num_stages": tiling.stages},
         tile_m=tiling.m if dtype != torch.float32 else 0,
     )
-
-
-def in_wide_loads(t: Tensor) -> bool:
-    """Say whether a matrix can be loaded 16 bytes at once: one dimension contiguous, and all a multiple of 16."""
-    unit = 1 if t.stride(1) == 1 else 0
-    rest = (t.shape[unit], t.stride(1 - unit), t.data_ptr())
-    return t.stride(unit) == 1 and not any(number % ALIGNMENT for number in rest)
 
 
 def launch_low_rank_matmul(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.low_rank_matmul import in_wide_loads
+from lora_core.kernels.loads import in_wide_loads
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, keep, meet, round_to

@@ -136,7 +136,7 @@ MUTATIONS = (
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
     Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
     Mutation(PRODUCT, "    if HAS_BIAS:", "    if HAS_BIAS and BLOCK_M < 64:", IN_LINEAR),
-    Mutation(PRODUCT, "rest = (t.shape[unit], ", "rest = (", WIDE_LOADS),
+    Mutation("kernels/loads.py", "rest = (t.shape[unit], ", "rest = (", WIDE_LOADS),
     Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_TILES),
     Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),

@@ -21,9 +21,9 @@ from strategies import (
 from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.crossover import PATHS
+from lora_core.kernels.loads import in_wide_loads
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
 from lora_core.kernels.low_rank import low_rank_linear
-from lora_core.kernels.low_rank_matmul import in_wide_loads
 from lora_core.kernels.row_sum import launch_row_sum
 from lora_core.kernels.shrink import launch_shrink
 from lora_core.kernels.split_sum import launch_split_sum

@@ -1,6 +1,7 @@
 """The page on memory says what lora-core memory says, to the byte."""
 
 import importlib.util
+import math
 import random
 
 import pytest
@@ -29,8 +30,10 @@ def test_memory_page_says_what_the_plan_says():
     draw = random.Random(0)
     settings = [
         {
-            "model": shape.name, "targets": draw.choice(["all-linear", "attention", "q_proj v_proj"]),
-            "rank": draw.randint(0, 9), "batch": draw.randint(1, 64), "sequence": draw.randint(6, 15),
+            "model": shape.name,
+            "targets": draw.choice(["all-linear", "attention", *([] if shape.fused else ["q_proj v_proj"])]),
+            "rank": draw.randint(0, 9), "batch": draw.randint(1, 64),
+            "sequence": draw.randint(6, int(math.log2(shape.positions or 2**15))),
             "dtype": draw.choice(["bfloat16", "float32"]), "optimizer": draw.choice(["adamw", "adamw_8bit", "sgd"]),
             "checkpointing": draw.random() < 0.5,
         }
@@ -57,6 +60,20 @@ def test_memory_page_says_what_the_plan_says():
             lines += [[f"{plan.total_bytes:,}" for plan in plans], [f"{plan.trainable:,}" for plan in plans]]
             shown = [row.split("\t")[1:] for row in page.inner_text("#rows").splitlines()[1:]]
             assert shown == lines, setting
+
+
+@pytest.mark.browser
+def test_memory_page_offers_what_the_model_has():
+    with chromium() as browser, opened(browser, "memory.html") as page:
+        for control, value in {"targets": "q_proj v_proj", "sequence": 15, "model": "GPT-2"}.items():
+            set_to(page, control, value)
+        assert (page.input_value("#targets"), page.input_value("#sequence")) == ("attention", "10")
+        assert "model=GPT-2&targets=attention" in page.url and "sequence=10" in page.url
+        assert page.is_disabled("#targets option[value='q_proj v_proj']")
+        set_to(page, "model", "Llama-3-8B")
+        set_to(page, "targets", "q_proj v_proj")
+        set_to(page, "sequence", 15)
+        assert (page.input_value("#targets"), page.input_value("#sequence")) == ("q_proj v_proj", "15")
 
 
 @pytest.mark.browser

@@ -20,6 +20,7 @@ from lora_core.plan.shape import ModelShape
 
 DTYPES = ("float32", "bfloat16")
 METHODS = ("full", "lora", "qlora")
+NAMES_IN_GPT2 = {"qkv_proj": "c_attn", "o_proj": "attn.c_proj", "up_proj": "c_fc", "down_proj": "mlp.c_proj"}
 
 # The plan is a little more than a step takes, never less by more than the scalars and index tensors it leaves out. The
 # most it is above is where temporary tensors rule: a small vocabulary under checkpointing.
@@ -33,7 +34,8 @@ def setup_model(shape: ModelShape, setup: Setup):
         config = lc.NF4Config(block_size=setup.block_size, double_quant=setup.double_quant)
         lc.quantize_model(model, config, skip_modules=["lm_head"])
     if not setup.trains_all:
-        names = [layer.name for layer in shape.targets(setup.targets)]
+        other = {} if shape.rotary else NAMES_IN_GPT2
+        names = [other.get(layer.name, layer.name) for layer in shape.targets(setup.targets)]
         lc.add_adapter(model, lc.LoraConfig(r=setup.rank, target_modules=names))
     if setup.checkpointing:
         recompute_activations(model)
@@ -107,16 +109,20 @@ def test_kept_bytes_of_a_model_with_fused_layers(method, targets, monkeypatch):
 
 
 @pytest.mark.peer("transformers")
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj"], ["o_proj", "down_proj"]])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kept_bytes_of_a_model_with_layer_norms_and_two_matrices(dtype):
+@pytest.mark.parametrize("method", METHODS)
+def test_kept_bytes_of_a_gpt2(method, dtype, targets):
     shape = ModelShape(
         name="gpt", layers=2, hidden=64, intermediate=192, heads=4, kv_heads=4, vocabulary=97, positions=32,
-        gated=False, tied=True, biases=True,
+        gated=False, tied=True, biases=True, fused=True,
     )  # fmt: skip
-    setup = Setup(method="full", dtype=dtype, batch=2, sequence=24)
+    setup = Setup(method=method, dtype=dtype, targets=targets, rank=5, batch=2, sequence=24)
+    model = setup_model(shape, setup)
+    assert plan_memory(shape, setup).trainable == count_parameters(model)[0]
     # a CPU keeps a norm's mean and deviation in the dtype of x; the plan takes fp32, as on a GPU
     narrower = setup.tokens * (2 * shape.layers + 1) * 2 * (4 - setup.element_bytes)
-    assert kept_bytes(shape, setup) - narrower == saved_bytes(setup_model(shape, setup), setup)
+    assert kept_bytes(shape, setup) - narrower == saved_bytes(model, setup)
 
 
 @pytest.mark.peer("transformers")

@@ -14,7 +14,7 @@ const memory = (() => {
 
   function targets(m, names) {
     if (names === "all-linear") return m.linears;
-    const wanted = names === "attention" ? ["q_proj", "k_proj", "v_proj", "o_proj"] : names.split(" ");
+    const wanted = names === "attention" ? ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"] : names.split(" ");
     return m.linears.filter((layer) => wanted.includes(layer.name));
   }
 
@@ -23,7 +23,7 @@ const memory = (() => {
     const trained = (full ? m.linears : targets(m, s.targets)).map((layer) => layer.name);
     const norm = m.biases ? c * d + 2 * FP32 : FP32 * (d + 1) + (full ? c * d : 0);
     const input = (width, ...names) => (names.some((name) => trained.includes(name)) ? c * width : 0);
-    const block = 2 * norm + input(d, "q_proj", "k_proj", "v_proj") + 2 * c * m.query_width + 2 * c * m.kv_width
+    const block = 2 * norm + input(d, "q_proj", "k_proj", "v_proj", "qkv_proj") + 2 * c * m.query_width + 2 * c * m.kv_width
       + FP32 * m.heads + input(d, "gate_proj", "up_proj") + (m.gated ? 3 : 1) * c * f + input(f, "down_proj")
       + (full ? 0 : trained.length * s.rank * ADAPTER);
     const ends = (full ? INT64 : 0) + norm + (full ? c * d : 0) + FP32 * m.vocabulary + INT64;
@@ -110,9 +110,20 @@ const memory = (() => {
   const NAMES = { full: "full", lora: "LoRA", qlora: "QLoRA" };
   const COLOURS = ["--blue", "--orange", "--purple", "--sky", "--green", "--vermilion", "--grey"];
   const CARDS = [24, 40, 80, 141];
+  const LONGEST = page.find("sequence").max;
   for (const m of DATA.models) page.find("model").add(new Option(m.name, m.name, m.name === "Llama-3-8B", m.name === "Llama-3-8B"));
 
   const settings = (v) => ({ ...v, rank: 2 ** v.rank, sequence: 2 ** v.sequence });
+
+  /** Leave only layers that the model has, and sequences that it has positions for. */
+  function limit() {
+    const m = DATA.models.find((each) => each.name === page.find("model").value), adapted = page.find("targets");
+    for (const option of adapted.options) {
+      option.disabled = option.value.endsWith("_proj") && option.value.split(" ").some((name) => m.linears.every((layer) => layer.name !== name));
+    }
+    if (adapted.selectedOptions[0].disabled) adapted.value = "attention";
+    page.find("sequence").max = m.positions ? Math.floor(Math.log2(m.positions)) : LONGEST;
+  }
 
   function show(v) {
     const m = DATA.models.find((each) => each.name === v.model);
@@ -184,5 +195,5 @@ const memory = (() => {
     ]);
   }
 
-  page.start(show, (v) => ({ rank: 2 ** v.rank, sequence: page.whole(2 ** v.sequence) }));
+  page.start(show, (v) => ({ rank: 2 ** v.rank, sequence: page.whole(2 ** v.sequence) }), limit);
 })();

@@ -31,12 +31,14 @@ const page = (() => {
   }
 
   /**
-   * Run update(values) now and whenever a control moves; names(values) may give the texts beside the controls.
+   * Run update(values) now and whenever a control moves; names(values) may give the texts beside the controls, and
+   * limit() is asked first, to take from controls what others rule out.
    * update returns a sentence for those who hear the page instead of seeing it, spoken when the controls have come to rest.
    */
-  function start(update, names = () => ({})) {
+  function start(update, names = () => ({}), limit = () => {}) {
     restore();
     const refresh = () => {
+      limit();
       const now = values();
       const said = { ...now, ...names(now) };
       for (const output of document.querySelectorAll("output[for]")) output.value = said[output.htmlFor.value] ?? "";

@@ -1,9 +1,10 @@
 """What the forward pass keeps for the backward pass, tensor by tensor.
 
-The blocks are those of transformers' Llama, or of its Phi-3 where the layers are fused, with
-scaled_dot_product_attention, which keeps no matrix of scores. A tensor is kept where some gradient needs it: a matrix
-product keeps its input only if its weight is trained, so that a frozen layer without an adapter keeps nothing; one with
-an adapter keeps its input once, shared with its neighbours, and x A^T. Norms compute in fp32 whatever the dtype.
+The blocks are those of transformers' Llama, of its Phi-3 where layers are fused and of its GPT-2 where positions are
+learned, with scaled_dot_product_attention, which keeps no matrix of scores. A tensor is kept where some gradient needs
+it: a matrix product keeps its input only if its weight is trained, so that a frozen layer without an adapter keeps
+nothing; one with an adapter keeps its input once, shared with its neighbours, and x A^T. Norms compute in fp32 whatever
+the dtype.
 
 Checkpointing keeps each block's input and runs the block again, so that one block's tensors exist at a time (Chen et
 al. 2016, arXiv 1604.06174).
@@ -37,13 +38,13 @@ def kept_by_block(shape: ModelShape, setup: Setup) -> list[Kept]:
         *_input("input of q, k and v", shape.hidden, {"q_proj", "k_proj", "v_proj", "qkv_proj"} & trained, setup),
         *(_norm("q norm", shape, setup, q, shape.heads) if shape.head_norms else []),
         *(_norm("k norm", shape, setup, kv, shape.kv_heads) if shape.head_norms else []),
-        Kept("q, rotated", c * q),
-        Kept("k, rotated", c * kv),
-        # a part of one layer's result keeps the whole of it
-        Kept("v", c * (q + 2 * kv) if shape.fused else c * kv),
+        Kept("q", c * q),
+        Kept("k", c * kv),
+        # a part of one layer's result keeps the whole of it, the part that was rotated since too
+        Kept("v", c * (q + 2 * kv) if shape.fused and shape.rotary else c * kv),
         # the input of o_proj is this very tensor, unless joining what is rotated has laid the heads out anew
         Kept("attention output", c * q),
-        *(_input("input of o_proj", q, {"o_proj"} & trained, setup) if shape.fused else []),
+        *(_input("input of o_proj", q, {"o_proj"} & trained, setup) if shape.fused and shape.rotary else []),
         Kept("log of the softmax's sums", FP32_BYTES * shape.heads),
         *_norm("feed-forward norm", shape, setup),
         *_input(

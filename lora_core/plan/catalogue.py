@@ -20,6 +20,7 @@ SHAPES = (
         gated=False,
         tied=True,
         biases=True,
+        fused=True,
         source="openai-community/gpt2",
     ),
     ModelShape(

@@ -108,6 +108,7 @@ def _gpt2(name: str, settings: dict[str, Any], source: str) -> ModelShape:
         gated=False,
         tied=_flag(settings, "tie_word_embeddings", source, default=True),
         biases=True,
+        fused=True,
         source=source,
     )
 

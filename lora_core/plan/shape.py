@@ -44,7 +44,7 @@ class ModelShape:
         qkv_bias: q, k and v have biases.
         output_bias: o has one.
         biases: every linear layer has a bias, and norms are LayerNorms with one.
-        fused: q, k and v are one layer, qkv_proj, and so are gate and up, gate_up_proj; as in Phi-3.
+        fused: q, k and v are one layer, qkv_proj, as in GPT-2, and so are gate and up, gate_up_proj, as in Phi-3.
         head_norms: one norm for the query heads of a block and one for its key heads, each of the width of a head.
         positions: rows of a learned position embedding; 0 with rotary positions.
         source: where the sizes come from.
@@ -82,6 +82,11 @@ class ModelShape:
             raise ConfigError(
                 f"hidden {self.hidden} of {self.name!r} does not divide by {self.heads} heads; give head_size"
             )
+
+    @property
+    def rotary(self) -> bool:
+        """Queries and keys are turned by their positions, as none are learned."""
+        return not self.positions
 
     @property
     def head_width(self) -> int:

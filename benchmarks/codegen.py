@@ -23,8 +23,6 @@ KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 WARP = 32
 # exact and approximate quotients, fused multiply-adds, matrix instructions of sm_90 and sm_80, asynchronous copies
 PTX = ("div.rn.f32", "div.full.f32", "div.approx.f32", "fma.rn.f32", "wgmma.mma_async", "mma.sync", "cp.async")
-# a pointer that PyTorch allocated, or a stride that is a multiple of it, lets Triton use 16-byte accesses
-ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,12 @@ def build(variant: Any, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from lora_core.kernels.form import ALIGNMENT
+
     arguments = variant.kernel.arg_names
-    signature = {a: "constexpr" if a in variant.constants else variant.signature[a] for a in arguments}
-    constants = {(arguments.index(a),): value for a, value in variant.constants.items()}
-    aligned = {
-        (i,): [["tt.divisibility", ALIGNMENT]]
-        for i, a in enumerate(arguments)
-        if signature[a].startswith("*") or a in variant.aligned
-    }
-    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    constants = {(arguments.index(a),): value for a, value in variant.constant.items()}
+    aligned = {(arguments.index(a),): [["tt.divisibility", ALIGNMENT]] for a in sorted(variant.aligned)}
+    source = ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=dict(variant.options))
 
 

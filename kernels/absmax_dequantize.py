@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.form import ALIGNMENT, begins_aligned, form
 from lora_core.kernels.tables import levels
 from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_dequantize import op
@@ -24,13 +25,18 @@ from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # scales of a program, and its warps: 16 scales a thread, whose codes are loaded at once
 SCALES = 1024
-WARPS = 2
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 
 
-# Triton makes another kernel for a count that is a multiple of 16, with wide loads and stores
-@triton.jit
 def _absmax_dequantize_kernel(
-    codes_ptr, absmax2_ptr, offset_ptr, levels8_ptr, absmax_ptr, count, BLOCK_SIZE: tl.constexpr, SCALES: tl.constexpr
+    codes_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    levels8_ptr,
+    absmax_ptr,
+    count: tl.int64,
+    BLOCK_SIZE: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * SCALES + tl.arange(0, SCALES)
     ok = place < count
@@ -39,20 +45,23 @@ def _absmax_dequantize_kernel(
     tl.store(absmax_ptr + place, level8 * absmax2 + tl.load(offset_ptr), mask=ok)
 
 
+_WIDE = form(_absmax_dequantize_kernel, aligned=("count",), addresses=True)
+_ODD = form(_absmax_dequantize_kernel)
+
+
 def variants() -> Iterator[Variant]:
     """The configurations for blocks of 256, the format's own."""
-    for aligned in (True, False):
+    for kind, taken in (("", _WIDE), (" odd", _ODD)):
         yield Variant(
-            name=f"blocks of 256{' odd' * (not aligned)}",
-            kernel=_absmax_dequantize_kernel,
-            signature={
+            name=f"blocks of 256{kind}",
+            form=taken,
+            types={
                 "codes_ptr": "*u8",
                 **dict.fromkeys(("absmax2_ptr", "offset_ptr", "levels8_ptr", "absmax_ptr"), "*fp32"),
                 "count": "i64",
             },
             constants={"BLOCK_SIZE": NESTED_BLOCK_SIZE, "SCALES": SCALES},
-            aligned=("count",) if aligned else (),
-            options={"num_warps": WARPS, "enable_fp_fusion": False},
+            options=OPTIONS,
             weights=SCALES,
         )
 
@@ -64,18 +73,19 @@ def launch_absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, blo
     if count == 0:
         return absmax
     log_launch("absmax_dequantize", "kernel", codes, absmax2)
+    codes, absmax2 = codes.contiguous(), absmax2.contiguous()
+    taken = _ODD if count % ALIGNMENT or not begins_aligned(codes, absmax2) else _WIDE
     with torch.cuda.device_of(codes):
-        _absmax_dequantize_kernel[(triton.cdiv(count, SCALES),)](
-            codes.contiguous(),
-            absmax2.contiguous(),
+        taken[(triton.cdiv(count, SCALES),)](
+            codes,
+            absmax2,
             offset,
             levels("dynamic", codes.device),
             absmax,
             count,
             BLOCK_SIZE=block_size,
             SCALES=SCALES,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
+            **OPTIONS,
         )
     return absmax
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.form import ALIGNMENT, begins_aligned, form
 from lora_core.kernels.tables import thresholds
 from lora_core.kernels.tile import nearest_code
 from lora_core.kernels.variant import Variant
@@ -25,18 +26,16 @@ from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # scales of a program, and its warps: 16 scales a thread, whose codes are stored at once
 SCALES = 1024
-WARPS = 2
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": True}
 
 
-# Triton makes another kernel for a count that is a multiple of 16, with wide loads and stores
-@triton.jit
 def _absmax_quantize_kernel(
     absmax_ptr,
     offset_ptr,
     tree_ptr,
     codes_ptr,
     absmax2_ptr,
-    count,
+    count: tl.int64,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -57,20 +56,23 @@ def _absmax_quantize_kernel(
     tl.store(codes_ptr + place, tl.reshape(code, (BLOCKS, WIDTH)), mask=ok)
 
 
+_WIDE = form(_absmax_quantize_kernel, aligned=("count",), addresses=True)
+_ODD = form(_absmax_quantize_kernel)
+
+
 def variants() -> Iterator[Variant]:
     """The configurations for blocks of 256, the format's own."""
-    for aligned in (True, False):
+    for kind, taken in (("", _WIDE), (" odd", _ODD)):
         yield Variant(
-            name=f"blocks of 256{' odd' * (not aligned)}",
-            kernel=_absmax_quantize_kernel,
-            signature={
+            name=f"blocks of 256{kind}",
+            form=taken,
+            types={
                 **dict.fromkeys(("absmax_ptr", "offset_ptr", "tree_ptr", "absmax2_ptr"), "*fp32"),
                 "codes_ptr": "*u8",
                 "count": "i64",
             },
             constants=tiling(NESTED_BLOCK_SIZE),
-            aligned=("count",) if aligned else (),
-            options={"num_warps": WARPS},
+            options=OPTIONS,
             weights=SCALES,
         )
 
@@ -90,16 +92,18 @@ def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> t
         return codes, absmax2
     shares = tiling(block_size)
     log_launch("absmax_quantize", "kernel", absmax)
+    absmax = absmax.contiguous()
+    taken = _ODD if count % ALIGNMENT or not begins_aligned(absmax) else _WIDE
     with torch.cuda.device_of(absmax):
-        _absmax_quantize_kernel[(triton.cdiv(blocks, shares["BLOCKS"]),)](
-            absmax.contiguous(),
+        taken[(triton.cdiv(blocks, shares["BLOCKS"]),)](
+            absmax,
             offset,
             thresholds("dynamic", absmax.device),
             codes,
             absmax2,
             count,
             **shares,
-            num_warps=WARPS,
+            **OPTIONS,
         )
     return codes, absmax2
 

@@ -12,6 +12,7 @@ Reference: lora_core/reference/dora.py
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.form import begins_aligned, form, in_wide_loads
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import argument_types, arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
@@ -37,14 +39,13 @@ TILE = {torch.float32: (32, 32), torch.float16: (64, 64), torch.bfloat16: (64, 6
 PACKED_TILE = (32, 32)
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
 # columns that share a scale, by how W is read; 0 where it is dense
-PER_SCALE = {"dense": 0, **per_scale(PACKED_TILE[1])}
-WARPS = {"dense": 8, "blocks": 4, "words": 4, "elements": 4}
-STAGES = {"dense": 3, "blocks": 2, "words": 2, "elements": 1}
+PER_SCALE = {"dense": 0, "dense loose": 0, **per_scale(PACKED_TILE[1])}
+WARPS = {"dense": 8, "dense loose": 8, "blocks": 4, "words": 4, ELEMENTS: 4}
+STAGES = {"dense": 3, "dense loose": 3, "blocks": 2, "words": 2, ELEMENTS: 1}
 # columns of a part of a split sum at least
 SHORTEST = 256
 
 
-@triton.jit(do_not_specialize=["N", "scaling", "block_shift"])
 def _dora_norm_kernel(
     w_ptr,
     codes_ptr,
@@ -133,28 +134,36 @@ def _dora_norm_kernel(
     tl.store(part_ptr + place, part, mask=row_ok)
 
 
+_WIDE = form(
+    _dora_norm_kernel,
+    ("stride_wk", "stride_ak", "stride_br"),
+    ("K", "stride_wn", "stride_ar", "k_per_split"),
+    addresses=True,
+)
+_LOOSE = form(_dora_norm_kernel)
+# by how W is read
+_FORMS = {"dense": _WIDE, "dense loose": _LOOSE, "blocks": _WIDE, "words": _WIDE, ELEMENTS: _LOOSE}
+
+
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, for second-level blocks of 256, last dimensions contiguous."""
-    kinds = (("dense", False), *itertools.product(("blocks", "words", "elements"), (False, True)))
+    """Every configuration the launch can choose, for second-level blocks of 256."""
+    kinds = (("dense", False), ("dense loose", False), *itertools.product(("blocks", "words", ELEMENTS), (False, True)))
     for (dtype, low), (kind, nested) in itertools.product(DTYPE_PAIRS, kinds):
         for block_r in BLOCK_R[low]:
-            block_n, block_k = TILE[low] if kind == "dense" else PACKED_TILE
+            dense = kind.startswith("dense")
+            block_n, block_k = TILE[low] if dense else PACKED_TILE
             yield Variant(
                 name=f"{TYPES[dtype]} {TYPES[low]} rank {block_r} {kind}{' nested' * nested}",
-                kernel=_dora_norm_kernel,
-                signature={
+                form=_FORMS[kind],
+                types={
                     "w_ptr": f"*{TYPES[dtype]}",
-                    # a dense weight has no codes
-                    **argument_types("elements" if kind == "dense" else kind, nested),
+                    # a dense weight has no codes: itself is passed for them
+                    **{n: f"*{TYPES[dtype]}" if dense else t for n, t in argument_types(kind, nested).items()},
                     **dict.fromkeys(("a_ptr", "b_ptr"), f"*{TYPES[low]}"),
                     "part_ptr": "*fp32",
-                    **dict.fromkeys(
-                        ("N", "K", "R", "stride_wn", "stride_ar", "stride_bn", "k_per_split", "block_shift"), "i32"
-                    ),
                     "scaling": "fp32",
                 },
                 constants={
-                    **dict.fromkeys(("stride_wk", "stride_ak", "stride_br"), 1),
                     "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                     "NESTED": nested,
                     "PER_SCALE": PER_SCALE[kind],
@@ -163,10 +172,20 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_K": block_k,
                     "BLOCK_R": block_r,
                 },
-                aligned=("k_per_split", *(() if kind == "elements" else ("K", "stride_wn", "stride_ar"))),
-                options={"num_warps": WARPS[kind], "num_stages": STAGES[kind], "enable_fp_fusion": False},
+                options=_options(kind),
                 tile_m=block_n if low != torch.float32 else 0,
             )
+
+
+def _kind(like: Tensor, w: Packed | None, lora_a: Tensor, lora_b: Tensor) -> str:
+    wide = in_wide_loads(lora_a) and lora_b.stride(1) == 1 and begins_aligned(lora_b)
+    if w is None:
+        return "dense" if wide and in_wide_loads(like) else "dense loose"
+    return reading(w, PACKED_TILE[1]) if wide else ELEMENTS
+
+
+def _options(kind: str) -> dict[str, Any]:
+    return {"num_warps": WARPS[kind], "num_stages": STAGES[kind], "enable_fp_fusion": False}
 
 
 def _norms(
@@ -181,20 +200,20 @@ def _norms(
     k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), block_k) * block_k
     splits = triton.cdiv(max(k, 1), k_per_split)
     part = like.new_empty((splits * grid_r, n), dtype=torch.float32)
-    kind = "dense" if w is None else reading(w, block_k)
+    kind = _kind(like, w, lora_a, lora_b)
     log_launch("dora_norm" if w is None else "nf4_dora_norm", kind, *(() if w is None else (w.absmax, w.nested_absmax)))
     if n:
         with torch.cuda.device_of(like):
-            _dora_norm_kernel[(grid_n, grid_r, splits)](
+            _FORMS[kind][(grid_n, grid_r, splits)](
                 like,
-                *((like,) * 6 if w is None else arguments(w)),
+                *((like,) * 6 if w is None else arguments(w, kind)),
                 lora_a,
                 lora_b,
                 part,
                 n,
                 k,
                 r,
-                *(like.stride() if w is None else (0, 0)),
+                *(like.stride() if w is None else (0, 1)),
                 *lora_a.stride(),
                 *lora_b.stride(),
                 k_per_split,
@@ -207,9 +226,7 @@ def _norms(
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,
-                num_warps=WARPS[kind],
-                num_stages=STAGES[kind],
-                enable_fp_fusion=False,
+                **_options(kind),
             )
     update = reference.update_squares(lora_a.float(), lora_b.float(), scaling)
     return launch_split_sum(part, torch.float32, add=update).clamp_(min=0).sqrt_()

@@ -15,16 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.groups import (
     BLOCK_C,
     BLOCK_M,
     SEARCHED,
-    STAGES,
-    WARPS,
     Groups,
+    options,
     rank_offsets,
     tile_of_group,
-    variant,
+    types,
 )
 from lora_core.kernels.tile import dot, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
@@ -33,7 +33,6 @@ from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 BLOCK_R = 16
 
 
-@triton.jit(do_not_specialize=["G", "R"])
 def _gather_expand_kernel(
     s_ptr,
     p_ptr,
@@ -85,19 +84,44 @@ def _gather_expand_kernel(
     tl.store(y_ptr + row[:, None] * C + column[None, :], round_to(acc, y_ptr.dtype.element_ty), mask=ok)
 
 
+# rows of A and of the base; or ranks of B^T, in any number, and rows of the base
+_ROWS = ("C", "stride_base_m")
+_WIDE = form(_gather_expand_kernel, ("stride_base_c", "stride_pc"), (*_ROWS, "stride_pr"), addresses=True)
+_TRANSPOSED = form(_gather_expand_kernel, ("stride_base_c", "stride_pr"), _ROWS, addresses=True)
+_LOOSE = form(_gather_expand_kernel)
+_FORMS = {"": _WIDE, "transposed": _TRANSPOSED, "loose": _LOOSE}
+
+
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose but for the number of adapters, last dimensions contiguous."""
-    # forward with B^T, backward with A: what is contiguous changes places
-    uses = (
-        ("", "stride_pr", "stride_pc"),
-        ("scaled", "stride_pc", "stride_pr"),
-        ("scaled base", "stride_pc", "stride_pr"),
-    )
-    for (dtype, low), searched, (use, long, unit) in itertools.product(DTYPE_PAIRS, SEARCHED, uses):
-        constants = {"SCALED": "scaled" in use, "BASE": "base" in use, "stride_base_c": 1, unit: 1}
-        constants |= {"GROUPS": searched, "BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[low], "BLOCK_R": BLOCK_R}
-        name = f"{TYPES[dtype]} {TYPES[low]} of {searched} {use}".strip()
-        yield variant(name, _gather_expand_kernel, dtype, low, constants, ("stride_base_m", long))
+    """Every configuration the launch can choose but for the number of adapters."""
+    uses = ("", "scaled", "scaled base")
+    for (dtype, low), searched, use, (kind, taken) in itertools.product(DTYPE_PAIRS, SEARCHED, uses, _FORMS.items()):
+        scaled = "scaled" in use
+        if (kind == "transposed") != scaled and kind != "loose":
+            continue
+        yield Variant(
+            name=" ".join(filter(None, (f"{TYPES[dtype]} {TYPES[low]} of {searched}", use, kind))),
+            form=taken,
+            types={**types(dtype, low), "scaling_ptr": "*fp32" if scaled else "*i64"},
+            constants={
+                "SCALED": scaled,
+                "BASE": "base" in use,
+                "GROUPS": searched,
+                "BLOCK_M": BLOCK_M,
+                "BLOCK_C": BLOCK_C[low],
+                "BLOCK_R": BLOCK_R,
+            },
+            options=options(),
+            tile_m=0 if low == torch.float32 else BLOCK_M,
+        )
+
+
+def _form(s: Tensor, p: Tensor, base: Tensor | None) -> Form:
+    if p.shape[1] % ALIGNMENT or not begins_aligned(s, p) or not (base is None or in_wide_loads(base)):
+        return _LOOSE
+    if in_wide_loads(p):
+        return _WIDE
+    return _TRANSPOSED if p.stride(0) == 1 else _LOOSE
 
 
 def launch_gather_expand(
@@ -125,9 +149,10 @@ def launch_gather_expand(
     count, columns, low = len(ranks), p.shape[1], p.dtype
     y = s.new_empty(len(s), columns, dtype=dtype)
     if y.numel():
+        s = s.contiguous()
         with torch.cuda.device_of(s):
-            _gather_expand_kernel[(found.tiles, triton.cdiv(columns, BLOCK_C[low]))](
-                s.contiguous(),
+            _form(s, p, base)[(found.tiles, triton.cdiv(columns, BLOCK_C[low]))](
+                s,
                 p,
                 y if base is None else base,
                 found.starts if scaling is None else scaling,
@@ -138,14 +163,13 @@ def launch_gather_expand(
                 columns,
                 s.shape[1],
                 *p.stride(),
-                *((0, 0) if base is None else base.stride()),
+                *((0, 1) if base is None else base.stride()),
                 SCALED=scaling is not None,
                 BASE=base is not None,
                 GROUPS=triton.next_power_of_2(count + 1),
                 BLOCK_M=BLOCK_M,
                 BLOCK_C=BLOCK_C[low],
                 BLOCK_R=BLOCK_R,
-                num_warps=WARPS,
-                num_stages=STAGES,
+                **options(),
             )
     return y

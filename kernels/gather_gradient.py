@@ -15,23 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.form import Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.groups import (
     BLOCK_C,
     BLOCK_M,
     BLOCK_R,
-    STAGES,
-    WARPS,
     Groups,
     block_r,
+    options,
     rank_chunks,
     rank_offsets,
-    variant,
+    types,
 )
 from lora_core.kernels.tile import dot, meet, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 
 
-@triton.jit(do_not_specialize=["R"])
 def _gather_gradient_kernel(
     t_ptr,
     d_ptr,
@@ -81,17 +80,36 @@ def _gather_gradient_kernel(
     )
 
 
+# rows of D, and of the result dA; or rows of D and, of dB^T, ranks in any number
+_ROWS = ("C", "stride_dm")
+_WIDE = form(_gather_gradient_kernel, ("stride_dc", "stride_oc"), (*_ROWS, "stride_or"), addresses=True)
+_TRANSPOSED = form(_gather_gradient_kernel, ("stride_dc", "stride_or"), _ROWS, addresses=True)
+_LOOSE = form(_gather_gradient_kernel)
+_FORMS = {"": _WIDE, "scaled transposed": _TRANSPOSED, "loose": _LOOSE, "scaled loose": _LOOSE}
+
+
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, last dimensions contiguous."""
-    # dA, and dB transposed
-    uses = (("", "stride_or", "stride_oc"), ("scaled", "stride_oc", "stride_or"))
-    for (dtype, low), (use, long, unit) in itertools.product(DTYPE_PAIRS, uses):
+    """Every configuration the launch can choose."""
+    for (dtype, low), (use, taken) in itertools.product(DTYPE_PAIRS, _FORMS.items()):
         for ranks in BLOCK_R[low]:
-            constants = {"SCALED": "scaled" in use, "stride_dc": 1, unit: 1}
-            constants |= {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[low], "BLOCK_R": ranks}
-            name = f"{TYPES[dtype]} {TYPES[low]} rank {ranks} {use}".strip()
-            # its rows are ranks
-            yield variant(name, _gather_gradient_kernel, dtype, low, constants, ("stride_dm", long), tile_m=ranks)
+            scaled = "scaled" in use
+            yield Variant(
+                name=f"{TYPES[dtype]} {TYPES[low]} rank {ranks} {use}".strip(),
+                form=taken,
+                types={**types(dtype, low), "scaling_ptr": "*fp32" if scaled else "*i64"},
+                constants={"SCALED": scaled, "BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[low], "BLOCK_R": ranks},
+                options=options(),
+                # its rows are ranks
+                tile_m=0 if low == torch.float32 else ranks,
+            )
+
+
+def _form(t: Tensor, d: Tensor, out: Tensor) -> Form:
+    if not in_wide_loads(d) or not begins_aligned(t, out):
+        return _LOOSE
+    if in_wide_loads(out):
+        return _WIDE
+    return _TRANSPOSED if out.stride(0) == 1 else _LOOSE
 
 
 def launch_gather_gradient(
@@ -110,12 +128,13 @@ def launch_gather_gradient(
     if not out.numel():
         return
     low = t.dtype
+    # rows of T are taken to lie one behind the other
+    t = t.contiguous()
     ranks_of_program = block_r(ranks, low)
     chunks = rank_chunks(tuple(ranks), ranks_of_program, t.device)
     with torch.cuda.device_of(t):
-        _gather_gradient_kernel[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
-            # rows of T are taken to lie one behind the other
-            t.contiguous(),
+        _form(t, d, out)[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
+            t,
             d,
             found.starts if scaling is None else scaling,
             out,
@@ -131,6 +150,5 @@ def launch_gather_gradient(
             BLOCK_M=BLOCK_M,
             BLOCK_C=BLOCK_C[low],
             BLOCK_R=ranks_of_program,
-            num_warps=WARPS,
-            num_stages=STAGES,
+            **options(),
         )

@@ -9,30 +9,32 @@ Reference: lora_core/reference/grouped.py
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.form import Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.groups import (
     BLOCK_C,
     BLOCK_M,
     BLOCK_R,
     SEARCHED,
-    STAGES,
-    WARPS,
     Groups,
     block_r,
+    options,
     rank_offsets,
     tile_of_group,
-    variant,
+    types,
 )
 from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 
+LOOSE_STAGES = 3
 
-@triton.jit(do_not_specialize=["G", "R"])
+
 def _gather_shrink_kernel(
     x_ptr,
     p_ptr,
@@ -88,20 +90,49 @@ def _gather_shrink_kernel(
     tl.store(s_ptr + place, round_to(acc, s_ptr.dtype.element_ty), mask=ok)
 
 
+# rows of x, and of A; or rows of x and ranks of B^T, in any number
+_WIDE = form(_gather_shrink_kernel, ("stride_xc", "stride_pc"), ("C", "stride_xm", "stride_pr"), addresses=True)
+_TRANSPOSED = form(_gather_shrink_kernel, ("stride_xc", "stride_pr"), ("C", "stride_xm"), addresses=True)
+_LOOSE = form(_gather_shrink_kernel)
+_FORMS = {"": _WIDE, "transposed": _TRANSPOSED, "loose": _LOOSE}
+
+
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose but for the number of adapters, last dimensions contiguous."""
-    # forward with A, backward with B^T: what is contiguous changes places
-    uses = (
-        ("", "stride_pr", "stride_pc"),
-        ("scaled", "stride_pc", "stride_pr"),
-        ("scaled added", "stride_pc", "stride_pr"),
-    )
-    for (dtype, low), searched, (use, long, unit) in itertools.product(DTYPE_PAIRS, SEARCHED, uses):
+    """Every configuration the launch can choose but for the number of adapters."""
+    uses = ("", "scaled", "scaled added")
+    for (dtype, low), searched, use, (kind, taken) in itertools.product(DTYPE_PAIRS, SEARCHED, uses, _FORMS.items()):
+        if (kind == "transposed") != ("scaled" in use) and kind != "loose":
+            continue
         for ranks in BLOCK_R[low]:
-            constants = {"SCALED": "scaled" in use, "ADD": "added" in use, "stride_xc": 1, unit: 1}
-            constants |= {"GROUPS": searched, "BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C[low], "BLOCK_R": ranks}
-            name = f"{TYPES[dtype]} {TYPES[low]} rank {ranks} of {searched} {use}".strip()
-            yield variant(name, _gather_shrink_kernel, dtype, low, constants, ("stride_xm", long))
+            scaled = "scaled" in use
+            yield Variant(
+                name=" ".join(filter(None, (f"{TYPES[dtype]} {TYPES[low]} rank {ranks} of {searched}", use, kind))),
+                form=taken,
+                types={**types(dtype, low), "scaling_ptr": "*fp32" if scaled else "*i64"},
+                constants={
+                    "SCALED": scaled,
+                    "ADD": "added" in use,
+                    "GROUPS": searched,
+                    "BLOCK_M": BLOCK_M,
+                    "BLOCK_C": BLOCK_C[low],
+                    "BLOCK_R": ranks,
+                },
+                options=_options(taken, low),
+                tile_m=0 if low == torch.float32 else BLOCK_M,
+            )
+
+
+def _form(x: Tensor, p: Tensor, add: Tensor | None) -> Form:
+    if not in_wide_loads(x) or not begins_aligned(p, add):
+        return _LOOSE
+    if in_wide_loads(p):
+        return _WIDE
+    return _TRANSPOSED if p.stride(0) == 1 else _LOOSE
+
+
+def _options(taken: Form, low: torch.dtype) -> dict[str, Any]:
+    # what keeps every configuration in registers
+    return options(LOOSE_STAGES) if taken is _LOOSE and low == torch.float32 else options()
 
 
 def launch_gather_shrink(
@@ -123,11 +154,13 @@ def launch_gather_shrink(
     s = x.new_zeros(len(x), widest, dtype=low)
     if s.numel():
         ranks_of_program = block_r(ranks, low)
+        add = None if add is None else add.contiguous()
+        taken = _form(x, p, add)
         with torch.cuda.device_of(x):
-            _gather_shrink_kernel[(found.tiles, triton.cdiv(widest, ranks_of_program))](
+            taken[(found.tiles, triton.cdiv(widest, ranks_of_program))](
                 x,
                 p,
-                s if add is None else add.contiguous(),
+                s if add is None else add,
                 found.starts if scaling is None else scaling,
                 s,
                 *found[:3],
@@ -143,7 +176,6 @@ def launch_gather_shrink(
                 BLOCK_M=BLOCK_M,
                 BLOCK_C=BLOCK_C[low],
                 BLOCK_R=ranks_of_program,
-                num_warps=WARPS,
-                num_stages=STAGES,
+                **_options(taken, low),
             )
     return s

@@ -6,7 +6,7 @@ Rows without an adapter form a last group of rank 0.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.tables import copied
-from lora_core.kernels.variant import TYPES, Variant
+from lora_core.kernels.variant import TYPES
 from lora_core.reference import grouped as reference
 
 # rows of a tile; columns of a step or a tile, and ranks of a program, by A's dtype
@@ -116,40 +116,20 @@ def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS: 
     return group, row, ok, offset, (tl.load(offsets_ptr + group + 1) - offset).to(tl.int32)
 
 
-def variant(
-    name: str,
-    kernel: Any,
-    dtype: torch.dtype,
-    low: torch.dtype,
-    constants: Mapping[str, int],
-    strides: Sequence[str],
-    tile_m: int = BLOCK_M,
-) -> Variant:
-    """Return a configuration of a gathering kernel, whose arguments all have one meaning.
+def options(stages: int = STAGES) -> dict[str, Any]:
+    """Return how a gathering kernel is launched."""
+    return {"num_warps": WARPS, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def types(dtype: torch.dtype, low: torch.dtype) -> dict[str, str]:
+    """Return Triton's types of a gathering kernel's pointers, whose names all have one meaning.
 
     Args:
-        name: of the configuration.
-        kernel: the kernel.
         dtype: of x, y and dL/dy.
-        low: dtype of A, B and S.
-        constants: value of every constexpr, and of a stride that is 1.
-        strides: the other strides, multiples of 16.
-        tile_m: rows of the tile that tensor cores multiply.
+        low: of A, B and S.
     """
-    pointers = {
+    return {
         **dict.fromkeys(("x_ptr", "base_ptr", "y_ptr", "d_ptr"), f"*{TYPES[dtype]}"),
         **dict.fromkeys(("p_ptr", "add_ptr", "s_ptr", "t_ptr", "out_ptr"), f"*{TYPES[low]}"),
         **dict.fromkeys(("order_ptr", "starts_ptr", "tile_ends_ptr", "offsets_ptr", "chunks_ptr"), "*i64"),
-        "scaling_ptr": "*fp32",
     }
-    arguments = kernel.arg_names
-    numbers = dict.fromkeys(("G", "C", "R", *strides), "i32")
-    return Variant(
-        name=name,
-        kernel=kernel,
-        signature={a: t for a, t in {**pointers, **numbers}.items() if a in arguments},
-        constants=constants,
-        aligned=(*strides, "C"),
-        options={"num_warps": WARPS, "num_stages": STAGES},
-        tile_m=0 if low == torch.float32 else tile_m,
-    )

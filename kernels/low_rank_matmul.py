@@ -11,8 +11,10 @@ strides. A step of lora_linear. Bound by compute for large M.
 Reference: lora_core/reference/lora.py
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
-from lora_core.kernels.loads import in_wide_loads
+from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wide_loads
+from lora_core.kernels.tables import no_seed
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
@@ -39,6 +42,7 @@ class Tiling:
         k: terms of a step.
         warps: of a program.
         stages: steps whose loads are in flight.
+        registers: of a thread at most; by default the compiler chooses, and may keep some in memory for more programs.
     """
 
     m: int
@@ -46,23 +50,23 @@ class Tiling:
     k: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # by dtype of x, the one with the fewest rows that hold M, else the last
-HALF = (Tiling(16, 64, 128, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(128, 128, 64, 8, 4))
+HALF = (Tiling(16, 64, 128, 4, 3), Tiling(64, 64, 64, 4, 4, 168), Tiling(128, 128, 64, 8, 4))
 TILINGS = {
-    torch.float32: (Tiling(16, 64, 32, 4, 3), Tiling(64, 64, 16, 4, 3)),
+    torch.float32: (Tiling(16, 64, 32, 8, 3), Tiling(64, 64, 16, 4, 3)),
     torch.float16: HALF,
     torch.bfloat16: HALF,
 }
 # where elements are loaded one by one their addresses take the registers: fewer of them, and the fewest ranks of a step
-LOOSE = (Tiling(16, 64, 64, 4, 3), Tiling(64, 64, 32, 4, 3))
+LOOSE = (Tiling(16, 64, 32, 4, 3), Tiling(64, 64, 32, 4, 3))
 LOOSE_TILINGS = {dtype: LOOSE if dtype != torch.float32 else tilings[:2] for dtype, tilings in TILINGS.items()}
 # ranks of a step, by the dtype of S and B: a float32 product is unrolled into single multiply-adds
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 32), torch.bfloat16: (16, 32)}
 
 
-@triton.jit(do_not_specialize=["M", "R", "factor", "threshold"])
 def _low_rank_matmul_kernel(
     x_ptr,
     w_ptr,
@@ -79,15 +83,13 @@ def _low_rank_matmul_kernel(
     stride_xk,
     stride_wn,
     stride_wk,
-    stride_bias,
     stride_bn,
     stride_br,
     stride_ym,
+    has_bias,
     factor,
-    threshold,
-    HAS_BIAS: tl.constexpr,
+    threshold: tl.int64,
     ACCUMULATE: tl.constexpr,
-    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,13 +118,11 @@ def _low_rank_matmul_kernel(
         stride_br,
         factor,
         threshold,
-        DROPOUT,
         BLOCK_M,
         BLOCK_N,
         BLOCK_R,
     )
-    if HAS_BIAS:
-        acc += widen(tl.load(bias_ptr + column * stride_bias, mask=column < N, other=0.0))[None, :]
+    acc += widen(tl.load(bias_ptr + column, mask=(column < N) & (has_bias != 0), other=0.0))[None, :]
 
     step = tl.arange(0, BLOCK_K)
     # int64: the stride of a view times BLOCK_K can pass 2^31
@@ -142,61 +142,80 @@ def _low_rank_matmul_kernel(
     tl.store(y_tile, round_to(acc, y_ptr.dtype.element_ty), mask=row_ok & column_ok)
 
 
+# what is contiguous of W and B: the last dimension, and of transposes the first
+_ROWS, _COLUMNS = ("stride_wk", "stride_br"), ("stride_wn", "stride_bn")
+_SIZES = ("N", "K", "stride_xm", "stride_ym")
+_FORMS = {
+    # ranks may be any number
+    "": form(_low_rank_matmul_kernel, ("stride_xk", *_ROWS), (*_SIZES, "stride_wn"), addresses=True),
+    "transposed": form(_low_rank_matmul_kernel, ("stride_xk", *_COLUMNS), (*_SIZES, *_ROWS), addresses=True),
+    "odd": form(_low_rank_matmul_kernel, ("stride_xk", *_ROWS)),
+    "odd transposed": form(_low_rank_matmul_kernel, ("stride_xk", *_COLUMNS)),
+    "strided": form(_low_rank_matmul_kernel),
+}
+
+
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose: forward with and without bias, backward with and without dropout.
+    """Every configuration the launch can choose: forward, and transposed the backward.
 
-    "added" is the low-rank product alone, added to what a library's product left in y. "narrow": B has fewer than 16
-    ranks, or a number that is no multiple of 16. "odd": nor is any size. "strided": no dimension is contiguous.
+    "added" is added to what y holds. "odd": a size or a stride is no multiple of 16. "strided": no dimension is
+    contiguous.
     """
-    for dtype, low in DTYPE_PAIRS:
-        for tiling in TILINGS[dtype]:
-            for block_r in BLOCK_R[low]:
-                for use in ("plain", "bias", "transposed", "transposed dropout", "added", "added dropout"):
-                    yield _variant(dtype, low, tiling, block_r, use)
-            yield _variant(dtype, low, tiling, BLOCK_R[low][0], "bias", "narrow")
-        for tiling in LOOSE_TILINGS[dtype]:
-            for use in ("bias", "transposed dropout", "added dropout"):
-                for kind in ("odd", "strided"):
-                    yield _variant(dtype, low, tiling, BLOCK_R[low][0], use, kind)
+    for (dtype, low), (kind, taken), added in itertools.product(DTYPE_PAIRS, _FORMS.items(), (False, True)):
+        for tiling, block_r in itertools.product(_tilings(taken, dtype), _steps(taken, low)):
+            yield _variant(dtype, low, tiling, block_r, kind, added)
 
 
-def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int, use: str, kind: str = "") -> Variant:
-    transposed = use.startswith("transposed") or use == "added dropout"
-    # what is contiguous: the last dimension, and of a transpose the first
-    unit = ("stride_wn", "stride_bn") if transposed else ("stride_wk", "stride_br")
-    long: tuple[str, ...] = ("stride_wk", "stride_br") if transposed else ("stride_wn", "stride_bn")
-    fixed: tuple[str, ...] = ("stride_xk", "stride_bias", *unit)
-    aligned = ("N", "K", "stride_xm", "stride_ym", *(long[:1] if kind == "narrow" else long))
-    if kind == "strided":
-        fixed, long = (), ("stride_xk", "stride_bias", *unit, *long)
+def _variant(dtype: torch.dtype, low: torch.dtype, tiling: Tiling, block_r: int, kind: str, added: bool) -> Variant:
+    sizes = f"{tiling.m}x{tiling.n}x{tiling.k} rank {block_r}"
     return Variant(
-        name=" ".join(
-            (TYPES[dtype], TYPES[low], f"{tiling.m}x{tiling.n}x{tiling.k} rank {block_r} {use} {kind}")
-        ).strip(),
-        kernel=_low_rank_matmul_kernel,
-        signature={
+        name=" ".join(filter(None, (TYPES[dtype], TYPES[low], sizes, kind, "added" * added))),
+        form=_FORMS[kind],
+        types={
             **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{TYPES[dtype]}"),
             **dict.fromkeys(("s_ptr", "b_ptr"), f"*{TYPES[low]}"),
             "seed_ptr": "*i64",
-            **dict.fromkeys(("M", "N", "K", "R", "stride_xm", "stride_ym", *long), "i32"),
             "factor": "fp32",
             "threshold": "i64",
         },
-        constants={
-            **dict.fromkeys(fixed, 1),
-            "HAS_BIAS": use == "bias",
-            "ACCUMULATE": use.startswith("added"),
-            "DROPOUT": use.endswith("dropout"),
-            "BLOCK_M": tiling.m,
-            "BLOCK_N": tiling.n,
-            "BLOCK_K": tiling.k,
-            "BLOCK_R": block_r,
-            "GROUP": GROUP,
-        },
-        aligned=() if kind in ("odd", "strided") else aligned,
-        options={"num_warps": tiling.warps, "num_stages": tiling.stages},
+        constants=_constants(tiling, block_r, added),
+        options=_options(tiling),
         tile_m=tiling.m if dtype != torch.float32 else 0,
     )
+
+
+def _constants(tiling: Tiling, block_r: int, accumulate: bool) -> dict[str, Any]:
+    blocks = {"BLOCK_M": tiling.m, "BLOCK_N": tiling.n, "BLOCK_K": tiling.k, "BLOCK_R": block_r, "GROUP": GROUP}
+    return {"ACCUMULATE": accumulate, **blocks}
+
+
+def _options(tiling: Tiling) -> dict[str, Any]:
+    most = {} if tiling.registers is None else {"maxnreg": tiling.registers}
+    return {"num_warps": tiling.warps, "num_stages": tiling.stages, "enable_fp_fusion": True, **most}
+
+
+def _tilings(taken: Form, dtype: torch.dtype) -> tuple[Tiling, ...]:
+    return TILINGS[dtype] if taken.addresses else LOOSE_TILINGS[dtype]
+
+
+def _steps(taken: Form, low: torch.dtype) -> tuple[int, ...]:
+    """Ranks that a step may have: the fewest where elements are loaded one by one."""
+    return BLOCK_R[low] if taken.addresses else BLOCK_R[low][:1]
+
+
+def _unit(weight: Tensor, lora_b: Tensor) -> int | None:
+    """Return which dimension of W is contiguous, or of B where W has no columns; None for neither."""
+    decides = weight if weight.shape[1] else lora_b
+    return next((unit for unit in (1, 0) if decides.stride(unit) == 1), None)
+
+
+def _kind(x: Tensor, weight: Tensor, hidden: Tensor, lora_b: Tensor, y: Tensor, unit: int | None) -> str:
+    """Return the form for these operands; a W without columns fits any."""
+    if x.stride(1) != 1 or unit is None:
+        return "strided"
+    wide = in_wide_loads(x) and in_wide_loads(y) and (weight.shape[1] == 0 or in_wide_loads(weight, unit))
+    wide = wide and begins_aligned(hidden, lora_b) and (unit == 1 or lora_b.stride(1) % ALIGNMENT == 0)
+    return " ".join(filter(None, ("" if wide else "odd", "" if unit else "transposed")))
 
 
 def launch_low_rank_matmul(
@@ -211,7 +230,8 @@ def launch_low_rank_matmul(
     out: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """Run the kernel; any strides. Copies an S that is not contiguous.
+    """Run the kernel; any strides. Copies a bias or an S that is not contiguous, and a B that is not so
+    in the dimension in which W is.
 
     Args:
         x: float32, float16 or bfloat16, shape [M, K].
@@ -232,41 +252,37 @@ def launch_low_rank_matmul(
     accumulate = accumulate and out is not None
     if y.numel() == 0:
         return y
-    wide = in_wide_loads(x) and in_wide_loads(weight) and in_wide_loads(y)
-    tilings = TILINGS[x.dtype] if wide else LOOSE_TILINGS[x.dtype]
+    hidden, unit = hidden.contiguous(), _unit(weight, lora_b)
+    if unit is not None and lora_b.stride(unit) != 1:
+        lora_b = lora_b.contiguous() if unit else lora_b.T.contiguous().T
+    kind = _kind(x, weight, hidden, lora_b, y, unit)
+    taken = _FORMS[kind]
+    tilings, steps = _tilings(taken, x.dtype), _steps(taken, lora_b.dtype)
     tiling = next((t for t in tilings if m <= t.m), tilings[-1])
-    steps = BLOCK_R[lora_b.dtype] if wide else BLOCK_R[lora_b.dtype][:1]
     block_r = next((b for b in steps if r <= b), steps[-1])
-    log_launch("low_rank_matmul", "loads of 16 bytes" if wide else "loads of single elements", hidden)
+    log_launch("low_rank_matmul", f"loads of {'16 bytes' if taken.addresses else 'single elements'}", hidden)
     with torch.cuda.device_of(x):
-        _low_rank_matmul_kernel[(triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](
+        taken[(triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](
             x,
             weight,
-            x if bias is None else bias,
-            hidden.contiguous(),
+            x if bias is None else bias.contiguous(),
+            hidden,
             lora_b,
-            seed if seed is not None and dropout else x,
+            seed if seed is not None and dropout else no_seed(x.device),
             y,
             m,
             n,
             k,
             r,
             *x.stride(),
-            *weight.stride(),
-            1 if bias is None else bias.stride(0),
+            # of a W without columns they do not matter: those that every form takes
+            *(weight.stride() if k else ((0, 1) if unit else (1, 0))),
             *lora_b.stride(),
             y.stride(0),
+            int(bias is not None),
             float(factor),
             threshold(dropout),
-            HAS_BIAS=bias is not None,
-            ACCUMULATE=accumulate,
-            DROPOUT=dropout > 0,
-            BLOCK_M=tiling.m,
-            BLOCK_N=tiling.n,
-            BLOCK_K=tiling.k,
-            BLOCK_R=block_r,
-            GROUP=GROUP,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
+            **_constants(tiling, block_r, accumulate),
+            **_options(tiling),
         )
     return y

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.form import ALIGNMENT, form
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import argument_types, arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.tile import round_to
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.packed import Packed
@@ -30,8 +31,6 @@ WARPS = 1
 PER_SCALE = per_scale(SMALL_TILE[1])
 
 
-# the panel's first tile changes from launch to launch, the block size from weight to weight
-@triton.jit(do_not_specialize=["first_tile", "block_shift"])
 def _nf4_columns_kernel(
     codes_ptr,
     absmax_ptr,
@@ -81,21 +80,26 @@ def _nf4_columns_kernel(
     tl.store(w_ptr + n[:, None] * width + k[None, :], round_to(w, w_ptr.dtype.element_ty), mask=ok)
 
 
+# by whether rows may be of any number: those that are a multiple of 16 take one mask a tile
+_FORMS = {
+    False: form(_nf4_columns_kernel, aligned=("N", "K", "width"), addresses=True),
+    True: form(_nf4_columns_kernel, aligned=("K", "width"), addresses=True),
+}
+_LOOSE = form(_nf4_columns_kernel)
+
+
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
-    for dtype, scales, kind in itertools.product(
-        (torch.float32, torch.float16, torch.bfloat16), ("plain", "nested"), PER_SCALE
-    ):
-        nested, words = scales == "nested", kind != "elements"
+    choices = itertools.product((torch.float32, torch.float16, torch.bfloat16), ("plain", "nested"), PER_SCALE, _FORMS)
+    for dtype, scales, kind, rows in choices:
+        nested, words = scales == "nested", kind != ELEMENTS
+        if not (words or rows):
+            continue
         block_n, block_k = _tile(kind)
         yield Variant(
-            name=f"{TYPES[dtype]} {scales} {kind}",
-            kernel=_nf4_columns_kernel,
-            signature={
-                **argument_types(kind, nested),
-                "w_ptr": f"*{TYPES[dtype]}",
-                **dict.fromkeys(("N", "K", "first_tile", "width", "block_shift"), "i32"),
-            },
+            name=f"{TYPES[dtype]} {scales} {kind}{' any rows' * (words and rows)}",
+            form=_FORMS[rows] if words else _LOOSE,
+            types={**argument_types(kind, nested), "w_ptr": f"*{TYPES[dtype]}"},
             constants={
                 "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                 "NESTED": nested,
@@ -104,14 +108,13 @@ def variants() -> Iterator[Variant]:
                 "BLOCK_N": block_n,
                 "BLOCK_K": block_k,
             },
-            aligned=("N", "K", "width") if words else (),
             options={"num_warps": WARPS, "enable_fp_fusion": False},
             weights=block_n * block_k,
         )
 
 
 def _tile(kind: str) -> tuple[int, int]:
-    return SMALL_TILE if kind == "elements" else TILE
+    return SMALL_TILE if kind == ELEMENTS else TILE
 
 
 def launch_nf4_columns(w: Packed, first: int, width: int, dtype: torch.dtype, shuffled: bool = SHUFFLED) -> Tensor:
@@ -132,8 +135,9 @@ def launch_nf4_columns(w: Packed, first: int, width: int, dtype: torch.dtype, sh
     block_n, block_k = _tile(kind)
     log_launch("nf4_columns", kind, w.absmax, w.nested_absmax)
     with torch.cuda.device_of(w.codes):
-        _nf4_columns_kernel[(triton.cdiv(n, block_n) * triton.cdiv(width, block_k),)](
-            *arguments(w),
+        taken = _LOOSE if kind == ELEMENTS else _FORMS[n % ALIGNMENT > 0]
+        taken[(triton.cdiv(n, block_n) * triton.cdiv(width, block_k),)](
+            *arguments(w, kind),
             dense,
             n,
             k,
@@ -143,7 +147,7 @@ def launch_nf4_columns(w: Packed, first: int, width: int, dtype: torch.dtype, sh
             NESTED_BLOCK=w.nested_block_size,
             NESTED=w.nested_absmax is not None,
             PER_SCALE=PER_SCALE[kind],
-            SHUFFLED=shuffled and kind != "elements",
+            SHUFFLED=shuffled and kind != ELEMENTS,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             num_warps=WARPS,

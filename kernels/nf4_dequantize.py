@@ -17,6 +17,7 @@ Reference: lora_core/reference/nf4.py
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.form import begins_aligned, form
 from lora_core.kernels.nf4_levels import SHUFFLED, levels_of_words
 from lora_core.kernels.tables import levels
 from lora_core.kernels.tile import round_to
@@ -39,8 +41,6 @@ WORDS = {torch.float32: (512, 2), torch.float16: (256, 1), torch.bfloat16: (256,
 BYTES = (512, 4)
 
 
-# n changes from weight to weight: specialising on it would compile again
-@triton.jit(do_not_specialize=["n"])
 def _nf4_dequantize_kernel(
     codes_ptr,
     absmax_ptr,
@@ -49,7 +49,7 @@ def _nf4_dequantize_kernel(
     levels_ptr,
     levels8_ptr,
     w_ptr,
-    n,
+    n: tl.int64,
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
@@ -98,6 +98,9 @@ def _nf4_dequantize_kernel(
     tl.store(w_ptr + start + place, round_to(level * scale[:, None], w_ptr.dtype.element_ty), mask=place_ok)
 
 
+_FORMS = {"words": form(_nf4_dequantize_kernel, addresses=True), "bytes": form(_nf4_dequantize_kernel)}
+
+
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
     kinds = (("words", "*i32", 8), ("bytes", "*u8", 2))
@@ -107,8 +110,8 @@ def variants() -> Iterator[Variant]:
         units, warps = _program(kind, block_size, dtype)
         yield Variant(
             name=f"{TYPES[dtype]} {block_size} {scales} {kind}",
-            kernel=_nf4_dequantize_kernel,
-            signature={
+            form=_FORMS[kind],
+            types={
                 "codes_ptr": codes,
                 "absmax_ptr": "*u8" if nested else "*fp32",
                 **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
@@ -123,18 +126,20 @@ def variants() -> Iterator[Variant]:
                 "UNITS": units,
                 "SHUFFLED": True,
             },
-            options={"num_warps": warps, "enable_fp_fusion": False},
+            options=_options(warps),
             weights=per_unit * units,
         )
 
 
 def _program(kind: str, block_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return units and warps of a program, which holds whole blocks."""
-    # float64 is made from float32 products
-    words = WORDS.get(dtype, WORDS[torch.float32])
-    per_unit, (of_a_warp, least) = (8, words) if kind == "words" else (2, BYTES)
+    per_unit, (of_a_warp, least) = (8, WORDS[dtype]) if kind == "words" else (2, BYTES)
     warps = max(least, block_size // (per_unit * of_a_warp))
     return warps * of_a_warp, warps
+
+
+def _options(warps: int) -> dict[str, Any]:
+    return {"num_warps": warps, "enable_fp_fusion": False}
 
 
 def launch_nf4_dequantize(
@@ -153,24 +158,29 @@ def launch_nf4_dequantize(
     Args:
         shuffled: whether levels are fetched by shuffles, which the interpreter cannot do, or from a table.
     """
+    if dtype == torch.float64:
+        # made from float32 products
+        narrow = (codes, absmax, nested_absmax, nested_offset, shape, torch.float32, block_size, nested_block_size)
+        return launch_nf4_dequantize(*narrow, shuffled).to(dtype)
     w = codes.new_empty(shape, dtype=dtype)
     n = w.numel()
     if n == 0:
         return w
     given = (codes, absmax, nested_absmax)
     codes, absmax = codes.contiguous(), absmax.contiguous()
-    # a slice of a larger buffer may begin between two words
-    words = n % 32 == 0 and codes.data_ptr() % 4 == 0
+    nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
+    # a slice of a larger buffer may begin anywhere
+    words = n % 32 == 0 and begins_aligned(codes, absmax, nested_absmax)
     kind, per_unit = ("words", 8) if words else ("bytes", 2)
     log_launch("nf4_dequantize", kind, *given)
     units, warps = _program(kind, block_size, dtype)
     nested = nested_absmax is not None
     levels8 = levels("dynamic", codes.device)
     with torch.cuda.device_of(codes):
-        _nf4_dequantize_kernel[(triton.cdiv(n, per_unit * units),)](
+        _FORMS[kind][(triton.cdiv(n, per_unit * units),)](
             codes.view(-1).view(torch.int32) if words else codes,
             absmax,
-            nested_absmax.contiguous() if nested_absmax is not None else levels8,
+            nested_absmax if nested_absmax is not None else levels8,
             nested_offset if nested_offset is not None else levels8,
             levels("nf4", codes.device),
             levels8,
@@ -182,8 +192,7 @@ def launch_nf4_dequantize(
             PER_UNIT=per_unit,
             UNITS=units,
             SHUFFLED=shuffled,
-            num_warps=warps,
-            enable_fp_fusion=False,
+            **_options(warps),
         )
     return w
 

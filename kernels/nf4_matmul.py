@@ -13,16 +13,19 @@ Reference: lora_core/reference/nf4.py, lora_core/reference/lora.py
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import argument_types, arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.kernels.tables import no_seed
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.packed import Packed
@@ -31,14 +34,15 @@ from lora_core.reference.dropout import threshold
 
 # tokens at most: beyond, W is dequantised once and a matrix product of its own is faster
 MOST_TOKENS = 64
-# warps; where every word has a scale of its own, single multiply-adds and 64 tokens take more: what keeps every
+# warps; single multiply-adds take more, and 64 tokens where every word has a scale of its own: what keeps every
 # configuration in registers
 WARPS, MORE_WARPS = 4, 8
+MOST_REGISTERS = 128
 # rows and columns of W in a step: 32 weights a thread; fewer where single elements or multiply-adds take registers
 TILE, SMALL_TILE = (64, 64), (32, 64)
 BLOCK_R = 16
 # steps whose loads are in flight: single elements have too many loads for more
-STAGES = {"blocks": 2, "words": 2, "elements": 1}
+STAGES = {"blocks": 2, "words": 2, ELEMENTS: 1}
 # any tile is as wide as what shares a scale at most
 PER_SCALE = per_scale(SMALL_TILE[1])
 # terms of a part of a split sum at least, and programs wanted for each multiprocessor
@@ -46,7 +50,6 @@ SHORTEST = 256
 PER_PROCESSOR = 2
 
 
-@triton.jit(do_not_specialize=["M", "R", "has_bias", "factor", "threshold", "block_shift"])
 def _nf4_matmul_kernel(
     x_ptr,
     codes_ptr,
@@ -70,7 +73,7 @@ def _nf4_matmul_kernel(
     stride_br,
     has_bias,
     factor,
-    threshold,
+    threshold: tl.int64,
     per_split,
     block_shift,
     NESTED_BLOCK: tl.constexpr,
@@ -78,7 +81,6 @@ def _nf4_matmul_kernel(
     PER_SCALE: tl.constexpr,
     SHUFFLED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,7 +109,6 @@ def _nf4_matmul_kernel(
             stride_br,
             factor,
             threshold,
-            DROPOUT,
             BLOCK_M,
             BLOCK_Y,
             BLOCK_R,
@@ -157,66 +158,82 @@ def _nf4_matmul_kernel(
     )
 
 
+# rows of x; of B ranks in any number, and of A^T rows of A
+_SIZES = ("N", "K", "stride_xm", "per_split")
+_WIDE = form(_nf4_matmul_kernel, ("stride_xk", "stride_br"), _SIZES, addresses=True)
+_TRANSPOSED = form(_nf4_matmul_kernel, ("stride_xk", "stride_bn"), (*_SIZES, "stride_br"), addresses=True)
+_LOOSE = form(_nf4_matmul_kernel)
+
+
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
-    uses = ("forward", "forward split", "transposed", "transposed dropout")
+    uses = ("forward", "forward split", "transposed", "transposed split")
     choices = itertools.product(DTYPE_PAIRS, (16, 64), ("plain", "nested"), PER_SCALE, uses)
     for (dtype, low), block_m, scales, kind, use in choices:
-        if block_m not in _rows(dtype, kind) or (use == "forward split" and dtype == torch.float32):
+        if block_m not in _rows(dtype, kind) or (use.endswith("split") and dtype == torch.float32):
             continue
         transposed = use.startswith("transposed")
         block_n, block_k = _tile(dtype, kind)
-        # what is contiguous of B, or of A^T
-        unit, long = ("stride_bn", "stride_br") if transposed else ("stride_br", "stride_bn")
         yield Variant(
             name=f"{TYPES[dtype]} {TYPES[low]} {block_m} {scales} {kind} {use}",
-            kernel=_nf4_matmul_kernel,
-            signature={
+            form=_form(kind, transposed),
+            types={
                 "x_ptr": f"*{TYPES[dtype]}",
                 **argument_types(kind, scales == "nested"),
                 "bias_ptr": f"*{TYPES[dtype]}",
                 **dict.fromkeys(("s_ptr", "b_ptr"), f"*{TYPES[low]}"),
                 "seed_ptr": "*i64",
-                "part_ptr": "*fp32" if use != "forward" else f"*{TYPES[dtype]}",
-                **dict.fromkeys(("M", "N", "K", "R", "stride_xm", long, "has_bias", "per_split", "block_shift"), "i32"),
+                "part_ptr": "*fp32" if use.endswith("split") else f"*{TYPES[dtype]}",
                 "factor": "fp32",
                 "threshold": "i64",
             },
             constants={
-                **dict.fromkeys(("stride_xk", unit), 1),
                 "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                 "NESTED": scales == "nested",
                 "PER_SCALE": PER_SCALE[kind],
                 "SHUFFLED": True,
                 "TRANSPOSED": transposed,
-                "DROPOUT": use.endswith("dropout"),
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
                 "BLOCK_K": block_k,
                 "BLOCK_R": BLOCK_R,
             },
-            # a row of single elements may end anywhere
-            aligned=("N", "stride_xm", "per_split", *(() if kind == "elements" else ("K", long))),
-            options={
-                "num_warps": _warps(dtype, kind, block_m),
-                "num_stages": STAGES[kind],
-                "enable_fp_fusion": False,
-            },
+            options=_options(dtype, low, kind, block_m),
             tile_m=block_m if dtype != torch.float32 else 0,
         )
 
 
 def _rows(dtype: torch.dtype, kind: str) -> tuple[int, ...]:
     """Tokens a tile may have: many where tensor cores multiply them and weights are read by the word."""
-    return (16, 64) if kind != "elements" and dtype != torch.float32 else (16,)
+    return (16, 64) if kind != ELEMENTS and dtype != torch.float32 else (16,)
 
 
 def _tile(dtype: torch.dtype, kind: str) -> tuple[int, int]:
-    return TILE if kind != "elements" and dtype != torch.float32 else SMALL_TILE
+    return TILE if kind != ELEMENTS and dtype != torch.float32 else SMALL_TILE
 
 
-def _warps(dtype: torch.dtype, kind: str, block_m: int) -> int:
-    return MORE_WARPS if kind == "words" and (dtype == torch.float32 or block_m > 16) else WARPS
+def _form(kind: str, transposed: bool) -> Form:
+    wide = _TRANSPOSED if transposed else _WIDE
+    return _LOOSE if kind == ELEMENTS else wide
+
+
+def _kind(x: Tensor, w: Packed, hidden: Tensor, lora_b: Tensor, transposed: bool) -> str:
+    """Return how W is read: element by element too where another operand has to be."""
+    low_wide = in_wide_loads(lora_b, 0) if transposed else lora_b.stride(1) == 1
+    wide = in_wide_loads(x) and w.shape[0] % ALIGNMENT == 0 and low_wide and begins_aligned(hidden, lora_b)
+    return reading(w, SMALL_TILE[1]) if wide else ELEMENTS
+
+
+def _options(dtype: torch.dtype, low: torch.dtype, kind: str, block_m: int) -> dict[str, Any]:
+    # four programs a multiprocessor are enough: for more the compiler would keep registers in memory
+    mixed = kind != ELEMENTS and dtype != low
+    more = kind != ELEMENTS and (dtype == torch.float32 or (kind == "words" and block_m > 16))
+    return {
+        "num_warps": MORE_WARPS if more else WARPS,
+        "num_stages": STAGES[kind],
+        "enable_fp_fusion": False,
+        **({"maxnreg": MOST_REGISTERS} if mixed and block_m == 16 else {}),
+    }
 
 
 def launch_nf4_matmul(
@@ -259,7 +276,8 @@ def launch_nf4_matmul(
     m, r = x.shape[0], lora_b.shape[1]
     width, length = (k, n) if transposed else (n, k)
     w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    kind = reading(w, SMALL_TILE[1])
+    hidden = hidden.contiguous()
+    kind = _kind(x, w, hidden, lora_b, transposed)
     block_n, block_k = _tile(x.dtype, kind)
     block_y, block_sum = (block_k, block_n) if transposed else (block_n, block_k)
     block_m = _rows(x.dtype, kind)[-1 if m > 16 else 0]
@@ -274,13 +292,13 @@ def launch_nf4_matmul(
     part = x.new_empty((splits, m, width), dtype=x.dtype if together else torch.float32)
     if part.numel():
         with torch.cuda.device_of(x):
-            _nf4_matmul_kernel[(tiles, splits, triton.cdiv(m, block_m))](
+            _form(kind, transposed)[(tiles, splits, triton.cdiv(m, block_m))](
                 x,
-                *arguments(w),
+                *arguments(w, kind),
                 x if bias is None else bias.contiguous(),
-                hidden.contiguous(),
+                hidden,
                 lora_b,
-                seed if seed is not None and dropout else x,
+                seed if seed is not None and dropout else no_seed(x.device),
                 part,
                 m,
                 n,
@@ -298,13 +316,10 @@ def launch_nf4_matmul(
                 PER_SCALE=PER_SCALE[kind],
                 SHUFFLED=shuffled,
                 TRANSPOSED=transposed,
-                DROPOUT=dropout > 0,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_R=BLOCK_R,
-                num_warps=_warps(x.dtype, kind, block_m),
-                num_stages=STAGES[kind],
-                enable_fp_fusion=False,
+                **_options(x.dtype, lora_b.dtype, kind, block_m),
             )
     return part[0] if together else launch_split_sum(part, x.dtype)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.form import begins_aligned, form
 from lora_core.kernels.tables import thresholds
 from lora_core.kernels.tile import nearest_code, widen
 from lora_core.kernels.variant import TYPES, Variant
@@ -27,17 +28,15 @@ from lora_core.quant.codebook import codebook
 
 # elements of a program, the longest block there is, and its warps: 32 elements a thread
 ELEMENTS = 4096
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-# n changes from weight to weight: specialising on it would compile again
-@triton.jit(do_not_specialize=["n"])
 def _nf4_quantize_kernel(
     w_ptr,
     tree_ptr,
     codes_ptr,
     absmax_ptr,
-    n,
+    n: tl.int64,
     BLOCK_SIZE: tl.constexpr,
     PER_UNIT: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -82,6 +81,9 @@ def _nf4_quantize_kernel(
     tl.store(codes_ptr + start // PER_UNIT + unit, packed.to(codes_ptr.dtype.element_ty), mask=unit_ok)
 
 
+_FORMS = {"words": form(_nf4_quantize_kernel, addresses=True), "bytes": form(_nf4_quantize_kernel)}
+
+
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -89,8 +91,8 @@ def variants() -> Iterator[Variant]:
             for kind, codes, per_unit in (("words", "*i32", 8), ("bytes", "*u8", 2)):
                 yield Variant(
                     name=f"{TYPES[dtype]} {block_size} {kind}",
-                    kernel=_nf4_quantize_kernel,
-                    signature={
+                    form=_FORMS[kind],
+                    types={
                         "w_ptr": f"*{TYPES[dtype]}",
                         "tree_ptr": "*fp32",
                         "codes_ptr": codes,
@@ -103,7 +105,7 @@ def variants() -> Iterator[Variant]:
                         "ELEMENTS": ELEMENTS,
                         "ZERO": codebook("nf4").zero,
                     },
-                    options={"num_warps": WARPS},
+                    options=OPTIONS,
                     weights=ELEMENTS,
                 )
 
@@ -115,12 +117,14 @@ def launch_nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor
     absmax = weight.new_empty(triton.cdiv(n, block_size), dtype=torch.float32)
     if n == 0:
         return codes, absmax
+    flat = weight.contiguous()
     # whole words, by fours
-    words = n % 32 == 0
-    log_launch("nf4_quantize", "words" if words else "bytes", weight)
+    words = n % 32 == 0 and begins_aligned(flat)
+    kind = "words" if words else "bytes"
+    log_launch("nf4_quantize", kind, weight)
     with torch.cuda.device_of(weight):
-        _nf4_quantize_kernel[(triton.cdiv(n, ELEMENTS),)](
-            weight.contiguous(),
+        _FORMS[kind][(triton.cdiv(n, ELEMENTS),)](
+            flat,
             thresholds("nf4", weight.device),
             codes.view(-1).view(torch.int32) if words else codes,
             absmax,
@@ -129,7 +133,7 @@ def launch_nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor
             PER_UNIT=8 if words else 2,
             ELEMENTS=ELEMENTS,
             ZERO=codebook("nf4").zero,
-            num_warps=WARPS,
+            **OPTIONS,
         )
     return codes, absmax
 

@@ -1,6 +1,6 @@
 """A tile of an NF4 weight decoded inside a kernel, and what a launch passes for it.
 
-Where K is a multiple of 8 a row is read as 32-bit words of eight codes, else element by element. A scale is made for
+Where K is a multiple of 16 a row is read as 32-bit words of eight codes, else element by element. A scale is made for
 64 columns at once where each row consists of such, and else for each word, or each element: blocks may straddle rows.
 
 Reference: lora_core/reference/nf4.py
@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.form import ALIGNMENT, begins_aligned
 from lora_core.kernels.nf4_levels import levels_of_words
 from lora_core.kernels.tables import levels
 from lora_core.ops.packed import Packed
 
 # columns that share a scale, at most; of a word
 MOST_OF_A_SCALE, OF_A_WORD = 64, 8
+# how any weight can be read
+ELEMENTS = "elements"
 
 
 @triton.jit
@@ -96,19 +99,19 @@ def nf4_tile(
 
 
 def in_words(w: Packed) -> bool:
-    """Say whether the rows of a weight can be read by the word: its codes are contiguous and begin with one."""
-    return w.shape[1] % 8 == 0 and w.codes.data_ptr() % 4 == 0
+    """Say whether the rows of a weight can be read by the word, by fours at once; its codes are contiguous."""
+    return w.shape[1] % ALIGNMENT == 0 and begins_aligned(w.codes, w.absmax, w.nested_absmax)
 
 
 def per_scale(block_k: int) -> dict[str, int]:
     """Return nf4_tile's PER_SCALE for tiles of block_k columns, by how W is read: columns that surely share a scale."""
-    return {"blocks": min(MOST_OF_A_SCALE, block_k), "words": OF_A_WORD, "elements": 1}
+    return {"blocks": min(MOST_OF_A_SCALE, block_k), "words": OF_A_WORD, ELEMENTS: 1}
 
 
 def reading(w: Packed, block_k: int) -> str:
     """Return how a weight can be read in tiles of block_k columns: "blocks", "words" or "elements"."""
     if not in_words(w):
-        return "elements"
+        return ELEMENTS
     most = per_scale(block_k)["blocks"]
     return "words" if w.block_size % most or w.shape[1] % most else "blocks"
 
@@ -116,18 +119,18 @@ def reading(w: Packed, block_k: int) -> str:
 def argument_types(kind: str, nested: bool) -> dict[str, str]:
     """Return the Triton types of what arguments gives, by the parameter's name; kind as reading says."""
     return {
-        "codes_ptr": "*u8" if kind == "elements" else "*i32",
+        "codes_ptr": "*u8" if kind == ELEMENTS else "*i32",
         "absmax_ptr": "*u8" if nested else "*fp32",
         **dict.fromkeys(("nested_absmax_ptr", "nested_offset_ptr", "levels_ptr", "levels8_ptr"), "*fp32"),
     }
 
 
-def arguments(w: Packed) -> tuple[Tensor, ...]:
+def arguments(w: Packed, kind: str) -> tuple[Tensor, ...]:
     """Return what a kernel's parameters from codes_ptr to levels8_ptr take; w.codes must be contiguous."""
     device = w.codes.device
     levels8 = levels("dynamic", device)
     return (
-        w.codes.view(-1).view(torch.int32) if in_words(w) else w.codes,
+        w.codes if kind == ELEMENTS else w.codes.view(-1).view(torch.int32),
         w.absmax.contiguous(),
         levels8 if w.nested_absmax is None else w.nested_absmax.contiguous(),
         levels8 if w.nested_offset is None else w.nested_offset,

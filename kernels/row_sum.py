@@ -16,13 +16,14 @@ Reference: lora_core/reference/lora.py
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.form import ALIGNMENT, begins_aligned, form, in_wide_loads
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, keep, meet, round_to, widen
@@ -34,8 +35,8 @@ BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 BLOCK_M = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
 # warps by ranks of a program: what keeps every configuration in registers
-WARPS = {16: 4, 64: 8}
-STAGES = 3
+WARPS, MORE_WARPS = {16: 4, 64: 8}, 8
+STAGES, FEWER_STAGES = 3, 2
 # rows of a part of a split sum at least
 SHORTEST = 256
 
@@ -48,7 +49,6 @@ class RowSums(NamedTuple):
     d_hidden: Tensor | None
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_split", "factor", "threshold"])
 def _row_sum_kernel(
     d_ptr,
     t_ptr,
@@ -68,7 +68,7 @@ def _row_sum_kernel(
     stride_pr,
     rows_per_split,
     factor,
-    threshold,
+    threshold: tl.int64,
     DROPOUT: tl.constexpr,
     BIAS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -117,31 +117,41 @@ def _row_sum_kernel(
         tl.store(bias_ptr + split * C + column, bias, mask=column_ok & (tl.program_id(1) == 0))
 
 
+# by whether P^T is written, and kind: rows of D, and of T and B where ranks are a multiple of 16 too
+_ROWS, _SIZES = ("stride_dc", "stride_br"), ("C", "stride_dm")
+_FORMS = {
+    (False, ""): form(_row_sum_kernel, (*_ROWS, "stride_pr"), (*_SIZES, "R", "stride_bc", "stride_pc"), addresses=True),
+    (False, "narrow"): form(_row_sum_kernel, (*_ROWS, "stride_pr"), _SIZES, addresses=True),
+    (True, ""): form(_row_sum_kernel, (*_ROWS, "stride_pc"), (*_SIZES, "R", "stride_bc", "stride_pr"), addresses=True),
+    (True, "narrow"): form(_row_sum_kernel, (*_ROWS, "stride_pc"), (*_SIZES, "stride_pr"), addresses=True),
+    **dict.fromkeys(((False, "loose"), (True, "loose")), form(_row_sum_kernel)),
+}
+
+
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, D with its last dimension contiguous."""
+    """Every configuration the launch can choose. "narrow": of ranks that are no multiple of 16."""
     # dA comes transposed; dB with what else depends on dL/dy
     uses = ("transposed", "transposed dropout", "", "hidden", "bias", "bias hidden")
-    for (dtype, low), use in itertools.product(DTYPE_PAIRS, uses):
+    for (dtype, low), use, kind in itertools.product(DTYPE_PAIRS, uses, ("", "narrow", "loose")):
         for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
             # the parts are float32 in any case; d_hidden of more ranks would need a second read of D after all
             if (split and low == torch.float32) or ("hidden" in use and block_r > BLOCK_R[low][0]):
                 continue
-            strides = ("stride_bc", "stride_pr") if "transposed" in use else ("stride_bc", "stride_pc")
             yield Variant(
-                name=" ".join(filter(None, (TYPES[dtype], TYPES[low], f"rank {block_r}", use, "split" * split))),
-                kernel=_row_sum_kernel,
-                signature={
+                name=" ".join(filter(None, (TYPES[dtype], TYPES[low], f"rank {block_r}", use, "split" * split, kind))),
+                form=_FORMS["transposed" in use, kind],
+                types={
                     "d_ptr": f"*{TYPES[dtype]}",
                     **dict.fromkeys(("t_ptr", "b_ptr"), f"*{TYPES[low]}"),
-                    "seed_ptr": "*i64",
+                    "seed_ptr": "*i64" if "dropout" in use else f"*{TYPES[dtype]}",
                     "product_ptr": "*fp32" if split else f"*{TYPES[low]}",
-                    **dict.fromkeys(("bias_ptr", "hidden_ptr"), "*fp32"),
-                    **dict.fromkeys(("M", "C", "R", "stride_dm", *strides, "rows_per_split"), "i32"),
+                    # where they are not asked for, the product is passed
+                    "bias_ptr": "*fp32" if split or "bias" in use else f"*{TYPES[low]}",
+                    "hidden_ptr": "*fp32" if split or "hidden" in use else f"*{TYPES[low]}",
                     "factor": "fp32",
                     "threshold": "i64",
                 },
                 constants={
-                    **dict.fromkeys(("stride_dc", "stride_br", *({"stride_pc", "stride_pr"} - {*strides})), 1),
                     "DROPOUT": "dropout" in use,
                     "BIAS": "bias" in use,
                     "HIDDEN": "hidden" in use,
@@ -149,10 +159,26 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_M": BLOCK_M[low],
                     "BLOCK_R": block_r,
                 },
-                aligned=("C", "R", "stride_dm", *strides),
-                options={"num_warps": WARPS[block_r], "num_stages": STAGES},
+                options=_options(dtype, low, block_r, "hidden" in use, kind),
                 tile_m=BLOCK_M[low] if low != torch.float32 else 0,
             )
+
+
+def _kind(d: Tensor, t: Tensor, b: Tensor | None) -> str:
+    if not in_wide_loads(d) or not begins_aligned(t, b) or (b is not None and b.stride(1) != 1):
+        return "loose"
+    return "narrow" if (t.shape[1] | (0 if b is None else b.stride(0))) % ALIGNMENT else ""
+
+
+def _options(dtype: torch.dtype, low: torch.dtype, block_r: int, hidden: bool, kind: str) -> dict[str, Any]:
+    """Return warps and stages: more of those and fewer of these where addresses of single elements take registers."""
+    narrow = kind == "narrow" and low != torch.float32 and not hidden
+    more = narrow or (kind and hidden and dtype == torch.float32)
+    return {
+        "num_warps": MORE_WARPS if more else WARPS[block_r],
+        "num_stages": FEWER_STAGES if narrow else STAGES,
+        "enable_fp_fusion": True,
+    }
 
 
 def launch_row_sum(
@@ -173,11 +199,11 @@ def launch_row_sum(
         d: D, float32, float16 or bfloat16, shape [M, C].
         t: T, dtype of d or float32, shape [M, R].
         factor: multiplies both products.
-        dropout: probability of zeroing an element of D in P, in [0, 1).
+        dropout: probability of zeroing an element of D in P, in [0, 1); with transposed alone.
         seed: int64, one element; needed where dropout > 0.
         hidden_of: B, dtype of t, shape [C, R], to have d_hidden as well.
         add: dtype of t, shape [M, R], added to d_hidden; or None.
-        bias: whether to have the column sums as well.
+        bias: whether to have the column sums as well; neither they nor d_hidden with transposed.
         transposed: whether to have P^T, shape [R, C].
         splits: parts of the sum over rows; by default as many as fill the device.
     Returns:
@@ -197,10 +223,10 @@ def launch_row_sum(
     product = d.new_empty(shape if splits == 1 else (splits, *shape), dtype=low if splits == 1 else torch.float32)
     d_bias = d.new_empty((splits, c), dtype=torch.float32) if bias else None
     d_hidden = None if hidden_of is None else d.new_empty((grid_c, m, r), dtype=torch.float32)
-    scale = factor / (1 - dropout)
+    scale, kind = factor / (1 - dropout), _kind(d, t, hidden_of)
     if c:
         with torch.cuda.device_of(d):
-            _row_sum_kernel[(grid_c, grid_r, splits)](
+            _FORMS[transposed, kind][(grid_c, grid_r, splits)](
                 d,
                 t,
                 t if hidden_of is None else hidden_of,
@@ -212,7 +238,7 @@ def launch_row_sum(
                 c,
                 r,
                 *d.stride(),
-                *((0, 0) if hidden_of is None else hidden_of.stride()),
+                *((0, 1) if hidden_of is None else hidden_of.stride()),
                 *((1, c) if transposed else (r, 1)),
                 rows_per_split,
                 scale if splits == 1 else 1.0,
@@ -223,8 +249,7 @@ def launch_row_sum(
                 BLOCK_C=BLOCK_C[low],
                 BLOCK_M=BLOCK_M[low],
                 BLOCK_R=block_r,
-                num_warps=WARPS[block_r],
-                num_stages=STAGES,
+                **_options(d.dtype, low, block_r, hidden_of is not None, kind),
             )
     return RowSums(
         product if splits == 1 else launch_split_sum(product, low, scale),

@@ -13,13 +13,14 @@ Reference: lora_core/reference/lora.py, lora_core/reference/dropout.py
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.loads import in_wide_loads
+from lora_core.kernels.form import Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, keep, meet, round_to
@@ -33,7 +34,7 @@ BLOCK_K = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
 # warps by ranks of a tile: what keeps every configuration in registers, and where x is loaded element by element,
 # whose addresses take more of them
-WARPS, LOOSE_WARPS = {16: 4, 64: 4, 128: 8}, {16: 4, 64: 8, 128: 8}
+WARPS, LOOSE_WARPS, LOOSE_FLOAT32_WARPS = {16: 4, 64: 4, 128: 8}, {16: 4, 64: 8, 128: 8}, 8
 # steps whose loads are in flight, by ranks of a tile: what 99 KiB of shared memory hold, all that a program can have on
 # compute capability 8.6, 8.9 and 12.0
 STAGES = {16: 5, 64: 5, 128: 4}
@@ -41,7 +42,6 @@ STAGES = {16: 5, 64: 5, 128: 4}
 SHORTEST = 256
 
 
-@triton.jit(do_not_specialize=["M", "R", "factor", "threshold"])
 def _shrink_kernel(
     x_ptr,
     a_ptr,
@@ -56,7 +56,7 @@ def _shrink_kernel(
     stride_ak,
     k_per_split,
     factor,
-    threshold,
+    threshold: tl.int64,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -89,41 +89,56 @@ def _shrink_kernel(
     )
 
 
-def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, x and A with their last dimension contiguous.
+# rows of x and of A; rows of x and, in the backward, ranks of A = B^T, of which there may be any number
+_WIDE = form(_shrink_kernel, ("stride_xk", "stride_ak"), ("K", "stride_xm", "stride_ar", "k_per_split"), addresses=True)
+_TRANSPOSED = form(_shrink_kernel, ("stride_xk", "stride_ar"), ("K", "stride_xm", "k_per_split"), addresses=True)
+_LOOSE = form(_shrink_kernel)
+# by what a launch is for
+_FORMS = {"": _WIDE, " dropout": _WIDE, " transposed": _TRANSPOSED, " loose": _LOOSE, " loose dropout": _LOOSE}
 
-    "transposed" is the backward's, where A is B^T and a number of ranks need be no multiple of 16.
-    """
-    for (dtype, low), use, block_m in itertools.product(DTYPE_PAIRS, ("", " dropout", " transposed"), BLOCK_M):
-        unit, long = ("stride_ar", "stride_ak") if use == " transposed" else ("stride_ak", "stride_ar")
+
+def variants() -> Iterator[Variant]:
+    """Every configuration the launch can choose."""
+    for (dtype, low), use, block_m in itertools.product(DTYPE_PAIRS, _FORMS, BLOCK_M):
         for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
             if split and low == torch.float32:
                 # the parts are float32 in any case
                 continue
             yield Variant(
                 name=f"{TYPES[dtype]} {TYPES[low]} {block_m}x{block_r}{use}{' split' * split}",
-                kernel=_shrink_kernel,
-                signature={
+                form=_FORMS[use],
+                types={
                     "x_ptr": f"*{TYPES[dtype]}",
                     "a_ptr": f"*{TYPES[low]}",
-                    "seed_ptr": "*i64",
+                    "seed_ptr": "*i64" if use.endswith("dropout") else f"*{TYPES[dtype]}",
                     "s_ptr": "*fp32" if split else f"*{TYPES[low]}",
-                    **dict.fromkeys(("M", "K", "R", "stride_xm", long, "k_per_split"), "i32"),
                     "factor": "fp32",
                     "threshold": "i64",
                 },
                 constants={
-                    "stride_xk": 1,
-                    unit: 1,
-                    "DROPOUT": use == " dropout",
+                    "DROPOUT": use.endswith("dropout"),
                     "BLOCK_M": block_m,
                     "BLOCK_K": BLOCK_K[low],
                     "BLOCK_R": block_r,
                 },
-                aligned=("K", "stride_xm", "k_per_split", *((long,) if unit == "stride_ak" else ())),
-                options={"num_warps": WARPS[block_r], "num_stages": STAGES[block_r]},
+                options=_options(_FORMS[use], low, block_r),
                 tile_m=block_m if low != torch.float32 else 0,
             )
+
+
+def _form(x: Tensor, lora_a: Tensor) -> Form:
+    if not in_wide_loads(x):
+        return _LOOSE
+    if in_wide_loads(lora_a):
+        return _WIDE
+    return _TRANSPOSED if lora_a.stride(0) == 1 and begins_aligned(lora_a) else _LOOSE
+
+
+def _options(taken: Form, low: torch.dtype, block_r: int) -> dict[str, Any]:
+    warps = (LOOSE_WARPS if taken is _LOOSE else WARPS)[block_r]
+    if taken is _LOOSE and low == torch.float32:
+        warps = LOOSE_FLOAT32_WARPS
+    return {"num_warps": warps, "num_stages": STAGES[block_r], "enable_fp_fusion": True}
 
 
 def launch_shrink(
@@ -160,10 +175,10 @@ def launch_shrink(
     together = splits == 1 and add is None
     s = x.new_empty((m, r) if together else (splits, m, r), dtype=low if together else torch.float32)
     factor = factor / (1 - dropout)
-    warps = WARPS if in_wide_loads(x) else LOOSE_WARPS
+    taken = _form(x, lora_a)
     if s.numel():
         with torch.cuda.device_of(x):
-            _shrink_kernel[(triton.cdiv(m, block_m), triton.cdiv(r, block_r), splits)](
+            taken[(triton.cdiv(m, block_m), triton.cdiv(r, block_r), splits)](
                 x,
                 lora_a,
                 seed if seed is not None and dropout else x,
@@ -180,7 +195,6 @@ def launch_shrink(
                 BLOCK_M=block_m,
                 BLOCK_K=BLOCK_K[low],
                 BLOCK_R=block_r,
-                num_warps=warps[block_r],
-                num_stages=STAGES[block_r],
+                **_options(taken, low, block_r),
             )
     return s if together else launch_split_sum(s, low, factor, add)

@@ -14,16 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.form import ALIGNMENT, begins_aligned, form
 from lora_core.kernels.tile import round_to, widen
 from lora_core.kernels.variant import TYPES, Variant
 
 # elements of a program; with 8 a thread, loads and stores are 16 bytes wide in every dtype
 ELEMENTS = 512
-WARPS = 2
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": True}
 
 
-# size follows the number of tokens: what matters of it is said by ALIGNED alone
-@triton.jit(do_not_specialize=["parts", "size", "factor"])
 def _split_sum_kernel(
     part_ptr,
     add_ptr,
@@ -32,12 +31,8 @@ def _split_sum_kernel(
     size,
     factor,
     ADD: tl.constexpr,
-    ALIGNED: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    if ALIGNED:
-        # known to be a multiple of 16, it lets 16 bytes be loaded at once
-        size = size // 16 * 16
     place = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     ok = place < size
     total = tl.zeros((ELEMENTS,), tl.float32)
@@ -51,23 +46,25 @@ def _split_sum_kernel(
     tl.store(out_ptr + place, round_to(total, out_ptr.dtype.element_ty), mask=ok)
 
 
+_WIDE = form(_split_sum_kernel, aligned=("size",), addresses=True)
+_ODD = form(_split_sum_kernel)
+
+
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for add, aligned in itertools.product((False, True), (True, False)):
+        for add, (kind, taken) in itertools.product((False, True), (("", _WIDE), (" odd", _ODD))):
             yield Variant(
-                name=f"{TYPES[dtype]}{' added' * add}{' odd' * (not aligned)}",
-                kernel=_split_sum_kernel,
-                signature={
+                name=f"{TYPES[dtype]}{' added' * add}{kind}",
+                form=taken,
+                types={
                     "part_ptr": "*fp32",
                     "add_ptr": f"*{TYPES[dtype]}",
                     "out_ptr": f"*{TYPES[dtype]}",
-                    "parts": "i32",
-                    "size": "i32",
                     "factor": "fp32",
                 },
-                constants={"ADD": add, "ALIGNED": aligned, "ELEMENTS": ELEMENTS},
-                options={"num_warps": WARPS},
+                constants={"ADD": add, "ELEMENTS": ELEMENTS},
+                options=OPTIONS,
             )
 
 
@@ -85,17 +82,18 @@ def launch_split_sum(part: Tensor, dtype: torch.dtype, factor: float = 1.0, add:
     out = part.new_empty(part.shape[1:], dtype=dtype)
     if out.numel() == 0:
         return out
+    add = None if add is None else add.contiguous()
+    taken = _ODD if out.numel() % ALIGNMENT or not begins_aligned(add) else _WIDE
     with torch.cuda.device_of(part):
-        _split_sum_kernel[(triton.cdiv(out.numel(), ELEMENTS),)](
+        taken[(triton.cdiv(out.numel(), ELEMENTS),)](
             part,
-            out if add is None else add.contiguous(),
+            out if add is None else add,
             out,
             part.shape[0],
             out.numel(),
             float(factor),
             ADD=add is not None,
-            ALIGNED=out.numel() % 16 == 0,
             ELEMENTS=ELEMENTS,
-            num_warps=WARPS,
+            **OPTIONS,
         )
     return out

@@ -1,4 +1,4 @@
-"""Codebooks on the device that a kernel reads them from, copied there once.
+"""Codebooks and other constants on the device that a kernel reads them from, copied there once.
 
 Made on the CPU in dtypes that are named: what is made once must not depend on the defaults in force at the first call.
 """
@@ -26,6 +26,12 @@ def copied(table: Tensor, device: torch.device) -> Tensor:
 def levels(name: str, device: torch.device) -> Tensor:
     """Return a codebook's levels: float32 [16] or [256] on the device."""
     return copied(codebook(name).levels, device)
+
+
+@functools.cache
+def no_seed(device: torch.device) -> Tensor:
+    """Return what a kernel is given for a seed without dropout: int64, one element."""
+    return copied(torch.zeros(1, dtype=torch.int64, device="cpu"), device)
 
 
 @functools.cache

@@ -95,7 +95,6 @@ def low_rank_start(
     stride_br,
     factor,
     threshold,
-    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -113,6 +112,6 @@ def low_rank_start(
         )
         acc = dot(s, b, acc)
     acc *= factor
-    if DROPOUT:
+    if threshold != 0:
         acc = tl.where(keep(seed_ptr, row, column, threshold), acc, 0.0)
     return acc

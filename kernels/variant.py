@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lora_core.kernels.form import Form
+
 # PyTorch's dtypes as Triton's signatures write them
 TYPES = {
     torch.float32: "fp32",
@@ -32,9 +34,9 @@ class Variant:
 
     Args:
         name: of the configuration, unique in its file.
-        kernel: the @triton.jit function.
-        signature: Triton type of every argument that is not constexpr, such as "*bf16" or "i64".
-        aligned: arguments, besides pointers, that are multiples of 16.
+        form: of the kernel.
+        types: Triton's, such as "*bf16", of every argument but what is "i32": sizes and strides, below 2^31. From there
+            on they are "i64", which makes a configuration of its own, not listed.
         constants: value of every constexpr.
         options: num_warps and other launch options.
         weights: output elements one program makes, for instructions per element; 0 where that says nothing.
@@ -42,10 +44,30 @@ class Variant:
     """
 
     name: str
-    kernel: Any
-    signature: Mapping[str, str]
+    form: Form
+    types: Mapping[str, str]
     constants: Mapping[str, Any]
-    aligned: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: int = 0
     tile_m: int = 0
+
+    @property
+    def kernel(self) -> Any:
+        """What @triton.jit makes of the kernel in this form."""
+        return self.form.kernel
+
+    @property
+    def constant(self) -> dict[str, Any]:
+        """Value of every argument that is compiled in."""
+        return {**self.constants, **dict.fromkeys(self.form.ones, 1)}
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Triton's type of every argument."""
+        known = dict.fromkeys(self.constant, "constexpr")
+        return {name: known.get(name) or self.types.get(name, "i32") for name in self.kernel.arg_names}
+
+    @property
+    def aligned(self) -> frozenset[str]:
+        """Arguments that are multiples of 16."""
+        return frozenset((*self.form.aligned, *self.form.addresses))

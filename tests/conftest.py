@@ -5,7 +5,7 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +132,17 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _launches_are_listed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have tests of the kernels fail that launch what their files do not list, as it is compiled by no test."""
+    if torch.cuda.is_available() or not request.path.name.startswith("test_kernels_"):
+        yield
+        return
+    from launches import listed, recorded
+
+    with recorded() as found:
+        yield
+    unlisted = found - listed()
+    assert not unlisted, f"launched and not among the variants: {sorted(map(str, unlisted))}"

@@ -65,6 +65,7 @@ IN_ROWS = "test_kernels_lora_linear.py::test_row_sum_kernel_splits"
 IN_PARTS = "test_kernels_lora_linear.py::test_row_sum_kernel_adds_the_gradient"
 IN_SUM = "test_kernels_lora_linear.py::test_split_sum_kernel_adds_in_order"
 ANY_STRIDES = "test_kernels_lora_linear.py::test_lora_linear_kernels_take_any_strides"
+LYING_APART = "test_kernels_lora_linear.py::test_an_a_whose_rows_lie_apart"
 WIDE_LOADS = "test_kernels_lora_linear.py::test_operands_of_single_elements"
 GROUPED_STRIDES = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_take_any_strides"
 IN_NF4 = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_match_the_formula"
@@ -102,7 +103,7 @@ MUTATIONS = (
     Mutation(TILE, "h *= 0x7FEB352D", "h *= 0x7FEB352F", IN_MASK),
     Mutation(TILE, "row_hash[:, None] ^ column", "row_hash[:, None] + column", IN_MASK),
     Mutation(TILE, "below = x < tl", "below = x <= tl", AT_THRESHOLDS),
-    Mutation(TILE, "    acc *= factor\n    if DROPOUT", "    if DROPOUT", IN_LINEAR),
+    Mutation(TILE, "    acc *= factor\n    if threshold", "    if threshold", IN_LINEAR),
     Mutation(DEQUANTIZE, "absmax2 + tl.load(nested_offset_ptr)", "absmax2", IN_DEQUANTIZE),
     Mutation(LEVELS, "(1 - element % 2) * 4", "(element % 2) * 4", IN_DEQUANTIZE),
     Mutation(
@@ -124,24 +125,27 @@ MUTATIONS = (
     Mutation("kernels/absmax_quantize.py", "tl.where(absmax2 == 0.0, 1.0, absmax2)", "absmax2", IN_ABSMAX),
     Mutation("kernels/absmax_dequantize.py", "place // BLOCK_SIZE,", "place // (BLOCK_SIZE + 1),", IN_ABSMAX),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
-    Mutation(SUM, "out.numel() % 16 == 0", "out.numel() % 2 == 0", IN_SUM),
+    Mutation(SUM, "out.numel() % ALIGNMENT or", "out.numel() % 2 or", IN_SUM),
     Mutation(
         SUM,
-        'do_not_specialize=["parts", "size", "factor"]',
-        'do_not_specialize=["parts", "factor"]',
+        "_ODD = form(_split_sum_kernel)",
+        '_ODD = form(_split_sum_kernel, aligned=("size",))',
         "test_kernels_compiled.py::test_kernels_are_compiled_a_few_times_for_all_numbers_of_tokens",
     ),
     Mutation(SUM, "in range(parts)", "in range(parts - 1)", IN_SUM),
     Mutation(SHRINK, "factor = factor / (1 - dropout)", "factor = factor * 1.0", IN_SHRINK),
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
     Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
-    Mutation(PRODUCT, "    if HAS_BIAS:", "    if HAS_BIAS and BLOCK_M < 64:", IN_LINEAR),
-    Mutation("kernels/loads.py", "rest = (t.shape[unit], ", "rest = (", WIDE_LOADS),
+    Mutation(PRODUCT, "(has_bias != 0)", "(has_bias != 0) & (BLOCK_M < 64)", IN_LINEAR),
+    Mutation("kernels/form.py", "(t.shape[unit] | t.stride", "(t.stride", WIDE_LOADS),
+    Mutation(SHRINK, "if not in_wide_loads(x):", "if x.stride(1) != 1:", IN_SHRINK),
+    Mutation(PRODUCT, " and (unit == 1 or lora_b.stride(1) % ALIGNMENT == 0)", "", LYING_APART),
+    Mutation(NF4, "reading(w, SMALL_TILE[1]) if wide else ELEMENTS", "reading(w, SMALL_TILE[1])", IN_NF4),
     Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_TILES),
     Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
     Mutation(ROWS, "t = t.contiguous()", "t = t + 0", ANY_STRIDES),
-    Mutation("kernels/gather_gradient.py", "t.contiguous(),\n", "t,\n", GROUPED_STRIDES),
+    Mutation("kernels/gather_gradient.py", "t = t.contiguous()", "t = t + 0", GROUPED_STRIDES),
     Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_PARTS),
     Mutation(ROWS, "        if DROPOUT:", "        if DROPOUT and BLOCK_M < 32:", IN_ROWS),
     Mutation(ROWS, "split * C * R +", "split * C * 0 +", IN_ROWS),
@@ -193,13 +197,13 @@ MUTATIONS = (
     ),
     Mutation(
         PRODUCT,
-        "bias_ptr + column * stride_bias",
-        "bias_ptr + column",
+        "bias.contiguous(),",
+        "bias,",
         "test_kernels_lora_linear.py::test_lora_linear_kernels_take_any_strides",
     ),
     Mutation(
         DEQUANTIZE,
-        "n % 32 == 0 and codes.data_ptr() % 4 == 0",
+        "n % 32 == 0 and begins_aligned(codes, absmax, nested_absmax)",
         "n % 32 == 0",
         "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_takes_words_and_bytes",
     ),

@@ -34,8 +34,8 @@ WIDE = {
 UNFUSED = ("nf4_dequantize", "nf4_columns", "absmax_dequantize", "nf4_matmul")
 # what other versions may keep in memory: Triton 3.6.0 keeps 2 registers of some configurations, 4 of four
 OTHER_COMPILERS_STACK = 16
-# kernels that also have configurations for operands whose elements are loaded one by one
-LOOSE = ("low_rank_matmul",)
+# configurations for operands whose elements are loaded one by one
+LOOSE = {"narrow", "odd", "strided", "loose"}
 # of a program at most; what runs on compute capability 8.0, which has 163, has to run on 8.6 and 8.9
 SHARED_KIB = {80: 99, 90: 227, 100: 227}
 # a quotient decides the code
@@ -78,9 +78,8 @@ def check(rows: list[dict]) -> None:
             assert row["ptx"]["fma.rn.f32"] == row["instructions"].get("FFMA", 0) == 0, said
         if row["tile_m"] and row["arch"] == 80:
             # large tiles are fed by asynchronous copies, which take 4 bytes at least
-            loose = {"odd", "strided"} & {*row["variant"].split()} if row["kernel"] in LOOSE else ()
             assert row["instructions"]["HMMA"], said
-            assert row["tile_m"] < 64 or loose or row["instructions"]["LDGSTS"], said
+            assert row["tile_m"] < 64 or LOOSE & {*row["variant"].split()} or row["instructions"]["LDGSTS"], said
         if row["tile_m"] and row["arch"] == 90:
             # HGMMA is wgmma, which takes 64 rows at least
             assert row["instructions"]["HGMMA" if row["tile_m"] >= 64 else "HMMA"], said
@@ -94,8 +93,8 @@ def check(rows: list[dict]) -> None:
 
 
 def _is_lean(kernel: str, words: list[str]) -> bool:
-    """Say whether a configuration reads by the word; of columns, whole blocks of a row, and 2 bytes to write."""
-    return "words" in words if kernel == "nf4_dequantize" else "blocks" in words and "fp32" not in words
+    """Say whether a configuration reads by the word; of columns, whole blocks of 16 rows, and 2 bytes to write."""
+    return "words" in words if kernel == "nf4_dequantize" else "blocks" in words and not {"fp32", "any"} & {*words}
 
 
 def test_codegen_sample_names_every_kernel():

@@ -1,5 +1,7 @@
 """The kernels of lora_linear and its backward against float64: on a GPU, or on the CPU in Triton's interpreter."""
 
+import logging
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,9 +23,9 @@ from strategies import (
 from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.crossover import PATHS
-from lora_core.kernels.loads import in_wide_loads
+from lora_core.kernels.form import in_wide_loads
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
-from lora_core.kernels.low_rank import low_rank_linear
+from lora_core.kernels.low_rank import low_rank_linear, low_rank_part
 from lora_core.kernels.row_sum import launch_row_sum
 from lora_core.kernels.shrink import launch_shrink
 from lora_core.kernels.split_sum import launch_split_sum
@@ -93,6 +95,7 @@ def test_shrink_kernel_splits_its_sum_without_a_trace(m, k, r, dtypes, dropout, 
 def test_row_sum_kernel_splits_its_sums_without_a_trace(m, c, r, dtypes, dropout, splits, transposed, seed):
     d = values(m * c, dtypes[0], 1.0, seed).view(m, c).to(DEVICE)
     t = values(m * r, dtypes[1], 1.0, seed + 1).view(m, r).to(DEVICE)
+    dropout = dropout if transposed else 0.0
     product = launch_row_sum(d, t, 0.3, dropout, SEED, transposed=transposed, splits=splits).product
     assert product.is_contiguous() and product.shape == ((r, c) if transposed else (c, r))
     masked = d.double().cpu() * keep_mask(SEED.cpu(), m, c, dropout) / (1 - dropout)
@@ -172,8 +175,8 @@ def test_dropout_in_the_kernels_is_the_references_mask(m, k, p, seed, dtypes):
     x, eye = torch.ones(m, k, device=DEVICE, dtype=dtype), torch.eye(k, device=DEVICE)
     s = launch_shrink(x, eye.to(low), p, seed)
     assert torch.equal(s.cpu() != 0, keep)
-    d_a = launch_row_sum(x, torch.eye(m, device=DEVICE).to(low), 1.0, p, seed).product
-    assert torch.equal(d_a.T.cpu() != 0, keep)
+    d_a = launch_row_sum(x, torch.eye(m, device=DEVICE).to(low), 1.0, p, seed, transposed=True).product
+    assert torch.equal(d_a.cpu() != 0, keep)
     for path in PATHS:
         d_y, weight = torch.zeros(m, 3, device=DEVICE, dtype=dtype), torch.zeros(3, k, device=DEVICE, dtype=dtype)
         hidden, lora_b = torch.zeros(m, k, device=DEVICE, dtype=low), torch.zeros(3, k, device=DEVICE, dtype=low)
@@ -221,9 +224,43 @@ def test_low_rank_matmul_kernel_walks_every_tile(m, n, k, dtype):
 def test_operands_of_single_elements_are_told_from_those_of_wide_loads():
     """By the contiguous dimension, the size along it, the stride of the other and the address."""
     whole = torch.zeros(48, 64, dtype=torch.bfloat16, device=DEVICE)
-    assert all(in_wide_loads(t) for t in (whole, whole.T, whole[:5], whole[:, :48], whole[:, :0]))
+    assert all(in_wide_loads(t) for t in (whole, whole[:5], whole[:, :48], whole[:, :0])) and in_wide_loads(whole.T, 0)
     odd = (whole[:, :40], whole[:, 1:33], whole[::2, ::2], whole.T[:, :5].T[:, :5], torch.zeros(16, 24, device=DEVICE))
     assert not any(in_wide_loads(t) for t in odd)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_weight_stored_by_columns_is_loaded_16_bytes_at_once(dropout, caplog):
+    """As transformers' Conv1D has it: B, which is small, is laid out as W is."""
+    x, weight, bias, lora_a, lora_b = linear_operands(24, 48, 32, 3, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    weight = weight.T.contiguous().T
+    with caplog.at_level(logging.DEBUG, "lora_core.kernels"):
+        y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, dropout, SEED, path="fused")
+        rest = (x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
+        grads = launch_lora_linear_backward(torch.ones_like(y), None, *rest, (True,) * 5, path="fused")
+    check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, dropout, SEED, hidden, rounded="either")
+    check_backward(grads, torch.ones_like(y), None, *rest)
+    assert [m for m in caplog.messages if m.startswith("low_rank_matmul")] == ["low_rank_matmul: loads of 16 bytes"] * 2
+
+
+def test_an_a_whose_rows_lie_apart_is_loaded_as_they_lie():
+    """Part of a wider matrix, whose rows begin at no multiple of 16 elements; of all others they do."""
+    x, weight, bias, _, lora_b = linear_operands(24, 48, 32, 4, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    lora_a = torch.randn(4, 40, device=DEVICE).bfloat16()[:, :32]
+    y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None, path="fused")
+    rest = (x, weight, lora_a, lora_b, hidden, 0.5, 0.0, None)
+    grads = launch_lora_linear_backward(torch.ones_like(y), None, *rest, (True,) * 5, path="fused")
+    check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden, rounded="either")
+    check_backward(grads, torch.ones_like(y), None, *rest)
+
+
+def test_an_update_without_a_product_is_loaded_16_bytes_at_once(caplog):
+    """What a W without columns has for strides says nothing."""
+    x, _, bias, _, lora_b = linear_operands(24, 48, 32, 16, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    hidden = torch.ones(24, 16, dtype=torch.bfloat16, device=DEVICE)
+    with caplog.at_level(logging.DEBUG, "lora_core.kernels"):
+        low_rank_part(x, 48, bias, hidden, lora_b, 0.5)
+    assert "low_rank_matmul: loads of 16 bytes" in caplog.messages
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0), (2, 3, 4)], ids=str)

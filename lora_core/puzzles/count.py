@@ -8,6 +8,7 @@ import json
 import re
 import sys
 
+from lora_core.kernels.form import Form
 from lora_core.kernels.variant import Variant
 from lora_core.puzzles.load import load
 
@@ -15,16 +16,15 @@ from lora_core.puzzles.load import load
 def main(file: str, arch: str) -> None:
     """Compile the file's dequantize_kernel; print instructions a weight, global accesses, loops and spilled bytes."""
     module = load(file)
+    pointers = {"words_ptr": "*i32", "absmax_ptr": "*fp32", "levels_ptr": "*fp32", "w_ptr": "*bf16"}
     variant = Variant(
         name="yours",
-        kernel=module.dequantize_kernel,
-        signature={
-            "words_ptr": "*i32", "absmax_ptr": "*fp32", "levels_ptr": "*fp32", "w_ptr": "*bf16", "words": "i32",
-        },
+        form=Form(module.dequantize_kernel, addresses=tuple(pointers)),
+        types=pointers,
         constants={"BLOCK_SIZE": 64, "WORDS": module.WORDS},
         options={"num_warps": module.WARPS},
         weights=8 * module.WORDS,
-    )  # fmt: skip
+    )
     # the benchmarks are no part of the package
     codegen, machine_code = (importlib.import_module(f"benchmarks.{name}") for name in ("codegen", "machine_code"))
     built = codegen.build(variant, int(arch))

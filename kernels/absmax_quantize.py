@@ -22,10 +22,13 @@ from lora_core.kernels.tile import nearest_code
 from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_quantize import op
 from lora_core.ops.eager import register
+from lora_core.quant import double as reference
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # scales of a program, and its warps: 16 scales a thread, whose codes are stored at once
 SCALES = 1024
+# scales of a block at most: elements that a tile of Triton can have
+LARGEST = 2**20
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": True}
 
 
@@ -90,6 +93,9 @@ def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> t
     codes, absmax2 = absmax.new_empty(count, dtype=torch.uint8), absmax.new_empty(blocks)
     if count == 0:
         return codes, absmax2
+    if block_size > LARGEST:
+        log_launch("absmax_quantize", "blocks beyond a tile, reference", absmax)
+        return reference.quantize_absmax(absmax, offset, block_size)
     shares = tiling(block_size)
     log_launch("absmax_quantize", "kernel", absmax)
     absmax = absmax.contiguous()

@@ -240,7 +240,11 @@ GOOD = dict(
     ("change", "error", "message"),
     [
         ({"ranks": [2, 2]}, lc.ShapeError, r"ranks \[2, 2\] add up to 4; lora_a has 5 rows"),
-        ({"ranks": [6, -1]}, lc.ConfigError, "want none below 0"),
+        ({"ranks": [6, -1]}, lc.ConfigError, r"ranks are \[6, -1\]; want a list of whole numbers, none below 0"),
+        ({"ranks": None}, lc.ConfigError, "ranks are None; want a list"),
+        ({"ranks": 5}, lc.ConfigError, "ranks are 5; want a list"),
+        ({"ranks": "23"}, lc.ConfigError, "ranks are '23'; want a list"),
+        ({"ranks": [2.0, 3.0]}, lc.ConfigError, r"ranks are \[2.0, 3.0\]; want a list"),
         ({"adapter": torch.tensor([0, 1])}, lc.ShapeError, r"adapter has shape \(2,\); want \(3,\)"),
         ({"adapter": torch.tensor([0, 2, 1])}, lc.ConfigError, "adapters from 0 to 2; want -1 for none, or below 2"),
         ({"adapter": torch.tensor([0.0, 1.0, 1.0])}, lc.DtypeError, "adapter torch.int64"),
@@ -254,7 +258,21 @@ GOOD = dict(
         ({"x": torch.randn(3, 0), "lora_a": torch.randn(5, 0)}, lc.ShapeError, "has a side of 0"),
         ({"lora_b": torch.randn(0, 5)}, lc.ShapeError, "has a side of 0"),
     ],
-    ids=["ranks", "rank below 0", "rows", "no such adapter", "float ids", "scaling", "wide scaling", "base", "lora_b"]
+    ids=[
+        "ranks",
+        "rank below 0",
+        "no ranks",
+        "one number",
+        "text",
+        "float ranks",
+        "rows",
+        "no such adapter",
+        "float ids",
+        "scaling",
+        "wide scaling",
+        "base",
+        "lora_b",
+    ]
     + ["half x", "elsewhere", "trained scaling", "no K", "no N"],
 )
 def test_grouped_lora_refuses_operands_that_do_not_fit(change, error, message):

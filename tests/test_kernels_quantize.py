@@ -81,6 +81,13 @@ def test_absmax_quantize_kernel_breaks_ties_towards_even_codes():
         assert torch.equal(got, double.quantize_absmax(scales_, zero, 300)[0])
 
 
+def test_absmax_quantize_kernel_leaves_blocks_beyond_a_tile_to_the_reference():
+    scales_, zero = torch.rand(5, device=DEVICE), torch.zeros((), device=DEVICE)
+    got = launch_absmax_quantize(scales_, zero, 2**20 + 1)
+    want = double.quantize_absmax(scales_, zero, 2**20 + 1)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_absmax_kernels_take_no_scales():
     none, zero = torch.empty(0, device=DEVICE), torch.zeros((), device=DEVICE)
     codes, absmax2 = launch_absmax_quantize(none, zero, 256)

@@ -164,14 +164,20 @@ def _losses(model: Any, tokens: Any, kind: Any, learning_rate: float, steps: int
     import torch
 
     optimizer = kind(_trainable(model), lr=learning_rate)
-    found = []
-    for _ in range(steps):
-        optimizer.zero_grad()
+
+    def forward() -> Any:
         # transformers computes its loss in float32, whatever the model's dtype
         logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+
+    loss = forward()
+    found = [float(loss.detach())]
+    # what follows the last loss would not be seen
+    for _ in range(steps - 1):
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        loss = forward()
         found.append(float(loss.detach()))
     return found
 

@@ -3,6 +3,7 @@
 The mathematics stands in lora_core/reference/grouped.py.
 """
 
+import reprlib
 from collections.abc import Sequence
 
 import torch
@@ -169,8 +170,8 @@ def _check(
     base: Tensor | None,
 ) -> None:
     name = "grouped_lora"
-    if min(ranks, default=0) < 0:
-        raise ConfigError(f"{name}: ranks {list(ranks)}: want none below 0")
+    if not isinstance(ranks, Sequence) or not all(isinstance(r, int | torch.SymInt) and r >= 0 for r in ranks):
+        raise ConfigError(f"{name}: ranks are {reprlib.repr(ranks)}; want a list of whole numbers, none below 0")
     n = lora_b.shape[0] if lora_b.dim() else 0
     weight = (n, x.shape[-1] if x.dim() else 0)
     check_shapes(name, x, weight, None, lora_a, lora_b)

@@ -84,7 +84,7 @@ def _gather_expand_kernel(
     tl.store(y_ptr + row[:, None] * C + column[None, :], round_to(acc, y_ptr.dtype.element_ty), mask=ok)
 
 
-# rows of A and of the base; or ranks of B^T, in any number, and rows of the base
+# rows of A and of the base; or, scaled, ranks of B^T, in any number, and rows of the base
 _ROWS = ("C", "stride_base_m")
 _WIDE = form(_gather_expand_kernel, ("stride_base_c", "stride_pc"), (*_ROWS, "stride_pr"), addresses=True)
 _TRANSPOSED = form(_gather_expand_kernel, ("stride_base_c", "stride_pr"), _ROWS, addresses=True)
@@ -116,12 +116,10 @@ def variants() -> Iterator[Variant]:
         )
 
 
-def _form(s: Tensor, p: Tensor, base: Tensor | None) -> Form:
-    if p.shape[1] % ALIGNMENT or not begins_aligned(s, p) or not (base is None or in_wide_loads(base)):
-        return _LOOSE
-    if in_wide_loads(p):
-        return _WIDE
-    return _TRANSPOSED if p.stride(0) == 1 else _LOOSE
+def _form(s: Tensor, p: Tensor, scaled: bool, base: Tensor | None) -> Form:
+    taken = _TRANSPOSED if scaled else _WIDE
+    fits = p.stride(0) == 1 and p.shape[1] % ALIGNMENT == 0 if scaled else in_wide_loads(p)
+    return taken if fits and begins_aligned(s, p) and (base is None or in_wide_loads(base)) else _LOOSE
 
 
 def launch_gather_expand(
@@ -151,7 +149,7 @@ def launch_gather_expand(
     if y.numel():
         s = s.contiguous()
         with torch.cuda.device_of(s):
-            _form(s, p, base)[(found.tiles, triton.cdiv(columns, BLOCK_C[low]))](
+            _form(s, p, scaling is not None, base)[(found.tiles, triton.cdiv(columns, BLOCK_C[low]))](
                 s,
                 p,
                 y if base is None else base,

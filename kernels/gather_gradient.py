@@ -80,7 +80,7 @@ def _gather_gradient_kernel(
     )
 
 
-# rows of D, and of the result dA; or rows of D and, of dB^T, ranks in any number
+# rows of D, and of the result dA; or, scaled, rows of D and, of dB^T, ranks in any number
 _ROWS = ("C", "stride_dm")
 _WIDE = form(_gather_gradient_kernel, ("stride_dc", "stride_oc"), (*_ROWS, "stride_or"), addresses=True)
 _TRANSPOSED = form(_gather_gradient_kernel, ("stride_dc", "stride_or"), _ROWS, addresses=True)
@@ -104,12 +104,10 @@ def variants() -> Iterator[Variant]:
             )
 
 
-def _form(t: Tensor, d: Tensor, out: Tensor) -> Form:
-    if not in_wide_loads(d) or not begins_aligned(t, out):
-        return _LOOSE
-    if in_wide_loads(out):
-        return _WIDE
-    return _TRANSPOSED if out.stride(0) == 1 else _LOOSE
+def _form(t: Tensor, d: Tensor, scaled: bool, out: Tensor) -> Form:
+    taken = _TRANSPOSED if scaled else _WIDE
+    fits = out.stride(0) == 1 if scaled else in_wide_loads(out)
+    return taken if fits and in_wide_loads(d) and begins_aligned(t, out) else _LOOSE
 
 
 def launch_gather_gradient(
@@ -133,7 +131,7 @@ def launch_gather_gradient(
     ranks_of_program = block_r(ranks, low)
     chunks = rank_chunks(tuple(ranks), ranks_of_program, t.device)
     with torch.cuda.device_of(t):
-        _form(t, d, out)[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
+        _form(t, d, scaling is not None, out)[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
             t,
             d,
             found.starts if scaling is None else scaling,

@@ -90,7 +90,7 @@ def _gather_shrink_kernel(
     tl.store(s_ptr + place, round_to(acc, s_ptr.dtype.element_ty), mask=ok)
 
 
-# rows of x, and of A; or rows of x and ranks of B^T, in any number
+# rows of x, and of A; or, scaled, rows of x and ranks of B^T, in any number
 _WIDE = form(_gather_shrink_kernel, ("stride_xc", "stride_pc"), ("C", "stride_xm", "stride_pr"), addresses=True)
 _TRANSPOSED = form(_gather_shrink_kernel, ("stride_xc", "stride_pr"), ("C", "stride_xm"), addresses=True)
 _LOOSE = form(_gather_shrink_kernel)
@@ -122,12 +122,10 @@ def variants() -> Iterator[Variant]:
             )
 
 
-def _form(x: Tensor, p: Tensor, add: Tensor | None) -> Form:
-    if not in_wide_loads(x) or not begins_aligned(p, add):
-        return _LOOSE
-    if in_wide_loads(p):
-        return _WIDE
-    return _TRANSPOSED if p.stride(0) == 1 else _LOOSE
+def _form(x: Tensor, p: Tensor, scaled: bool, add: Tensor | None) -> Form:
+    taken = _TRANSPOSED if scaled else _WIDE
+    fits = p.stride(0) == 1 if scaled else in_wide_loads(p)
+    return taken if fits and in_wide_loads(x) and begins_aligned(p, add) else _LOOSE
 
 
 def _options(taken: Form, low: torch.dtype) -> dict[str, Any]:
@@ -155,7 +153,7 @@ def launch_gather_shrink(
     if s.numel():
         ranks_of_program = block_r(ranks, low)
         add = None if add is None else add.contiguous()
-        taken = _form(x, p, add)
+        taken = _form(x, p, scaling is not None, add)
         with torch.cuda.device_of(x):
             taken[(found.tiles, triton.cdiv(widest, ranks_of_program))](
                 x,

@@ -126,12 +126,12 @@ def variants() -> Iterator[Variant]:
             )
 
 
-def _form(x: Tensor, lora_a: Tensor) -> Form:
+def _form(x: Tensor, lora_a: Tensor, dropout: float) -> Form:
     if not in_wide_loads(x):
         return _LOOSE
     if in_wide_loads(lora_a):
         return _WIDE
-    return _TRANSPOSED if lora_a.stride(0) == 1 and begins_aligned(lora_a) else _LOOSE
+    return _TRANSPOSED if lora_a.stride(0) == 1 and begins_aligned(lora_a) and not dropout else _LOOSE
 
 
 def _options(taken: Form, low: torch.dtype, block_r: int) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def launch_shrink(
     together = splits == 1 and add is None
     s = x.new_empty((m, r) if together else (splits, m, r), dtype=low if together else torch.float32)
     factor = factor / (1 - dropout)
-    taken = _form(x, lora_a)
+    taken = _form(x, lora_a, dropout)
     if s.numel():
         with torch.cuda.device_of(x):
             taken[(triton.cdiv(m, block_m), triton.cdiv(r, block_r), splits)](

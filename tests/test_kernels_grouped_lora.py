@@ -119,10 +119,12 @@ def test_grouped_lora_backward_kernels_make_just_what_is_needed(needs):
         assert torch.equal(got, whole) if need else got.numel() == 0
 
 
-def test_grouped_lora_kernels_take_any_strides_give_the_same_bits_twice_and_change_nothing():
-    args = operands(50, 40, 70, [5, 16, 1], (torch.bfloat16,) * 2, 0)
+@pytest.mark.parametrize(("n", "k", "first"), [(40, 70, 0), (48, 64, 2)], ids=["all", "adapters"])
+def test_grouped_lora_kernels_take_any_strides_give_the_same_bits_twice_and_change_nothing(n, k, first):
+    """All operands stored by columns, or the adapters alone, where all else can be loaded 16 bytes at once."""
+    args = operands(50, n, k, [5, 16, 1], (torch.bfloat16,) * 2, 0)
     x, base, lora_a, lora_b, *rest = args
-    loose = [t.T.contiguous().T for t in (x, base, lora_a, lora_b)]
+    loose = [t if i < first else t.T.contiguous().T for i, t in enumerate((x, base, lora_a, lora_b))]
     before = [t.clone() for t in loose]
     runs = []
     for _ in range(2):

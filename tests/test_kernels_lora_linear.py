@@ -91,6 +91,16 @@ def test_shrink_kernel_splits_its_sum_without_a_trace(m, k, r, dtypes, dropout, 
     assert_within_bound(s.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (k + splits + 2) ** 0.5 * magnitude)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_shrink_kernel_takes_an_a_stored_by_columns(dropout):
+    x, _, _, lora_a, _ = linear_operands(20, 1, 64, 5, torch.float16, torch.float16, 0, DEVICE)
+    s = launch_shrink(x, lora_a.T.contiguous().T, dropout, SEED)
+    wide, a = x.double().cpu() * keep_mask(SEED.cpu(), 20, 64, dropout) / (1 - dropout), lora_a.double().cpu()
+    truth, magnitude = wide @ a.T, wide.abs() @ a.T.abs()
+    unit = torch.finfo(torch.float16).eps / 2
+    assert_within_bound(s.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * 66**0.5 * magnitude)
+
+
 @given(st.sampled_from([1, 64, 65, 200]), sizes, ranks, dtype_pairs, dropouts, st.integers(1, 4), st.booleans(), seeds)
 def test_row_sum_kernel_splits_its_sums_without_a_trace(m, c, r, dtypes, dropout, splits, transposed, seed):
     d = values(m * c, dtypes[0], 1.0, seed).view(m, c).to(DEVICE)

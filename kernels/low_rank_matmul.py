@@ -218,6 +218,11 @@ def _kind(x: Tensor, weight: Tensor, hidden: Tensor, lora_b: Tensor, y: Tensor, 
     return " ".join(filter(None, ("" if wide else "odd", "" if unit else "transposed")))
 
 
+def _laid_out(t: Tensor) -> Tensor:
+    """Return a copy with contiguous rows; contiguous() would leave the stride of a single column as it is."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def launch_low_rank_matmul(
     x: Tensor,
     weight: Tensor,
@@ -254,7 +259,7 @@ def launch_low_rank_matmul(
         return y
     hidden, unit = hidden.contiguous(), _unit(weight, lora_b)
     if unit is not None and lora_b.stride(unit) != 1:
-        lora_b = lora_b.contiguous() if unit else lora_b.T.contiguous().T
+        lora_b = _laid_out(lora_b) if unit else _laid_out(lora_b.T).T
     kind = _kind(x, weight, hidden, lora_b, y, unit)
     taken = _FORMS[kind]
     tilings, steps = _tilings(taken, x.dtype), _steps(taken, lora_b.dtype)

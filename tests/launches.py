@@ -71,17 +71,21 @@ def listed() -> frozenset[Configuration]:
 
 
 @contextmanager
-def recorded() -> Iterator[set[Configuration]]:
-    """How the launches made meanwhile would be compiled."""
+def recorded(run: bool = True) -> Iterator[set[Configuration]]:
+    """How the launches made meanwhile would be compiled.
+
+    Args:
+        run: whether they run, too.
+    """
     found: set[Configuration] = set()
-    run = InterpretedFunction.run
+    interpret = InterpretedFunction.run
 
     def recording(self: Any, *arguments: Any, grid: Any, warmup: Any, **keywords: Any) -> Any:
         found.add(compiled_as(self, arguments, keywords))
-        return run(self, *arguments, grid=grid, warmup=warmup, **keywords)
+        return interpret(self, *arguments, grid=grid, warmup=warmup or not run, **keywords)
 
     InterpretedFunction.run = recording
     try:
         yield found
     finally:
-        InterpretedFunction.run = run
+        InterpretedFunction.run = interpret

@@ -1,12 +1,97 @@
 """What a kernel's file lists is what is launched: that is what the compiler's output is looked through for."""
 
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launches import compiled_as, listed, recorded
 
 from lora_core.kernels import shrink
+from lora_core.kernels.dora_norm import launch_dora_norm, launch_nf4_dora_norm
+from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_lora_backward
+from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
+from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
+from lora_core.kernels.nf4_quantize import launch_nf4_quantize
+from lora_core.kernels.variant import DTYPE_PAIRS
 
 pytestmark = pytest.mark.interpreted
+
+
+SIZES = (1, 2, 3, 8, 15, 16, 17, 24, 32, 33, 48, 64, 65, 80, 128, 130)
+RANKS = (1, 2, 8, 16, 24, 64, 100)
+LAYOUTS = ("whole", "whole", "columns", "every other", "begun", "wider", "expanded", "rows apart")
+
+
+class Operands:
+    """Operands of any layout, drawn at random; what they hold does not matter, as nothing is run."""
+
+    def __init__(self, seed):
+        self.draw = random.Random(seed)
+
+    def begun(self, t, by=(0, 1, 4, 16)):
+        """A view into a larger buffer."""
+        skipped = self.draw.choice(by)
+        return t.new_zeros(t.numel() + skipped)[skipped:].view(t.shape)
+
+    def matrix(self, rows, columns, dtype):
+        t = torch.zeros(rows, columns, dtype=dtype)
+        layout = self.draw.choice(
+            ("whole", "whole", "columns", "every other", "begun", "wider", "expanded", "rows apart")
+        )
+        if layout == "columns":
+            return t.T.contiguous().T
+        if layout == "every other":
+            return t.repeat_interleave(2, -1)[:, ::2]
+        if layout == "begun":
+            return self.begun(t)
+        if layout == "wider":
+            return t.new_zeros(rows, columns + self.draw.choice((1, 8, 16)))[:, :columns]
+        if layout == "expanded":
+            return t[:1].expand(rows, columns)
+        return t.repeat_interleave(2, 0)[::2] if layout == "rows apart" else t
+
+    def weight(self, n, k):
+        """The parts of an NF4 weight."""
+        block_size = self.draw.choice((32, 64, 128, 4096))
+        blocks = -(-n * k // block_size)
+        codes = self.begun(torch.zeros((n * k + 1) // 2, 1, dtype=torch.uint8))
+        if self.draw.random() < 0.5:
+            return codes, torch.ones(blocks), None, None, (n, k), block_size, 256
+        scales = self.begun(torch.zeros(blocks, dtype=torch.uint8))
+        return codes, scales, torch.ones(-(-blocks // 256)), torch.zeros(3)[1], (n, k), block_size, 256
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**32))
+def test_operands_of_any_layout_are_launched_as_listed(seed):
+    """Nothing is run: what matters is how it would be compiled."""
+    o = Operands(seed)
+    (dtype, low), choose = o.draw.choice(DTYPE_PAIRS), o.draw.choice
+    (m, n, k), r, p = (choose(SIZES) for _ in range(3)), choose(RANKS), choose((0.0, 0.4))
+    x, weight, d_y = o.matrix(m, k, dtype), o.matrix(n, k, dtype), o.matrix(m, n, dtype)
+    a, b, hidden = o.matrix(r, k, low), o.matrix(n, r, low), o.matrix(m, r, low)
+    bias, d_hidden = choose((None, torch.zeros(2 * n, dtype=dtype)[1::2])), choose((None, o.matrix(m, r, low)))
+    packed, path, panels = o.weight(n, k), choose(("fused", "library")), choose((1, 2**20))
+    ranks = [choose((0, 1, 8, 17)) for _ in range(choose((1, 3)))]
+    adapter, scaling = torch.zeros(m, dtype=torch.int64), torch.ones(2 * len(ranks))[::2]
+    grouped = (o.matrix(sum(ranks), k, low), o.matrix(n, sum(ranks), low), ranks, adapter, scaling)
+    drop, needs = (0.5, p, torch.tensor([1, 2])[1:]), tuple(o.draw.random() < 0.7 for _ in range(5))
+    with recorded(run=False) as found:
+        launch_lora_linear(x, weight, bias, a, b, *drop, path=path)
+        launch_lora_linear_backward(d_y, d_hidden, x, weight, a, b, hidden, *drop, needs, path=path)
+        launch_nf4_lora_linear(x, *packed, bias, a, b, *drop, path=path, panel_bytes=panels)
+        rest = (a, b, hidden, *drop, needs[:4])
+        launch_nf4_lora_linear_backward(d_y, d_hidden, x, *packed, *rest, path=path, panel_bytes=panels)
+        launch_dora_norm(weight, a, b, 0.5)
+        launch_nf4_dora_norm(*packed, dtype, a, b, 0.5)
+        launch_nf4_dequantize(*packed[:5], dtype, packed[5])
+        launch_nf4_quantize(weight, packed[5])
+        sums = launch_grouped_lora(x, choose((None, d_y)), *grouped)[1]
+        launch_grouped_lora_backward(d_y, None, x, *grouped, sums, needs[:3])
+    assert found <= listed(), sorted(map(str, found - listed()))[:1]
 
 
 def launched():

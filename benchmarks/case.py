@@ -16,7 +16,7 @@ from typing import Any
 
 # PyTorch's product with a dense weight and its copy of one, for scale: other work than a case's, so no rivals, and no
 # floor, as fewer bytes or another library's product can take less
-YARDSTICKS = ("matmul", "copy")
+YARDSTICKS = ("matmul", "copy", "frozen base")
 # whose backward leaves out work that its forward has done and keeps: a dense weight, of which 4 bits are to be held
 AHEAD = {("nf4_lora_linear", "bwd"): ("reference", "compiled")}
 

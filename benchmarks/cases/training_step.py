@@ -1,7 +1,8 @@
 """A training step of a small Llama: forward, loss, backward, AdamW. Full fine-tuning, LoRA and QLoRA.
 
 This library's adapters, fused, beside PEFT's, and on an NF4 base beside PEFT's on bitsandbytes' layers, each from one
-start. Full fine-tuning is PyTorch's, for scale: with its AdamW, and with bitsandbytes', which keeps moments in 8 bits.
+start. "frozen base" is what no adapter can be faster than: forward, loss and backward to the embedded tokens, without
+one. Full fine-tuning is PyTorch's, for scale: with its AdamW, and with bitsandbytes', which keeps moments in 8 bits.
 bfloat16 on a GPU, float32 on a CPU. A shape's K is the hidden size, M the tokens of a step, R the rank.
 """
 
@@ -28,7 +29,7 @@ LARGEST_WHOLE, LARGEST_FOUR_BIT = 256, 512
 # the check follows plain gradient descent: AdamW's first step is the gradient's sign, where rounding decides
 CHECKED_STEPS = 3
 CHECKED_LEARNING_RATE = 0.5
-EIGHT_BIT = "bitsandbytes 8-bit AdamW"
+EIGHT_BIT, FROZEN = "bitsandbytes 8-bit AdamW", "frozen base"
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
@@ -44,13 +45,17 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         rest = (shape["R"], start, four_bit)
         builders = {"lora_core": partial(_build, llama.ours, rest), peer: partial(_build, llama.pefts, rest)}
         note = "QLoRA, double quantised" if four_bit else "LoRA"
-        works = {
+        works: dict[str, Work] = {
             name: Work(partial(build, base), tokens, needs if name == peer else ()) for name, build in builders.items()
         }
+        check = checker(base, builders, tokens, llama.written(base, *rest))
+        if not four_bit:
+            works[FROZEN] = FrozenWork(partial(_copied, base), tokens)
+            check = _also_frozen(check, base, tokens)
         yield dataclasses.replace(
             _case(shape, works, note, device),
             block_size=llama.BLOCK_SIZE if four_bit else None,
-            check=checker(base, builders, tokens, llama.written(base, *rest)),
+            check=check,
             claims=(Claim(against=peer, no_slower=True, no_larger=not four_bit),),
         )
     if whole:
@@ -82,6 +87,31 @@ class Work:
         step = self.step()
         for _ in range(STEPS_FOR_MEMORY):
             step()
+
+
+class FrozenWork(Work):
+    """A model that passes gradients on and trains nothing."""
+
+    def step(self) -> Callable[[], None]:
+        """Return one step of a model of its own."""
+        model = self.build().requires_grad_(False)
+        return lambda: _embedded_loss(model, self.tokens).backward()
+
+
+def _embedded_loss(model: Any, tokens: Any) -> Any:
+    """Return the loss of a model without trained parameters, as a function of the embedded tokens."""
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    return model(inputs_embeds=embedded, labels=tokens).loss
+
+
+def _also_frozen(check: Callable[[str], Check], base: Any, tokens: Any) -> Callable[[str], Check]:
+    def compare(name: str) -> Check:
+        if name != FROZEN:
+            return check(name)
+        got, truth = (float(_embedded_loss(m, tokens).detach()) for m in (_copied(base), _copied(base).double()))
+        return (llama.near if llama.in_float32(base) else llama.near_bf16)([got], [truth], base.config, "the loss")
+
+    return compare
 
 
 def _build(make: Callable[..., Any], rest: tuple[Any, ...], base: Any) -> Any:

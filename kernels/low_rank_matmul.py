@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wide_loads
-from lora_core.kernels.tables import no_seed
+from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
@@ -273,7 +273,7 @@ def launch_low_rank_matmul(
             x if bias is None else bias.contiguous(),
             hidden,
             lora_b,
-            seed if seed is not None and dropout else no_seed(x.device),
+            seed_or_none(seed, dropout, x.device),
             y,
             m,
             n,

@@ -25,7 +25,7 @@ from lora_core.kernels.nf4_levels import SHUFFLED
 from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
-from lora_core.kernels.tables import no_seed
+from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.packed import Packed
@@ -298,7 +298,7 @@ def launch_nf4_matmul(
                 x if bias is None else bias.contiguous(),
                 hidden,
                 lora_b,
-                seed if seed is not None and dropout else no_seed(x.device),
+                seed_or_none(seed, dropout, x.device),
                 part,
                 m,
                 n,

@@ -26,6 +26,7 @@ from torch import Tensor
 from lora_core.kernels.form import ALIGNMENT, begins_aligned, form, in_wide_loads
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, keep, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
@@ -143,7 +144,7 @@ def variants() -> Iterator[Variant]:
                 types={
                     "d_ptr": f"*{TYPES[dtype]}",
                     **dict.fromkeys(("t_ptr", "b_ptr"), f"*{TYPES[low]}"),
-                    "seed_ptr": "*i64" if "dropout" in use else f"*{TYPES[dtype]}",
+                    "seed_ptr": "*i64",
                     "product_ptr": "*fp32" if split else f"*{TYPES[low]}",
                     # where they are not asked for, the product is passed
                     "bias_ptr": "*fp32" if split or "bias" in use else f"*{TYPES[low]}",
@@ -230,7 +231,7 @@ def launch_row_sum(
                 d,
                 t,
                 t if hidden_of is None else hidden_of,
-                seed if seed is not None and dropout else d,
+                seed_or_none(seed, dropout, d.device),
                 product,
                 product if d_bias is None else d_bias,
                 product if d_hidden is None else d_hidden,

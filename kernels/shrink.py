@@ -23,6 +23,7 @@ from torch import Tensor
 from lora_core.kernels.form import Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
+from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, keep, meet, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
@@ -110,7 +111,7 @@ def variants() -> Iterator[Variant]:
                 types={
                     "x_ptr": f"*{TYPES[dtype]}",
                     "a_ptr": f"*{TYPES[low]}",
-                    "seed_ptr": "*i64" if use.endswith("dropout") else f"*{TYPES[dtype]}",
+                    "seed_ptr": "*i64",
                     "s_ptr": "*fp32" if split else f"*{TYPES[low]}",
                     "factor": "fp32",
                     "threshold": "i64",
@@ -181,7 +182,7 @@ def launch_shrink(
             taken[(triton.cdiv(m, block_m), triton.cdiv(r, block_r), splits)](
                 x,
                 lora_a,
-                seed if seed is not None and dropout else x,
+                seed_or_none(seed, dropout, x.device),
                 s,
                 m,
                 k,

@@ -29,9 +29,13 @@ def levels(name: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def no_seed(device: torch.device) -> Tensor:
-    """Return what a kernel is given for a seed without dropout: int64, one element."""
+def _no_seed(device: torch.device) -> Tensor:
     return copied(torch.zeros(1, dtype=torch.int64, device="cpu"), device)
+
+
+def seed_or_none(seed: Tensor | None, dropout: float, device: torch.device) -> Tensor:
+    """Return what a kernel is given for a seed: without dropout a constant, int64 of one element too."""
+    return seed if seed is not None and dropout else _no_seed(device)
 
 
 @functools.cache

@@ -111,7 +111,6 @@ def test_a_launch_with_other_options_is_not_listed(monkeypatch):
     monkeypatch.setitem(shrink.WARPS, 16, 2)
     (found,) = launched()
     assert found not in listed()
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
@@ -120,8 +119,9 @@ def test_a_launch_with_other_options_is_not_listed(monkeypatch):
 def test_a_form_that_does_not_fit_is_not_listed(change):
     """The arguments of a launch, one changed to what its form does not take for granted."""
     x, lora_a, s = torch.zeros(3, 32), torch.zeros(4, 32), torch.zeros(3, 4)
+    seed = torch.zeros(1, dtype=torch.int64)
     arguments = {
-        "x_ptr": x, "a_ptr": lora_a, "seed_ptr": x, "s_ptr": s, "M": 3, "K": 32, "R": 4, "stride_xm": 32,
+        "x_ptr": x, "a_ptr": lora_a, "seed_ptr": seed, "s_ptr": s, "M": 3, "K": 32, "R": 4, "stride_xm": 32,
         "stride_xk": 1, "stride_ar": 32, "stride_ak": 1, "k_per_split": 32, "factor": 1.0, "threshold": 0,
     }  # fmt: skip
     rest = {

@@ -142,7 +142,7 @@ MUTATIONS = (
     Mutation(PRODUCT, " and (unit == 1 or lora_b.stride(1) % ALIGNMENT == 0)", "", LYING_APART),
     Mutation(NF4, "reading(w, SMALL_TILE[1]) if wide else ELEMENTS", "reading(w, SMALL_TILE[1])", IN_NF4),
     Mutation(PRODUCT, "inside % rows_of_group)", "inside % GROUP)", IN_TILES),
-    Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 16:", IN_LINEAR),
+    Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 64:", IN_TOTAL),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
     Mutation(ROWS, "t = t.contiguous()", "t = t + 0", ANY_STRIDES),
     Mutation("kernels/gather_gradient.py", "t = t.contiguous()", "t = t + 0", GROUPED_STRIDES),

@@ -158,18 +158,19 @@ def test_split_sum_kernel_adds_in_order(parts, size, dtype, with_add, seed):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("r", [0, 3])
-def test_a_product_can_be_added_to_a_total(path, dropout, r):
+@pytest.mark.parametrize(("m", "n", "k"), [(9, 20, 33), (70, 32, 48)])
+def test_a_product_can_be_added_to_a_total(path, dropout, r, m, n, k):
     """As the backward of several layers adds theirs up, in place."""
-    x, weight, _, _, lora_b = linear_operands(9, 20, 33, max(r, 1), torch.float32, torch.float32, 0, DEVICE)
-    hidden, lora_b = torch.randn(9, r, device=DEVICE), lora_b[:, :r]
-    total, before = (torch.randn(9, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE) for _ in range(2))
+    x, weight, _, _, lora_b = linear_operands(m, n, k, max(r, 1), torch.float32, torch.float32, 0, DEVICE)
+    hidden, lora_b = torch.randn(m, r, device=DEVICE), lora_b[:, :r]
+    total, before = (torch.randn(m, n, generator=torch.Generator().manual_seed(1)).to(DEVICE) for _ in range(2))
     y = low_rank_linear(x, weight, None, hidden, lora_b, 0.5, dropout, SEED, path, total)
     assert y is total
     x, weight, hidden, lora_b, before = (t.double().cpu() for t in (x, weight, hidden, lora_b, before))
-    keep = keep_mask(SEED.cpu(), 9, 20, dropout).double()
+    keep = keep_mask(SEED.cpu(), m, n, dropout).double()
     truth = before + x @ weight.T + 0.5 * keep * (hidden @ lora_b.T)
     magnitude = before.abs() + x.abs() @ weight.T.abs() + 0.5 * hidden.abs() @ lora_b.T.abs()
-    assert_within_bound(y.cpu(), truth, 2 * UNIT_FP32 * (33 + r + 2) ** 0.5 * magnitude)
+    assert_within_bound(y.cpu(), truth, 2 * UNIT_FP32 * (k + r + 2) ** 0.5 * magnitude)
 
 
 # k is the rank here, and ranks are walked in steps of sixteen: more columns would take minutes in the interpreter

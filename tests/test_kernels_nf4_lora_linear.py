@@ -24,8 +24,8 @@ SEED = torch.tensor([2**40 + 77], device=DEVICE)
 paths = st.sampled_from(PATHS)
 # few tokens take one way, more another
 tokens = st.sampled_from([1, 3, 16, 17, 63, 64, 65, 100])
-# multiples of 8 are read by the word, the others element by element; a block may straddle rows
-columns = st.sampled_from([1, 7, 8, 40, 64, 67, 136, 200])
+# multiples of 16 are read by the word, the others element by element; a block may straddle rows
+columns = st.sampled_from([1, 7, 8, 48, 64, 67, 136, 144, 192])
 # about as many as a panel of columns has at least; the same
 many_columns = st.sampled_from([64, 512, 515, 520])
 

@@ -7,6 +7,7 @@ from lora_core.adapt.files import CONFIG, folder_path
 from lora_core.errors import CheckpointError
 from lora_core.inspect.adapter import HALF_A, describe_adapter
 from lora_core.inspect.files import Tensors, opened, read_json, weight_files
+from lora_core.inspect.foreign import note_foreign
 from lora_core.inspect.quantised import describe_quantised
 from lora_core.inspect.report import Plain, Report
 from lora_core.inspect.shards import check_index
@@ -47,6 +48,7 @@ def _inspect(place: Path) -> Report:
             check_index(report, place, tensors)
         used = describe_adapter(report, written, tensors) if adapter else set()
         used |= describe_quantised(report, tensors)
+        note_foreign(report, tensors)
         for name in tensors.names():
             if name not in used:
                 report.plain.append(Plain(name, tensors.shape(name), tensors.dtype(name)))

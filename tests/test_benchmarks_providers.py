@@ -1,0 +1,192 @@
+"""Providers of a case: each does the same work or is listed with its reason, and what their checks reject."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from test_benchmarks_timing import planted_case
+
+from benchmarks import llama, modes, peers, run
+from benchmarks.cases import lora_linear
+from benchmarks.modes import Work
+from benchmarks.peers import Peer
+from benchmarks.record import read
+from benchmarks.rounding import within_rounding
+from benchmarks.timing import AGAIN
+from lora_core.kernels import low_rank
+from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
+
+
+@pytest.mark.parametrize("op", ["training_step", "generation_step", "fuse"])
+def test_models_in_bfloat16_pass_their_checks_and_a_wrong_scaling_does_not(op, monkeypatch):
+    """As on a GPU; bfloat16 alone would hide a scaling 1% off."""
+    monkeypatch.setattr(llama, "dtype_of", lambda device: "bfloat16")
+    shape = {"M": 2 if op == "generation_step" else 32, "K": 64, "R": 4}
+    for case in run.cases_of(op, shape, "cpu"):
+        assert case.dtype == "bfloat16" and case.providers
+        for provider in case.providers:
+            outcome = case.check(provider.name)
+            assert outcome.passed, (case.note, case.block_size, provider.name, outcome.reason)
+    build = llama.ours
+
+    def off(base, rank, start, four_bit=False):
+        model = build(base, rank, start, four_bit)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_b" in name:
+                    parameter.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(llama, "ours", off)
+    if op != "fuse":
+        assert not next(run.cases_of(op, shape, "cpu")).check("lora_core").passed
+
+
+def test_a_backward_that_holds_the_weight_dense_is_listed_with_the_reason():
+    case = next(run.cases_of("nf4_lora_linear", {"M": 4, "N": 16, "K": 64, "R": 4}, "cpu"))
+    backward = next(c for c in run.cases_of("nf4_lora_linear", case.shape, "cpu") if c.mode == "bwd")
+    assert {"reference", "compiled"} <= backward.missing.keys()
+    assert not {"reference", "compiled"} & {p.name for p in backward.providers}
+
+
+@pytest.mark.parametrize("op", ["grouped_lora", "dora_norm"])
+def test_every_provider_of_a_case_passes_its_check(op):
+    shape = {"M": 8, "N": 16, "K": 64, "R": 4, "G": 3}
+    found = list(run.cases_of(op, shape, "cpu"))
+    assert len({(case.mode, case.block_size) for case in found}) == {"grouped_lora": 3, "dora_norm": 2}[op]
+    for case in found:
+        assert all(case.check(p.name).passed for p in case.providers), (case.mode, case.block_size)
+
+
+def test_a_missing_provider_is_listed_with_its_reason(tmp_path, monkeypatch, capsys):
+    case = dataclasses.replace(planted_case(0.0), missing={"somebody": "is not installed: pip install somebody"})
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
+    monkeypatch.setattr(run, "cases_of", lambda *_: iter([case]))
+    assert run.main(["--samples", "1", "--results", str(tmp_path)]) == 0
+    assert "not measured: somebody: is not installed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_chosen_providers_keep_this_library_and_their_claims(tmp_path):
+    case = planted_case(0.0)
+    assert [p.name for p in run._chosen(case, ["nobody"]).providers] == ["lora_core"]
+    assert [p.name for p in run._chosen(case, ["rival"]).providers] == ["lora_core", "rival"]
+
+
+def test_peers_that_cannot_run_are_given_a_reason(monkeypatch):
+    peers.why_missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert peers.why_missing("peft") is None
+    assert peers.why_missing("torchao") == "torchao is not installed: pip install torchao"
+    rivals = {
+        "torchao": Peer(("torchao",), lambda: len),
+        "peft": Peer(("peft",), lambda: max),
+        "peft on bitsandbytes": Peer(("peft", "bitsandbytes"), lambda: max),
+        "broken": Peer((), lambda: [][0]),
+    }
+    works, missing = peers.providers({"lora_core": len}, rivals)
+    assert works == {"lora_core": len, "peft": max}
+    assert list(missing) == ["torchao", "peft on bitsandbytes", "broken"]
+    assert "pip install bitsandbytes" in missing["peft on bitsandbytes"]
+    assert missing["broken"] == "cannot be built here: IndexError: list index out of range"
+    peers.why_missing.cache_clear()
+
+
+def raising_case(name, when):
+    """A case in which a provider raises while it is checked or timed."""
+    case, calls = planted_case(0.0), []
+
+    def run_out():
+        calls.append(name)
+        # the check calls nothing; the peak memory is the first run
+        if when == "timed" and len(calls) > 1 or when == "measured":
+            raise torch.OutOfMemoryError("no memory [left]")
+        return torch.ones(64)
+
+    def check(asked):
+        if asked == name and when == "checked":
+            raise RuntimeError("no such device")
+        return case.check(asked)
+
+    providers = [dataclasses.replace(p, run=run_out) if p.name == name else p for p in case.providers]
+    return dataclasses.replace(case, providers=providers, check=check)
+
+
+@pytest.mark.parametrize("when", ["checked", "measured", "timed"])
+@pytest.mark.parametrize("name", ["lora_core", "rival"])
+def test_a_provider_that_raises_is_listed_and_the_others_are_measured(name, when, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
+    monkeypatch.setattr(run, "cases_of", lambda *_: iter([raising_case(name, when)]))
+    assert run.main(["--suite", "cpu", "--samples", "2", "--results", str(tmp_path)]) == run.FAILED
+    said = " ".join(capsys.readouterr().out.split())
+    wanted = "RuntimeError: no such device" if when == "checked" else "OutOfMemoryError: no memory [left]"
+    assert f"{name} raised and was not timed: {wanted}" in said
+    rows = list(read(tmp_path / "planted.jsonl"))
+    other = {"lora_core": "rival", "rival": "lora_core"}[name]
+    assert {r.provider.removesuffix(AGAIN) for r in rows} == {other} and all(r.samples == 2 for r in rows)
+
+
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_a_layer_1_percent_off_does_not_pass_its_check(mode):
+    x, weight, bias, lora_a, lora_b, d_y = (
+        torch.randn(s, generator=torch.Generator().manual_seed(0))
+        for s in ((64, 48), (40, 48), (40,), (8, 48), (40, 8), (64, 40))
+    )
+    leaves = tuple(t.requires_grad_() for t in (x, lora_a, lora_b))
+
+    def layer(factor):
+        return lambda x, a, b: x @ weight.T + bias + factor * 2.0 * (x @ a.T) @ b.T
+
+    works = {
+        name: Work(layer(factor), leaves, modes.lora_truth, (x, weight, bias, *leaves[1:], 2.0), 48 + 8 + 64 + 40)
+        for name, factor in (("right", 1.0), ("wrong", 1.01))
+    }
+    compare = modes.check(works, mode, d_y)
+    assert compare("right").passed and not compare("wrong").passed
+
+
+def test_compiled_layers_are_compiled_for_every_shape(monkeypatch):
+    """PyTorch runs a function uncompiled after eight graphs: four shapes, with gradients and without."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: compile(layer, backend=backend, **options))
+    for m in range(2, 8):
+        before = len(graphs)
+        for case in lora_linear.cases({"M": m, "N": 8, "K": 8, "R": 2}, "cpu"):
+            assert case.check("compiled").passed
+        assert len(graphs) - before == 2, f"the shape number {m - 1}"
+
+
+def test_both_paths_of_the_forward_can_be_forced_and_are_right(monkeypatch):
+    taken = []
+    # on the library's path the kernel makes the update and the bias alone, of no columns of x
+    monkeypatch.setattr(
+        low_rank, "launch_low_rank_matmul", lambda x, *a: taken.append(x.shape[1]) or launch_low_rank_matmul(x, *a)
+    )
+    x, weight, bias, lora_a, lora_b = (torch.randn(s) for s in ((5, 20), (7, 20), (7,), (3, 20), (7, 3)))
+    runs = lora_linear.forced_paths(weight, bias)
+    assert list(runs) == ["lora_core fused", "lora_core library"]
+    wide = [t.double() for t in (x, weight, bias, lora_a, lora_b)]
+    truth, magnitude = (
+        modes.lora_truth(*(t.abs() if absolute else t for t in wide), lora_linear.SCALING, None)
+        for absolute in (False, True)
+    )
+    for run_path in runs.values():
+        assert within_rounding(run_path(x, lora_a, lora_b), truth, magnitude, 20 + 3 + 2, roundings=4).passed
+    assert taken == [20, 0]
+
+
+def test_a_compiled_layer_that_would_run_uncompiled_raises():
+    modes.compiled(torch.neg)
+    layer = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with pytest.raises(Exception, match="recompile_limit"):
+        for size in range(2, 20):
+            layer(torch.ones(size))
+    torch._dynamo.reset()

@@ -56,12 +56,14 @@ def absent(library: str) -> bool:
 
 # other libraries that the files of tests import as they are read
 PEERS = ("bitsandbytes", "peft", "transformers", "numba", "playwright")
-IMPORTED = re.compile(rf"^(?:import|from) ({'|'.join(PEERS)})\b", re.MULTILINE)
+IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 
 
 def needed(path: Path) -> set[str]:
-    """Return the other libraries without which a file cannot be read."""
-    return {*IMPORTED.findall(path.read_text(encoding="utf-8"))}
+    """Return the other libraries without which a file cannot be read, or one of the tests that it imports from."""
+    imported = {*IMPORTED.findall(path.read_text(encoding="utf-8"))}
+    beside = (path.with_name(f"{name}.py") for name in imported)
+    return (imported & {*PEERS}).union(*(needed(helper) for helper in beside if helper.exists()))
 
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))

@@ -1,4 +1,4 @@
-"""Layers that share their input: how they are found, and that each computes what it does alone."""
+"""Layers that share their input: each computes what it does alone."""
 
 import copy
 import gc
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_core as lc
-from lora_core.adapt.siblings import called_together
 from lora_core.layers.fused import Fused
 
 pytestmark = [
@@ -23,9 +22,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
 ]
 
+
 WIDTH = 64
+
+
 # just enough to share
 ROWS = 65
+
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -72,8 +76,12 @@ def with_peft(model=None, **config):
 
 
 HALF = torch.bfloat16
+
+
 # layers of this size, cut in another way or by another library, round apart by a few units of the largest result
 APART = 64 * torch.finfo(torch.float32).eps
+
+
 MAKERS = {
     "own": own,
     "own nf4": lambda: own(quantised=True),
@@ -348,119 +356,3 @@ def test_only_adapted_layers_are_grouped():
     assert [name.rpartition(".")[2] for name in group] == ["q_proj", "v_proj"]
     alone = with_peft(target_modules=["k_proj"])
     assert lc.fuse(alone).shared == []
-
-
-def reading(forward):
-    return type("Reading", (nn.Module,), {"forward": forward})()
-
-
-def separate_names(self, x, y):
-    return self.a(x) + self.b(y)
-
-
-def reassigned(self, x):
-    q = self.a(x)
-    x = self.b(x)
-    return q + self.c(x) + self.d(x)
-
-
-def branches(self, x):
-    if self.training:
-        y = self.a(x)
-        y = y + 1
-    else:
-        y = self.b(x)
-    return y
-
-
-def one_branch(self, x, flag):
-    if flag:
-        y = self.a(x) + self.b(x)
-        y = y + 1
-    else:
-        y = self.c(x)
-    return y + self.d(x)
-
-
-def in_a_loop(self, x, n):
-    for _ in range(n):
-        x = self.a(x) + self.b(x)
-    return self.c(x)
-
-
-def twice(self, x):
-    return self.a(x) + self.b(x) + self.a(x) + self.b(x)
-
-
-def conditional(self, x):
-    return self.a(x) if self.training else self.b(x)
-
-
-def with_arguments(self, x):
-    return self.a(x, 1) + self.b(x) + self.c(x=x)
-
-
-def nested(self, x):
-    return self.outer(self.a(x)) + self.inner.b(x) + self.c(x)
-
-
-def later(self, x):
-    run = lambda: self.a(x)  # noqa: E731
-    return self.b(x), run
-
-
-def swallowed(self, x):
-    y = self.a(x)
-    try:
-        x = y
-    finally:
-        pass
-    return self.b(x)
-
-
-def other_modes(self, x):
-    with torch.no_grad():
-        y = self.a(x) + self.b(x)
-        y = y + 1
-    return self.c(x) + self.d(x) - y
-
-
-def unpacked(self, x):
-    y = self.a(x)
-    x, z = y, y
-    return self.b(x) + z
-
-
-@pytest.mark.parametrize(
-    ("forward", "groups"),
-    [
-        (Attention.forward, (("q_proj", "k_proj", "v_proj"),)),
-        (separate_names, ()),
-        (reassigned, (("a", "b"), ("c", "d"))),
-        (branches, ()),
-        (one_branch, (("a", "b"),)),
-        (in_a_loop, (("a", "b"),)),
-        (twice, (("a", "b"), ("a", "b"))),
-        (conditional, ()),
-        (with_arguments, ()),
-        (nested, (("a", "c"),)),
-        (later, ()),
-        (swallowed, ()),
-        (other_modes, (("a", "b"), ("c", "d"))),
-        (unpacked, ()),
-    ],
-    ids=lambda v: getattr(v, "__name__", ""),
-)
-def test_what_is_called_together_is_read_from_the_source(forward, groups):
-    assert called_together(reading(forward)) == groups
-
-
-def test_a_forward_without_a_source_or_with_a_patch_has_no_groups():
-    namespace = {}
-    exec("def forward(self, x):\n    return self.a(x) + self.b(x)", namespace)
-    assert called_together(reading(namespace["forward"])) == ()
-    assert called_together(reading(torch.tanh)) == ()
-    patched = Attention()
-    assert called_together(patched) != ()
-    patched.forward = patched.forward
-    assert called_together(patched) == ()

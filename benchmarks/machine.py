@@ -12,6 +12,7 @@ from typing import Any
 COPY_BYTES = 256 * 2**20
 MATMUL_SIZE = 2048
 TRIES = 5
+CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).resolve().parent.parent
 # what benchmarks write: it changes while they run, and nothing that is measured
 WRITTEN = ("benchmarks/results", "benchmarks/pictures", "docs/pictures", "README.md", "docs/performance.md")
@@ -44,14 +45,16 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def processor(info: Path = CPUINFO) -> str:
+    """Return the processor's name, with family and model: a virtual machine may hide which generation it is."""
+    pairs = (line.partition(":") for line in info.read_text().splitlines()) if info.exists() else ()
+    # they are the same for every core
+    about = {name.strip(): value.strip() for name, _, value in pairs}
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in about:
+        return about["model name"]
+    return f"{about['model name']} family {about['cpu family']} model {about['model']}"
 
 
 def checkout(root: Path = ROOT) -> dict[str, Any]:

@@ -166,3 +166,27 @@ def test_a_copy_without_git_says_which_commit_it_was_copied_from(tmp_path, monke
     assert machine.checkout(tmp_path) == {"commit": "unknown", "dirty": True}
     monkeypatch.setenv("LORA_CORE_COMMIT", "83f9769")
     assert machine.checkout(tmp_path) == {"commit": "83f9769", "dirty": False}
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        (
+            "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel name\t: AMD EPYC\n",
+            "AMD EPYC family 25 model 17",
+        ),
+        ("model name\t: Neoverse-N1\nCPU part\t: 0xd0c\n", "Neoverse-N1"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(tmp_path, written, name):
+    (tmp_path / "cpuinfo").write_text(written)
+    assert machine.processor(tmp_path / "cpuinfo") == name
+
+
+@pytest.mark.parametrize("written", [None, "processor\t: 0\n"])
+def test_processor_without_a_name_there_is_what_python_calls_it(tmp_path, monkeypatch, written):
+    monkeypatch.setattr(machine.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "riscv64")
+    if written:
+        (tmp_path / "cpuinfo").write_text(written)
+    assert machine.processor(tmp_path / "cpuinfo") == "riscv64"

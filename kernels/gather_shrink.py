@@ -32,7 +32,7 @@ from lora_core.kernels.groups import (
 from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 
-LOOSE_STAGES = 3
+LOOSE_STAGES, LOOSE_WARPS = 3, 8
 
 
 def _gather_shrink_kernel(
@@ -130,7 +130,9 @@ def _form(x: Tensor, p: Tensor, scaled: bool, add: Tensor | None) -> Form:
 
 def _options(taken: Form, low: torch.dtype) -> dict[str, Any]:
     # what keeps every configuration in registers
-    return options(LOOSE_STAGES) if taken is _LOOSE and low == torch.float32 else options()
+    if taken is not _LOOSE:
+        return options()
+    return options(LOOSE_STAGES) if low == torch.float32 else options(warps=LOOSE_WARPS)
 
 
 def launch_gather_shrink(

@@ -116,9 +116,9 @@ def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS: 
     return group, row, ok, offset, (tl.load(offsets_ptr + group + 1) - offset).to(tl.int32)
 
 
-def options(stages: int = STAGES) -> dict[str, Any]:
+def options(stages: int = STAGES, warps: int = WARPS) -> dict[str, Any]:
     """Return how a gathering kernel is launched."""
-    return {"num_warps": WARPS, "num_stages": stages, "enable_fp_fusion": True}
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def types(dtype: torch.dtype, low: torch.dtype) -> dict[str, str]:

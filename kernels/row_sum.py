@@ -31,9 +31,11 @@ from lora_core.kernels.tile import dot, keep, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
-# columns of a program, rows of a step and ranks of a program, by the dtype of T and B
+# columns of a program, rows of a step and ranks of a program, by the dtype of T and B; fewer rows where addresses of
+# single elements take the registers
 BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 BLOCK_M = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
+LOOSE_M = 32
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
 # warps by ranks of a program: what keeps every configuration in registers
 WARPS, MORE_WARPS = {16: 4, 64: 8}, 8
@@ -157,11 +159,11 @@ def variants() -> Iterator[Variant]:
                     "BIAS": "bias" in use,
                     "HIDDEN": "hidden" in use,
                     "BLOCK_C": BLOCK_C[low],
-                    "BLOCK_M": BLOCK_M[low],
+                    "BLOCK_M": _rows(low, kind),
                     "BLOCK_R": block_r,
                 },
                 options=_options(dtype, low, block_r, "hidden" in use, kind),
-                tile_m=BLOCK_M[low] if low != torch.float32 else 0,
+                tile_m=_rows(low, kind) if low != torch.float32 else 0,
             )
 
 
@@ -171,10 +173,16 @@ def _kind(d: Tensor, t: Tensor, b: Tensor | None) -> str:
     return "narrow" if (t.shape[1] | (0 if b is None else b.stride(0))) % ALIGNMENT else ""
 
 
+def _rows(low: torch.dtype, kind: str) -> int:
+    """Return the rows of a step."""
+    return LOOSE_M if kind == "loose" else BLOCK_M[low]
+
+
 def _options(dtype: torch.dtype, low: torch.dtype, block_r: int, hidden: bool, kind: str) -> dict[str, Any]:
     """Return warps and stages: more of those and fewer of these where addresses of single elements take registers."""
-    narrow = kind == "narrow" and low != torch.float32 and not hidden
-    more = narrow or (kind and hidden and dtype == torch.float32)
+    half = low != torch.float32
+    narrow = half and kind == "narrow" and not hidden
+    more = narrow or (half and kind == "loose") or (kind and hidden and dtype == torch.float32)
     return {
         "num_warps": MORE_WARPS if more else WARPS[block_r],
         "num_stages": FEWER_STAGES if narrow else STAGES,
@@ -213,18 +221,19 @@ def launch_row_sum(
     # rows of T are taken to lie one behind the other
     t = t.contiguous()
     (m, c), r = d.shape, t.shape[1]
-    low = t.dtype
+    low, kind = t.dtype, _kind(d, t, hidden_of)
     block_r = next((x for x in BLOCK_R[low] if r <= x), BLOCK_R[low][-1]) if hidden_of is None else BLOCK_R[low][0]
     # without ranks there are column sums still
     grid_c, grid_r = triton.cdiv(c, BLOCK_C[low]), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(d.device, grid_c * grid_r, m, SHORTEST)
-    rows_per_split = triton.cdiv(triton.cdiv(max(m, 1), splits), BLOCK_M[low]) * BLOCK_M[low]
+    block_m = _rows(low, kind)
+    rows_per_split = triton.cdiv(triton.cdiv(max(m, 1), splits), block_m) * block_m
     splits = triton.cdiv(max(m, 1), rows_per_split)
     shape = (r, c) if transposed else (c, r)
     product = d.new_empty(shape if splits == 1 else (splits, *shape), dtype=low if splits == 1 else torch.float32)
     d_bias = d.new_empty((splits, c), dtype=torch.float32) if bias else None
     d_hidden = None if hidden_of is None else d.new_empty((grid_c, m, r), dtype=torch.float32)
-    scale, kind = factor / (1 - dropout), _kind(d, t, hidden_of)
+    scale = factor / (1 - dropout)
     if c:
         with torch.cuda.device_of(d):
             _FORMS[transposed, kind][(grid_c, grid_r, splits)](
@@ -248,7 +257,7 @@ def launch_row_sum(
                 BIAS=bias,
                 HIDDEN=hidden_of is not None,
                 BLOCK_C=BLOCK_C[low],
-                BLOCK_M=BLOCK_M[low],
+                BLOCK_M=block_m,
                 BLOCK_R=block_r,
                 **_options(d.dtype, low, block_r, hidden_of is not None, kind),
             )

@@ -8,7 +8,7 @@ import torch
 from test_benchmarks_timing import planted_case
 
 from benchmarks import llama, modes, peers, run
-from benchmarks.cases import lora_linear
+from benchmarks.cases import lora_linear, training_step
 from benchmarks.modes import Work
 from benchmarks.peers import Peer
 from benchmarks.record import read
@@ -41,6 +41,17 @@ def test_models_in_bfloat16_pass_their_checks_and_a_wrong_scaling_does_not(op, m
     monkeypatch.setattr(llama, "ours", off)
     if op != "fuse":
         assert not next(run.cases_of(op, shape, "cpu")).check("lora_core").passed
+
+
+def test_frozen_base_multiplies_what_the_base_of_a_model_with_adapters_does():
+    """Every layer forward, and backward all but those of the first block that read the embedded tokens."""
+    found = run.cases_of("training_step", {"M": 32, "K": 64, "R": 4}, "cpu")
+    step = next(p.run for case in found for p in case.providers if p.name == training_step.FROZEN)
+    with torch.profiler.profile() as profile:
+        step()
+    products = sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
+    layers = len(llama.adapted(llama.llama(64, "cpu"))) + 1
+    assert products == 2 * layers - 3
 
 
 def test_a_backward_that_holds_the_weight_dense_is_listed_with_the_reason():

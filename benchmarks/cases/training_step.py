@@ -1,9 +1,10 @@
 """A training step of a small Llama: forward, loss, backward, AdamW. Full fine-tuning, LoRA and QLoRA.
 
 This library's adapters, fused, beside PEFT's, and on an NF4 base beside PEFT's on bitsandbytes' layers, each from one
-start. "frozen base" is what no adapter can be faster than: forward, loss and backward to the embedded tokens, without
-one. Full fine-tuning is PyTorch's, for scale: with its AdamW, and with bitsandbytes', which keeps moments in 8 bits.
-bfloat16 on a GPU, float32 on a CPU. A shape's K is the hidden size, M the tokens of a step, R the rank.
+start. "frozen base" is what no adapter can be faster than by the same products: forward, loss and the gradients that
+adapters are given, without one. Full fine-tuning is PyTorch's, for scale: with its AdamW, and with bitsandbytes', which
+keeps moments in 8 bits. bfloat16 on a GPU, float32 on a CPU. A shape's K is the hidden size, M the tokens of a step, R
+the rank.
 """
 
 import copy
@@ -95,20 +96,25 @@ class FrozenWork(Work):
     def step(self) -> Callable[[], None]:
         """Return one step of a model of its own."""
         model = self.build().requires_grad_(False)
-        return lambda: _embedded_loss(model, self.tokens).backward()
+        for _, layer in llama.adapted(model):
+            layer.register_forward_hook(_as_adapted)
+        return lambda: _loss(model, self.tokens).backward()
 
 
-def _embedded_loss(model: Any, tokens: Any) -> Any:
-    """Return the loss of a model without trained parameters, as a function of the embedded tokens."""
-    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    return model(inputs_embeds=embedded, labels=tokens).loss
+def _as_adapted(layer: Any, given: Any, output: Any) -> Any:
+    """Ask for the gradient of an output as an adapter in the layer would; before the first of them there is none."""
+    return output if output.requires_grad else output.requires_grad_()
+
+
+def _loss(model: Any, tokens: Any) -> Any:
+    return model(input_ids=tokens, labels=tokens).loss
 
 
 def _also_frozen(check: Callable[[str], Check], base: Any, tokens: Any) -> Callable[[str], Check]:
     def compare(name: str) -> Check:
         if name != FROZEN:
             return check(name)
-        got, truth = (float(_embedded_loss(m, tokens).detach()) for m in (_copied(base), _copied(base).double()))
+        got, truth = (float(_loss(m, tokens).detach()) for m in (_copied(base), _copied(base).double()))
         return (llama.near if llama.in_float32(base) else llama.near_bf16)([got], [truth], base.config, "the loss")
 
     return compare
@@ -177,7 +183,7 @@ def _step(model: Any, tokens: Any, adamw: Any = None) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        _loss(model, tokens).backward()
         optimizer.step()
 
     return step

@@ -163,7 +163,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 options=_options(dtype, low, block_r, "hidden" in use, kind),
-                tile_m=_rows(low, kind) if low != torch.float32 else 0,
+                tile_m=BLOCK_C[low] if low != torch.float32 else 0,
             )
 
 

@@ -61,8 +61,12 @@ TILINGS = {
     torch.bfloat16: HALF,
 }
 # where elements are loaded one by one their addresses take the registers: fewer of them, and the fewest ranks of a step
-LOOSE = (Tiling(16, 64, 32, 4, 3), Tiling(64, 64, 32, 4, 3))
-LOOSE_TILINGS = {dtype: LOOSE if dtype != torch.float32 else tilings[:2] for dtype, tilings in TILINGS.items()}
+LOOSE_HALF = (Tiling(16, 64, 32, 4, 3), Tiling(64, 64, 32, 4, 3))
+LOOSE_TILINGS = {
+    torch.float32: (Tiling(16, 64, 32, 8, 3), Tiling(64, 64, 16, 8, 3)),
+    torch.float16: LOOSE_HALF,
+    torch.bfloat16: LOOSE_HALF,
+}
 # ranks of a step, by the dtype of S and B: a float32 product is unrolled into single multiply-adds
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 32), torch.bfloat16: (16, 32)}
 

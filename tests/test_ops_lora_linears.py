@@ -94,15 +94,38 @@ def test_lora_linears_take_any_leading_dimensions(lead):
     assert x.grad.shape == x.shape
 
 
-def test_an_output_that_is_not_used_has_a_gradient_of_zero():
+@pytest.mark.parametrize("used", [[1], [0, 2], [2]], ids=str)
+def test_a_layer_whose_output_is_not_used_has_no_gradient(used):
+    """As if it had not been called: AdamW would shrink weights whose gradient is zero."""
     x, made = inputs(), layers(grad=True)
-    leaves = [x, *(t for layer in made for t in (layer.lora_a, layer.lora_b))]
+    pairs = [(layer.lora_a, layer.lora_b) for layer in made]
+    leaves = [x, *(t for pair in pairs for t in pair)]
     ys = lora_linears(x, made)
-    d_y = torch.ones_like(ys[1])
-    got = torch.autograd.grad(ys[1], leaves, d_y, retain_graph=True)
-    want = torch.autograd.grad(ys, leaves, [torch.zeros_like(ys[0]), d_y, torch.zeros_like(ys[2])])
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert not any(t.any() for t in (*got[1:3], *got[5:])) and all(t.any() for t in (got[0], *got[3:5]))
+    d_ys = [torch.randn_like(ys[i]) for i in used]
+    got = torch.autograd.grad([ys[i] for i in used], leaves, d_ys, retain_graph=True, allow_unused=True)
+    of_layers = list(zip(got[1::2], got[2::2], strict=True))
+    assert all(t is None for i, pair in enumerate(of_layers) if i not in used for t in pair)
+    hidden = op(*_arguments(x.detach(), made))[-1].split([len(layer.lora_a) for layer in made], 1)
+    checked = [(dense(made[i], x.dtype), *pairs[i], hidden[i], made[i].scaling, 0.0, None) for i in used]
+    check_backward_of_several(got[0], [of_layers[i] for i in used], d_ys, checked, x)
+
+
+def test_losses_of_layers_together_say_how_they_can_go_backward_one_by_one():
+    made = layers(grad=True)
+    ys = lora_linears(inputs(), made)
+    ys[0].sum().backward(retain_graph=True)
+    ys[1].sum().backward()
+    with pytest.raises(RuntimeError, match=r"second time.*have one backward.*share=False"):
+        ys[2].sum().backward()
+
+
+def test_frozen_weights_may_change_before_the_backward_of_a_frozen_x():
+    made = layers(grad=True)
+    ys = lora_linears(inputs(grad=False), made)
+    for layer in made:
+        (layer.weight if isinstance(layer.weight, torch.Tensor) else layer.weight.codes).mul_(1)
+    torch.autograd.backward([y.sum() for y in ys])
+    assert all(layer.lora_a.grad is not None for layer in made)
 
 
 @pytest.mark.parametrize("need_x", [False, True])

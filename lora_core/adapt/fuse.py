@@ -23,7 +23,7 @@ from lora_core.layers.fused import (
     is_plain,
     own_forward,
 )
-from lora_core.layers.linear import LoraLinear
+from lora_core.layers.linear import LoraLinear, is_patched
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.layers.siblings import Siblings
 
@@ -53,7 +53,7 @@ class FuseReport:
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.skipped.items())])
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, share: bool = True) -> FuseReport:
     """Make a model's layers run one operation for base weight, adapter, dropout and bias, in place.
 
     Takes this library's adapters and NF4 layers, PEFT's LoRA on nn.Linear, transformers' Conv1D and bitsandbytes'
@@ -62,10 +62,12 @@ def fuse(model: nn.Module) -> FuseReport:
     are the same up to rounding; in training, dropout's masks are drawn by this library's generator.
 
     Adapted layers that their parent's forward calls with one variable, as query, key and value or gate and up, read it
-    once together: the first called computes for all of them, and each returns its own output when it is called.
+    once together: the first called computes for all of them, and each returns its own output when it is called. Their
+    backward is one, too: where losses of their outputs go backward one after the other, pass share=False.
 
     Args:
         model: any module; layers already fused are left so.
+        share: whether layers of one input read it together; what shares already goes on.
     Returns:
         What was swapped, and why each other layer was not.
     Source: Hu et al. 2021, eq. 3; Dettmers et al. 2023, eq. 5.
@@ -84,9 +86,11 @@ def fuse(model: nn.Module) -> FuseReport:
         if isinstance(found, str):
             report.skipped[name] = found
         else:
+            # a forward of its class that hooks have left behind would run instead of the fused one
+            module.__dict__.pop("forward", None)
             module.__class__ = fused_class(found, type(module))
             report.swapped.append(name)
-    for name, parent in model.named_modules():
+    for name, parent in model.named_modules() if share else ():
         if not isinstance(parent, Fused):
             report.shared.extend(_share(name, parent))
     return report
@@ -97,7 +101,8 @@ def _share(name: str, parent: nn.Module) -> Iterator[tuple[str, ...]]:
     for children in called_together(parent):
         found = {f"{name}.{child}" if name else child: getattr(parent, child, None) for child in children}
         members: dict[str, Any] = {n: m for n, m in found.items() if isinstance(m, (FusedLora, FusedPeft))}
-        if len(members) > 1 and not any(member.siblings for member in members.values()):
+        once = len({id(member) for member in members.values()}) == len(members)
+        if len(members) > 1 and once and not any(member.siblings for member in members.values()):
             siblings = Siblings(list(members.values()))
             for member in members.values():
                 member.siblings = siblings
@@ -106,6 +111,8 @@ def _share(name: str, parent: nn.Module) -> Iterator[tuple[str, ...]]:
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused layer its own forward back, in place; return model.
+
+    Layers elsewhere that read their input together with one of them are fused still, each on its own.
 
     Raises:
         AdapterError: if a layer's class was swapped once more since, naming it; the model is unchanged.
@@ -118,8 +125,9 @@ def unfuse(model: nn.Module) -> nn.Module:
                 "torch.nn.utils.parametrize.remove_parametrizations does"
             )
     for module in fused.values():
+        for member in module.siblings.members if module.siblings else ():
+            member.__dict__.pop("siblings", None)
         module.__class__ = type(module).fused_from
-        module.__dict__.pop("siblings", None)
     return model
 
 
@@ -128,7 +136,7 @@ def _mixin(module: nn.Module) -> type[Fused] | str | None:
     if isinstance(module, Fused):
         return "it is fused already"
     found = _candidate(module)
-    if isinstance(found, type) and "forward" in module.__dict__:
+    if isinstance(found, type) and is_patched(module):
         return "its forward is patched on the layer itself, as accelerate's hooks do: take the patch off first"
     return found
 
@@ -180,5 +188,8 @@ def _peft(layer: Any) -> type[Fused] | str:
         return "its base layer has hooks or a forward of its own, which one operation would pass by"
     odd = [adapter for adapter in layer.lora_A if not is_plain(layer, adapter)]
     if odd:
-        return f"adapter {odd[0]!r} has a bias, hooks or layers of its own beside A, B and dropout"
+        return (
+            f"adapter {odd[0]!r} has a bias, hooks or layers of its own beside A, B and dropout, drops everything, or "
+            "has no finite scaling"
+        )
     return why_unreadable(base) or FusedPeft if is_four_bit(base) else FusedPeft

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora_core.adapt.source import source_of
+from lora_core.layers.linear import is_patched
 
 
 def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -16,7 +17,7 @@ def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
     Counted are calls self.child(x) in one block of statements, x a plain name that is not assigned in between. Where
     the source cannot be read or a forward is patched onto the module itself, there are none.
     """
-    return () if "forward" in parent.__dict__ else _groups(type(parent).forward)
+    return () if is_patched(parent) else _groups(type(parent).forward)
 
 
 @functools.cache

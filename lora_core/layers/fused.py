@@ -8,6 +8,7 @@ What a fused forward cannot do (a merged or disabled adapter, a per-sample adapt
 layer's own forward does.
 """
 
+import math
 import sys
 from typing import Any, ClassVar
 
@@ -19,10 +20,11 @@ from lora_core.layers.dropout import fresh_seed
 from lora_core.layers.linear import runs_as_written
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.layers.siblings import Siblings, Term, version_of
-from lora_core.ops.checks import autocast_on
+from lora_core.ops.checks import autocast_dtype, autocast_on
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.ops.lora_linears import Layer
 from lora_core.ops.nf4_lora_linear import packed_lora_linear
+from lora_core.ops.packed import Packed
 from lora_core.reference.lora import lora_delta
 
 
@@ -37,6 +39,10 @@ class Fused:
     siblings: Siblings | None = None
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Fused):
+            # what was bound while the layer was fused, as hooks do, is called after unfuse
+            unfused: Tensor = type(self).forward(self, *args, **kwargs)
+            return unfused
         y = None
         if len(args) == 1 and not kwargs:
             y = None if self.siblings is None else self.siblings.output(self, args[0])
@@ -49,8 +55,8 @@ class Fused:
     def term(self: Any, x: Tensor) -> Term | None:
         """Return what the layer adds to an operation with its siblings; None where it takes no part, as it is now."""
 
-    def term_state(self: Any) -> Any:
-        """Return what the term is made of besides x and the base layer, to be compared with what it was."""
+    def term_state(self: Any, x: Tensor) -> Any:
+        """Return what the term is made of besides x, to be compared with what it was."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class has no name to be found by: copies and pickles make it anew
@@ -93,14 +99,19 @@ class FusedLora(Fused):
         if isinstance(base, NF4Linear):
             compute = base.compute_dtype or compute
             bias = None if bias is None else bias.to(compute)
-        layer = Layer(self.operand(), bias, *self.operands(x, names[0]))
-        return _term(layer, x, compute, torch.get_autocast_dtype(x.device.type) if autocast_on(x) else x.dtype)
+        scaling, dropout = self.adapters[names[0]].scaling, self.dropout_of(names[0])
+        lora_a, lora_b = self.matrices(names[0], x)
+        layer = Layer(self.operand(), bias, lora_a, lora_b, scaling, dropout)
+        return _term(layer, x, compute, autocast_dtype(x) or x.dtype)
 
-    def term_state(self: Any) -> Any:
-        pairs = [(self.lora_a[n], self.lora_b[n], self.adapters[n]) for n in self.running()]
-        return self.training, [
-            (version_of(a), version_of(b), adapter.scaling, adapter.dropout) for a, b, adapter in pairs
+    def term_state(self: Any, x: Tensor) -> Any:
+        pairs = [
+            (version_of(self.lora_a[n]), version_of(self.lora_b[n]), self.adapters[n].scaling, self.dropout_of(n))
+            for n in self.running()
         ]
+        w = self.operand()
+        base = [version_of(t) for t in (self.bias, *(w[:4] if isinstance(w, Packed) else (self.weight,)))]
+        return self.is_as_written(), base, pairs
 
 
 class FusedPeft(Fused):
@@ -136,16 +147,20 @@ class FusedPeft(Fused):
             compute, bias, lora_a, lora_b = four_bit_operands(base, x, lora_a, lora_b)
         else:
             weight = _dense_weight(base)
-            result = torch.get_autocast_dtype(x.device.type) if autocast_on(x) else result
+            result = autocast_dtype(x) or result
         if weight is None:
             return None
-        layer = Layer(weight, bias, lora_a, lora_b, scaling, *_dropout(self, names[0], x))
+        layer = Layer(weight, bias, lora_a, lora_b, scaling, _probability(self, names[0]))
         return _term(layer, x, compute, result)
 
-    def term_state(self: Any) -> Any:
-        names = [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
-        found = [(_matrices(self, name), self.lora_dropout[name]) for name in names]
-        return [(version_of(a), version_of(b), scaling, dropout.training) for (a, b, scaling), dropout in found]
+    def term_state(self: Any, x: Tensor) -> Any:
+        pairs = [(_matrices(self, name), _probability(self, name)) for name in self._fusible(x)]
+        base, state = self.base_layer, getattr(self.base_layer.weight, "quant_state", None)
+        scales = () if state is None else (state.absmax, state.offset, state.state2 and state.state2.absmax)
+        return (
+            [version_of(t) for t in (base.weight, base.bias, *scales)],
+            [(version_of(a), version_of(b), scaling, p) for (a, b, scaling), p in pairs],
+        )
 
     def _fusible(self: Any, x: Tensor) -> list[str]:
         """Return the adapters that run, if a fused operation can run them as they are now."""
@@ -156,9 +171,9 @@ class FusedPeft(Fused):
 
 def _term(layer: Layer, x: Tensor, compute: torch.dtype, result: torch.dtype) -> Term | None:
     """Return a layer's term if the common operation takes its dtypes; else the layer says itself what is wrong."""
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_on(x) else compute
-    fits = autocast_on(x) or layer.lora_a.dtype in (dtype, torch.float32)
-    fits = fits and (autocast_on(x) or not isinstance(layer.weight, Tensor) or layer.weight.dtype == compute)
+    cast = autocast_dtype(x) is not None
+    fits = cast or layer.lora_a.dtype in (compute, torch.float32)
+    fits = fits and (cast or not isinstance(layer.weight, Tensor) or layer.weight.dtype == compute)
     return Term(layer, compute, result) if fits and x.shape[-1:] == tuple(layer.weight.shape[1:]) else None
 
 
@@ -177,9 +192,13 @@ def _matrices(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
-def _dropout(layer: Any, name: str, x: Tensor) -> tuple[float, Tensor | None]:
+def _probability(layer: Any, name: str) -> float:
     dropout = layer.lora_dropout[name]
-    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _dropout(layer: Any, name: str, x: Tensor) -> tuple[float, Tensor | None]:
+    p = _probability(layer, name)
     return p, fresh_seed(x.device) if p else None
 
 
@@ -197,6 +216,8 @@ def is_plain(layer: Any, name: str, x: Tensor | None = None) -> bool:
         name not in layer.lora_variant
         # a tensor where PEFT has prepared the layer for adapters that are swapped
         and isinstance(layer.scaling[name], (int, float))
+        and math.isfinite(layer.scaling[name])
+        and getattr(pieces[2], "p", 0.0) < 1
         and not layer.lora_bias.get(name)
         and all(runs_as_written(piece, kind.forward) for piece, kind in zip(pieces, kinds, strict=True))
         and (x is None or low in (x.dtype, torch.float32) or autocast_on(x))

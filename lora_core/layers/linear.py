@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_core.errors import ConfigError
 from lora_core.layers.adapter import AdapterLayer
@@ -25,11 +26,20 @@ def runs_as_written(module: nn.Module, forward: Any) -> bool:
     kind: Any = getattr(type(module), "fused_from", type(module))
     return (
         kind.forward is forward
-        and "forward" not in module.__dict__
+        and not is_patched(module)
+        and not _has_any_global_hook()
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
+    )
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Say whether a forward lies on the module itself; its class's own, which hooks leave behind, is no patch."""
+    own: Any = module.__dict__.get("forward")
+    return own is not None and not (
+        getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
     )
 
 
@@ -102,10 +112,12 @@ class LoraLinear(AdapterLayer):
 
     def operands(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
         """Return A, B, scaling, dropout probability and mask seed for one forward."""
-        adapter = self.adapters[name]
-        dropout = adapter.dropout if self.training else 0.0
-        seed = fresh_seed(x.device) if dropout else None
-        return *self.matrices(name, x), adapter.scaling, dropout, seed
+        dropout = self.dropout_of(name)
+        return *self.matrices(name, x), self.adapters[name].scaling, dropout, fresh_seed(x.device) if dropout else None
+
+    def dropout_of(self, name: str) -> float:
+        """Return the probability with which an adapter drops elements of x as the layer is now."""
+        return self.adapters[name].dropout if self.training else 0.0
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return s (drop(x) A^T) B^T alone, in the adapter's dtype."""

@@ -3,7 +3,9 @@
 Query, key and value of an attention, gate and up of an MLP: together they read x once (ops/lora_linears.py). Each
 layer is still called and still returns its own output, so that hooks, names and the parent's code stay as they are.
 An output is handed out only for the very tensor it was computed from, where nothing that it depends on has changed: not
-the tensor, grad mode or autocast, nor the layer that asks. For any other, and for few rows, a layer computes alone.
+the tensor, grad mode or autocast, nor the layer that asks. For any other, and for few rows, a layer computes alone. So
+it does with dropout and without gradients: reentrant checkpointing may come back to each layer by itself, and has to
+meet the mask that it drew by itself.
 """
 
 import weakref
@@ -13,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.ops.checks import autocast_on
+from lora_core.layers.dropout import fresh_seed
+from lora_core.ops.checks import autocast_dtype, autocast_on
+from lora_core.ops.eager import transformed
 from lora_core.ops.lora_linears import Layer, lora_linears
 
 # putting all A on top of each other costs what reading x costs for as many rows as there are ranks: with few rows, as
@@ -25,7 +29,7 @@ class Term(NamedTuple):
     """What a layer adds to the common operation.
 
     Args:
-        layer: its operands.
+        layer: its operands, without a seed.
         compute: dtype that x is cast to.
         result: dtype of the layer's output.
     """
@@ -69,21 +73,25 @@ class Siblings:
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return what layer makes of x if it can be had for all at once, else None."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.dim():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or not x.dim():
             # what is held between two calls is no part of a graph
             return None
         if x.is_inference() or x.numel() <= FEW_ROWS * x.shape[-1]:
             # a tensor made under inference_mode keeps no count of changes in place
             return None
         members = self.members
-        if layer is members[0]:
-            outputs = self._compute(members, x)
-            states = [m.term_state() for m in members]
-            self._held = None if outputs is None else Held(weakref.ref(x), _around(x), states, outputs)
-        held, place = self._held, members.index(layer)
-        if held is None or held.x() is not x:
+        # a copy that runs for a member, as on another GPU, is none itself
+        place = next((i for i, member in enumerate(members) if member is layer), None)
+        if place is None:
             return None
-        if held.around != _around(x) or held.states[place] != layer.term_state():
+        if place == 0:
+            outputs = self._compute(members, x)
+            states = [m.term_state(x) for m in members]
+            self._held = None if outputs is None else Held(weakref.ref(x), _around(x), states, outputs)
+        held = self._held
+        if held is None:
+            return None
+        if held.x() is not x or held.around != _around(x) or held.states[place] != layer.term_state(x):
             self._held = None
             return None
         y, held.outputs[place] = held.outputs[place], None
@@ -92,13 +100,21 @@ class Siblings:
         return y
 
     def _compute(self, members: list[Any], x: Tensor) -> list[Tensor | None] | None:
+        if any(m._backward_hooks or m._backward_pre_hooks for m in members):
+            # PyTorch hands such a layer a tensor of its own
+            return None
         terms = [m.term(x) for m in members]
         found: list[Term] = [t for t in terms if t is not None]
         kinds = {(t.compute, t.result, t.layer.lora_a.dtype, m.training) for t, m in zip(found, members, strict=False)}
         if len(members) < len(self._members) or len(found) < len(members) or len(kinds) > 1:
             return None
+        layers = [t.layer for t in found]
+        if not torch.is_grad_enabled() and any(layer.dropout for layer in layers):
+            return None
+        # drawn when it is clear that they will be used, in the order in which the layers would draw them
+        layers = [layer._replace(seed=fresh_seed(x.device)) if layer.dropout else layer for layer in layers]
         compute = x if autocast_on(x) else x.to(found[0].compute)
-        ys = lora_linears(compute, [t.layer for t in found])
+        ys = lora_linears(compute, layers)
         return [y.to(found[0].result) for y in ys]
 
     # copies and pickles of a model hold copies of its layers, and no outputs; as a state, since layers refer back here
@@ -112,11 +128,13 @@ class Siblings:
 
 def _around(x: Tensor) -> tuple[Any, ...]:
     """Return what an output of x depends on besides x and its layer: changes of x in place, grad mode, autocast."""
-    autocast = torch.get_autocast_dtype(x.device.type) if autocast_on(x) else None
+    autocast = autocast_dtype(x)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     return x._version, x.requires_grad, *modes, autocast
 
 
-def version_of(t: Tensor) -> tuple[int, int]:
-    """Return what tells a tensor from any other, and from itself before a change in place, where that is counted."""
-    return id(t), 0 if t.is_inference() else t._version
+def version_of(t: Tensor | None) -> tuple[Any, ...]:
+    """Return what tells a tensor from any other, and from itself before it changed or got other memory."""
+    if t is None:
+        return ()
+    return id(t), t.data_ptr(), t.requires_grad, 0 if t.is_inference() else t._version

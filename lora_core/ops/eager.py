@@ -130,6 +130,11 @@ def listened() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
         or torch._C._get_tracing_state() is not None
     )
+
+
+def transformed() -> bool:
+    """Say whether a transform of torch.func is at work, whose tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

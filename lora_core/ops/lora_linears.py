@@ -156,32 +156,50 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, tensors, ctx.formats, _, lora_as, lora_bs, ctx.scalings, ctx.dropouts, seeds = inputs
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
-    ctx.lead, ctx.count, ctx.parts = x.shape[:-1], len(lora_as), len(tensors)
+    ctx.count, ctx.parts = len(lora_as), len(tensors)
     ctx.need_x = ctx.needs_input_grad[0]
     ctx.need_pairs = any(t.requires_grad for t in (*lora_as, *lora_bs))
     kept = x if ctx.need_pairs else None
-    ctx.save_for_backward(kept, output[-1], *tensors, *lora_as, *lora_bs, *seeds)
+    # weights enter the gradient of x alone
+    ctx.save_for_backward(kept, output[-1], *lora_as, *lora_bs, *seeds, *(tensors if ctx.need_x else ()))
 
 
 def _backward(ctx, grads):  # type: ignore[no-untyped-def]
-    x, hidden, *rest = ctx.saved_tensors
+    x, hidden, *rest = _saved(ctx)
     n = ctx.count
-    tensors, rest = rest[: ctx.parts], rest[ctx.parts :]
-    lora_as, lora_bs, seeds = rest[:n], rest[n : 2 * n], rest[2 * n :]
-    given = next((g for g in grads[:n] if g is not None), None)
-    dtype = hidden.dtype if given is None else given.dtype
-    d_ys = [
-        hidden.new_zeros(*ctx.lead, b.shape[0], dtype=dtype) if g is None else g
-        for g, b in zip(grads[:n], lora_bs, strict=True)
-    ]
-    needs = (ctx.need_x, ctx.need_pairs)
-    adapter = (lora_as, lora_bs, hidden, ctx.scalings, ctx.dropouts, seeds)
-    with outside_autocast(hidden):
-        d_x, d_lora_a, *d_lora_bs = call(backward_op, d_ys, x, tensors, ctx.formats, *adapter, *needs)
-    none = [None] * n
-    pairs = (list(d_lora_a.split([a.shape[0] for a in lora_as])), d_lora_bs) if ctx.need_pairs else (none, none)
-    frozen = ([None] * ctx.parts, None, none)
-    return d_x if ctx.need_x else None, *frozen, *pairs, None, None, none
+    lora_as, lora_bs, seeds, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+    ranks = [len(a) for a in lora_as]
+    # an output that the loss does not depend on leaves its layer without a gradient, as if it had been called alone
+    used = [i for i in range(n) if grads[i] is not None]
+    d_lora_as, d_lora_bs = [None] * n, [None] * n
+    d_x = None
+    if used:
+        weights = list(unflatten(tensors, ctx.formats)) if ctx.need_x else []
+        packed = flatten([weights[i] for i in used] if weights else [])
+        if len(used) < n:
+            hidden = torch.cat([part for i, part in enumerate(hidden.split(ranks, 1)) if i in used], 1)
+        d_ys, *adapter = ([of[i] for i in used] for of in (grads, lora_as, lora_bs, ctx.scalings, ctx.dropouts, seeds))
+        needs = (ctx.need_x, ctx.need_pairs)
+        with outside_autocast(hidden):
+            found = call(backward_op, d_ys, x, *packed, *adapter[:2], hidden, *adapter[2:], *needs)
+        d_x = found[0] if ctx.need_x else None
+        if ctx.need_pairs:
+            for i, d_a, d_b in zip(used, found[1].split([ranks[i] for i in used]), found[2:], strict=True):
+                d_lora_as[i], d_lora_bs[i] = d_a, d_b
+    return d_x, [None] * ctx.parts, None, [None] * n, d_lora_as, d_lora_bs, None, None, [None] * n
+
+
+def _saved(ctx) -> Sequence[Tensor | None]:  # type: ignore[no-untyped-def]
+    try:
+        saved: Sequence[Tensor | None] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} Layers that read one x together have one backward: make it once for the sum of their losses, "
+            "give retain_graph=True to all but the last, or let each be on its own by fuse(model, share=False)."
+        ) from None
+    return saved
 
 
 _run = differentiable(op, _save, _backward)

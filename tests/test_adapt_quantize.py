@@ -139,3 +139,17 @@ def test_skip_modules_mean_plain_names_inside_a_compiled_part():
     model.layers[0] = torch.compile(model.layers[0])
     lc.quantize_model(model, skip_modules=["layers.0.attn.q_proj"])
     assert [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] == ["layers.0._orig_mod.attn.q_proj"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compute_dtype_stays_where_the_model_is_converted(fused):
+    """model.double() converts the matrices alone; they take part in float32 then, as in half precision they do in its."""
+    config = lc.NF4Config(compute_dtype=torch.bfloat16)
+    model = lc.quantize_model(nn.Sequential(nn.Linear(64, 8)), config, skip_modules=[])
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    if fused:
+        lc.fuse(model)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    want = model(x.float())
+    y = model.double()(x.double())
+    assert y.dtype == torch.float64 and torch.equal(y, want.double())

@@ -84,9 +84,11 @@ class NF4Linear(nn.Module):
         """Return x W^T + b + s (drop(x) A^T) B^T, computed in compute_dtype, in the dtype of x."""
         compute = x if self.compute_dtype is None or autocast_on(x) else x.to(self.compute_dtype)
         bias = self.bias if self.bias is None or autocast_on(x) else self.bias.to(compute.dtype)
-        if lora_a is not None and lora_b is not None and not autocast_on(x) and lora_a.dtype in HALF_PRECISION:
-            # model.half() converts the matrices, and compute_dtype stays
-            lora_a, lora_b = lora_a.to(compute.dtype), lora_b.to(compute.dtype)
+        if lora_a is not None and lora_b is not None and not autocast_on(x):
+            # model.half() and model.double() convert the matrices, and compute_dtype stays
+            fits = lora_a.dtype in (compute.dtype, torch.float32)
+            low = lora_a.dtype if fits else compute.dtype if lora_a.dtype in HALF_PRECISION else torch.float32
+            lora_a, lora_b = lora_a.to(low), lora_b.to(low)
         y = nf4_lora_linear(compute, self.weight, bias, lora_a, lora_b, scaling, dropout, seed)
         return y if autocast_on(x) else y.to(x.dtype)
 

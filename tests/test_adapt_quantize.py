@@ -143,7 +143,7 @@ def test_skip_modules_mean_plain_names_inside_a_compiled_part():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_compute_dtype_stays_where_the_model_is_converted(fused):
-    """model.double() converts the matrices alone; they take part in float32 then, as in half precision they do in its."""
+    """model.double() converts the matrices alone; they take part in float32 then."""
     config = lc.NF4Config(compute_dtype=torch.bfloat16)
     model = lc.quantize_model(nn.Sequential(nn.Linear(64, 8)), config, skip_modules=[])
     lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))

@@ -83,6 +83,9 @@ IN_SORTING = "test_kernels_grouped_lora.py::test_grouped_lora_sorts"
 IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
 IN_LINEARS_BACKWARD = "test_kernels_lora_linears.py::test_lora_linears_backward_kernels_match"
 IN_SIBLINGS_COMPUTE = "test_ops_lora_linears.py::test_lora_linears_match_the_formula"
+IN_REENTRANT = "test_adapt_siblings_changed.py::test_layers_that_are_checkpointed"
+IN_CHANGED = "test_adapt_siblings_changed.py::test_a_change_before_a_layer"
+IN_UNUSED = "test_ops_lora_linears.py::test_a_layer_whose_output_is_not_used"
 IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
 IN_HELD = "test_layers_siblings.py::test_a_sibling_called_under_other_conditions"
 IN_PLACE = "test_ops_eager.py::test_a_result_may_be_changed_in_place"
@@ -228,7 +231,13 @@ MUTATIONS = (
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
     Mutation(SIBLINGS, "held.x() is not x", "held.x() is None", IN_SIBLINGS),
     Mutation(SIBLINGS, "return x._version, x.requires_grad", "return 0, x.requires_grad", IN_SIBLINGS),
-    Mutation(SIBLINGS, "held.states[place] != layer.term_state()", "False", IN_HELD),
+    Mutation(SIBLINGS, "held.states[place] != layer.term_state(x)", "False", IN_HELD),
+    Mutation(SIBLINGS, "not torch.is_grad_enabled() and any(", "False and any(", IN_REENTRANT),
+    Mutation(
+        SIBLINGS, "return id(t), t.data_ptr(), t.requires_grad, ", "return id(t), 0, t.requires_grad, ", IN_CHANGED
+    ),
+    Mutation("lora_core/layers/fused.py", "return self.is_as_written(), base, pairs", "return True, pairs", IN_CHANGED),
+    Mutation("lora_core/ops/lora_linears.py", "if grads[i] is not None]", "]", IN_UNUSED),
     Mutation(EAGER, "type(made)(_own(t) for t in made)", "made", IN_PLACE),
     Mutation("lora_core/adapt/bypassed.py", "return frozenset(read - called)", "return frozenset()", IN_BYPASSED),
     Mutation(CPU, "mul_(scaling).T.contiguous()", "T.contiguous()", IN_CPU),

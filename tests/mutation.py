@@ -229,7 +229,7 @@ MUTATIONS = (
     Mutation(COLUMNS, "first_tile * BLOCK_K + begin", "begin", IN_COLUMNS),
     Mutation(COLUMNS, "n = (tile // across)", "n = (tile % across)", IN_COLUMNS),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
-    Mutation(SIBLINGS, "held.x() is not x", "held.x() is None", IN_SIBLINGS),
+    Mutation(SIBLINGS, "held.x() is x and", "held.x() is not None and", IN_SIBLINGS),
     Mutation(SIBLINGS, "return x._version, x.requires_grad", "return 0, x.requires_grad", IN_SIBLINGS),
     Mutation(SIBLINGS, "held.states[place] != layer.term_state(x)", "False", IN_HELD),
     Mutation(SIBLINGS, "not torch.is_grad_enabled() and any(", "False and any(", IN_REENTRANT),

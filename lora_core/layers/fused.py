@@ -102,7 +102,7 @@ class FusedLora(Fused):
         scaling, dropout = self.adapters[names[0]].scaling, self.dropout_of(names[0])
         lora_a, lora_b = self.matrices(names[0], x)
         layer = Layer(self.operand(), bias, lora_a, lora_b, scaling, dropout)
-        return _term(layer, x, compute, autocast_dtype(x) or x.dtype)
+        return _term(layer, x, compute, autocast_dtype(x) or x.dtype, self.term_state(x))
 
     def term_state(self: Any, x: Tensor) -> Any:
         pairs = [
@@ -151,10 +151,13 @@ class FusedPeft(Fused):
         if weight is None:
             return None
         layer = Layer(weight, bias, lora_a, lora_b, scaling, _probability(self, names[0]))
-        return _term(layer, x, compute, result)
+        return _term(layer, x, compute, result, self._state(names))
 
     def term_state(self: Any, x: Tensor) -> Any:
-        pairs = [(_matrices(self, name), _probability(self, name)) for name in self._fusible(x)]
+        return self._state(self._fusible(x))
+
+    def _state(self: Any, names: list[str]) -> Any:
+        pairs = [(_matrices(self, name), _probability(self, name)) for name in names]
         base, state = self.base_layer, getattr(self.base_layer.weight, "quant_state", None)
         scales = () if state is None else (state.absmax, state.offset, state.state2 and state.state2.absmax)
         return (
@@ -169,12 +172,12 @@ class FusedPeft(Fused):
         return names if fusible else []
 
 
-def _term(layer: Layer, x: Tensor, compute: torch.dtype, result: torch.dtype) -> Term | None:
+def _term(layer: Layer, x: Tensor, compute: torch.dtype, result: torch.dtype, state: Any) -> Term | None:
     """Return a layer's term if the common operation takes its dtypes; else the layer says itself what is wrong."""
     cast = autocast_dtype(x) is not None
     fits = cast or layer.lora_a.dtype in (compute, torch.float32)
     fits = fits and (cast or not isinstance(layer.weight, Tensor) or layer.weight.dtype == compute)
-    return Term(layer, compute, result) if fits and x.shape[-1:] == tuple(layer.weight.shape[1:]) else None
+    return Term(layer, compute, result, state) if fits and x.shape[-1:] == tuple(layer.weight.shape[1:]) else None
 
 
 def _is_frozen(base: Any) -> bool:

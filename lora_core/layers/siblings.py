@@ -32,11 +32,13 @@ class Term(NamedTuple):
         layer: its operands, without a seed.
         compute: dtype that x is cast to.
         result: dtype of the layer's output.
+        state: the layer's term_state.
     """
 
     layer: Layer
     compute: torch.dtype
     result: torch.dtype
+    state: Any
 
 
 class Held(NamedTuple):
@@ -85,13 +87,13 @@ class Siblings:
         if place is None:
             return None
         if place == 0:
-            outputs = self._compute(members, x)
-            states = [m.term_state(x) for m in members]
-            self._held = None if outputs is None else Held(weakref.ref(x), _around(x), states, outputs)
+            self._held = self._compute(members, x)
         held = self._held
         if held is None:
             return None
-        if held.x() is not x or held.around != _around(x) or held.states[place] != layer.term_state(x):
+        same = held.x() is x and held.around == _around(x)
+        # what was computed just now has not changed
+        if not same or (place and held.states[place] != layer.term_state(x)):
             self._held = None
             return None
         y, held.outputs[place] = held.outputs[place], None
@@ -99,7 +101,7 @@ class Siblings:
             self._held = None
         return y
 
-    def _compute(self, members: list[Any], x: Tensor) -> list[Tensor | None] | None:
+    def _compute(self, members: list[Any], x: Tensor) -> Held | None:
         if any(m._backward_hooks or m._backward_pre_hooks for m in members):
             # PyTorch hands such a layer a tensor of its own
             return None
@@ -115,7 +117,8 @@ class Siblings:
         layers = [layer._replace(seed=fresh_seed(x.device)) if layer.dropout else layer for layer in layers]
         compute = x if autocast_on(x) else x.to(found[0].compute)
         ys = lora_linears(compute, layers)
-        return [y.to(found[0].result) for y in ys]
+        outputs: list[Tensor | None] = [y.to(found[0].result) for y in ys]
+        return Held(weakref.ref(x), _around(x), [t.state for t in found], outputs)
 
     # copies and pickles of a model hold copies of its layers, and no outputs; as a state, since layers refer back here
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_core.adapt.source import source_of
+from lora_core.layers.linear import is_patched
 
 # what is asked of a weight without multiplying by it
 ABOUT = frozenset(("device", "dim", "dtype", "is_floating_point", "is_meta", "ndim", "numel", "shape", "size"))
@@ -25,7 +26,7 @@ def bypassed(model: nn.Module, name: str) -> bool:
     if isinstance(parent, nn.MultiheadAttention):
         return True
     kind: Any = type(parent)
-    return "forward" not in parent.__dict__ and child in _read_past(kind)
+    return not is_patched(parent) and child in _read_past(kind)
 
 
 @functools.cache

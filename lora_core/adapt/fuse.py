@@ -1,5 +1,6 @@
 """fuse: run a model's adapted and 4-bit layers by the fused operations, whichever library made them."""
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -188,8 +189,17 @@ def _peft(layer: Any) -> type[Fused] | str:
         return "its base layer has hooks or a forward of its own, which one operation would pass by"
     odd = [adapter for adapter in layer.lora_A if not is_plain(layer, adapter)]
     if odd:
-        return (
-            f"adapter {odd[0]!r} has a bias, hooks or layers of its own beside A, B and dropout, drops everything, or "
-            "has no finite scaling"
-        )
+        return f"adapter {odd[0]!r} {_oddity(layer, odd[0])}"
     return why_unreadable(base) or FusedPeft if is_four_bit(base) else FusedPeft
+
+
+def _oddity(layer: Any, name: str) -> str:
+    """Return what keeps a PEFT adapter from being plain."""
+    scaling = layer.scaling[name]
+    if layer.lora_bias.get(name):
+        return "has a bias in B"
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        return f"has the scaling {scaling!r}: want a finite number"
+    if getattr(layer.lora_dropout[name], "p", 0.0) >= 1:
+        return "drops everything: want a dropout below 1"
+    return "has hooks, or layers of its own beside A, B and dropout"

@@ -41,7 +41,8 @@ myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "force"
-nb_execution_timeout = NOTEBOOK_LIMIT_S
+# of a cell: a busy machine is given what the whole notebook is
+nb_execution_timeout = round(SLACK * NOTEBOOK_LIMIT_S)
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 # a widget needs a running kernel: its cell shows its code, the next one the picture

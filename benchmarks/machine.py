@@ -12,7 +12,6 @@ from typing import Any
 COPY_BYTES = 256 * 2**20
 MATMUL_SIZE = 2048
 TRIES = 5
-CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).resolve().parent.parent
 # what benchmarks write: it changes while they run, and nothing that is measured
 WRITTEN = ("benchmarks/results", "benchmarks/pictures", "docs/pictures", "README.md", "docs/performance.md")
@@ -45,11 +44,11 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
-def processor(info: Path = CPUINFO) -> str:
+def processor(info: Path | None = None) -> str:
     """Return the processor's name, with family and model: a virtual machine may hide which generation it is."""
-    pairs = (line.partition(":") for line in info.read_text().splitlines()) if info.exists() else ()
-    # they are the same for every core
-    about = {name.strip(): value.strip() for name, _, value in pairs}
+    from lora_core.cpu.processor import CPUINFO, cpuinfo
+
+    about = cpuinfo(info or CPUINFO)
     if "model name" not in about:
         return platform.processor() or platform.machine()
     if "cpu family" not in about:

@@ -2,6 +2,7 @@
 
 import bitsandbytes as bnb
 import peft
+import pytest
 import torch
 from lora_bounds import check_backward, check_forward
 from models import randomise
@@ -11,12 +12,15 @@ import lora_core as lc
 from lora_core.ops.lora_linear import op
 from lora_core.quant import QuantizedWeight
 
+# of the files that test such models
+MARKS = [
+    pytest.mark.peer("bitsandbytes", "peft", "transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
+]
+
 WIDTH = 64
-
-
 TARGETS = ["q_proj", "up_proj"]
-
-
 NOTHING = "neither adapted nor in 4 bits: there is nothing to fuse"
 
 
@@ -46,8 +50,8 @@ def linear4bit(dense, **fields):
     return layer
 
 
-def in_four_bits(model, **fields):
-    for name in TARGETS:
+def in_four_bits(model, targets=TARGETS, **fields):
+    for name in targets:
         setattr(model, name, linear4bit(getattr(model, name), **fields))
     return model
 
@@ -69,8 +73,6 @@ def own(quantised=False, dtype=torch.float32, **config):
 
 
 HALF = torch.bfloat16
-
-
 MAKERS = {
     "own": own,
     "own nf4": lambda: own(quantised=True),

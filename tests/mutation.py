@@ -236,7 +236,7 @@ MUTATIONS = (
     Mutation(
         SIBLINGS, "return id(t), t.data_ptr(), t.requires_grad, ", "return id(t), 0, t.requires_grad, ", IN_CHANGED
     ),
-    Mutation("lora_core/layers/fused.py", "return self.is_as_written(), base, pairs", "return True, pairs", IN_CHANGED),
+    Mutation("lora_core/layers/fused.py", "return [version_of(t) for t in base], pairs", "return pairs", IN_CHANGED),
     Mutation("lora_core/ops/lora_linears.py", "if grads[i] is not None]", "]", IN_UNUSED),
     Mutation(EAGER, "type(made)(_own(t) for t in made)", "made", IN_PLACE),
     Mutation("lora_core/adapt/bypassed.py", "return frozenset(read - called)", "return frozenset()", IN_BYPASSED),

@@ -6,6 +6,7 @@ import torch
 from fusible import (
     HALF,
     MAKERS,
+    MARKS,
     NOTHING,
     TARGETS,
     WIDTH,
@@ -23,11 +24,7 @@ from torch import nn
 import lora_core as lc
 from lora_core.layers.fused import Fused
 
-pytestmark = [
-    pytest.mark.peer("bitsandbytes", "peft", "transformers"),
-    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
-    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

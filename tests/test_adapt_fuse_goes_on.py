@@ -9,6 +9,7 @@ import torch
 from fusible import (
     HALF,
     MAKERS,
+    MARKS,
     TARGETS,
     WIDTH,
     Projections,
@@ -22,11 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_core as lc
 from lora_core.layers.fused import Fused
 
-pytestmark = [
-    pytest.mark.peer("bitsandbytes", "peft", "transformers"),
-    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
-    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
-]
+pytestmark = MARKS
 
 
 def steps(model, optimiser, count):

@@ -5,17 +5,13 @@ import functools
 import bitsandbytes as bnb
 import peft
 import pytest
-from fusible import NOTHING, WIDTH, Projections, in_four_bits, linear4bit, own, with_peft
+from fusible import MARKS, NOTHING, WIDTH, Projections, in_four_bits, linear4bit, own, with_peft
 from torch import nn
 
 import lora_core as lc
 from lora_core.layers.fused import Fused
 
-pytestmark = [
-    pytest.mark.peer("bitsandbytes", "peft", "transformers"),
-    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
-    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
-]
+pytestmark = MARKS
 
 
 def skipped(model):

@@ -4,10 +4,11 @@ import copy
 import gc
 import weakref
 
-import bitsandbytes as bnb
+import fusible
 import peft
 import pytest
 import torch
+from fusible import in_four_bits
 from lora_bounds import check_forward
 from models import TINY, randomise, transformers_model
 from torch import nn
@@ -22,14 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
 ]
 
-
 WIDTH = 64
-
-
 # just enough to share
 ROWS = 65
-
-
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -45,20 +41,6 @@ class Attention(nn.Module):
         return self.o_proj(mixed + self.v_proj(x))
 
 
-def in_four_bits(model):
-    for name in TARGETS:
-        dense = getattr(model, name)
-        layer = bnb.nn.Linear4bit(
-            *dense.weight.shape[::-1], dense.bias is not None, dense.weight.dtype, quant_type="nf4"
-        )
-        layer.load_state_dict(dense.state_dict())
-        layer.requires_grad_(False).to("cpu")
-        if layer.weight.quant_state is None:
-            layer.weight = layer.weight._quantize(torch.device("cpu"))
-        setattr(model, name, layer)
-    return model
-
-
 def own(quantised=False, dtype=torch.float32, **config):
     model = Attention(dtype)
     if quantised:
@@ -69,27 +51,20 @@ def own(quantised=False, dtype=torch.float32, **config):
 
 
 def with_peft(model=None, **config):
-    config = {"target_modules": TARGETS, "r": 4, "lora_alpha": 6, **config}
-    model = peft.get_peft_model(model or Attention(), peft.LoraConfig(**config))
-    randomise(model)
-    return model
+    return fusible.with_peft(model or Attention(), **{"target_modules": TARGETS, **config})
 
 
 HALF = torch.bfloat16
-
-
 # layers of this size, cut in another way or by another library, round apart by a few units of the largest result
 APART = 64 * torch.finfo(torch.float32).eps
-
-
 MAKERS = {
     "own": own,
     "own nf4": lambda: own(quantised=True),
     "own bf16": lambda: own(dtype=HALF),
     "peft": with_peft,
     "peft bf16": lambda: with_peft(Attention(HALF)),
-    "peft 4-bit": lambda: with_peft(in_four_bits(Attention())),
-    "peft 4-bit bf16": lambda: with_peft(in_four_bits(Attention(HALF))),
+    "peft 4-bit": lambda: with_peft(in_four_bits(Attention(), TARGETS)),
+    "peft 4-bit bf16": lambda: with_peft(in_four_bits(Attention(HALF), TARGETS)),
 }
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from inspected import exit_status
 from safetensors.torch import save_file
 
 from lora_core.adapt.files import CONFIG, METADATA_KEY, WEIGHTS
-from lora_core.cli import main
 from lora_core.errors import CheckpointError
 from lora_core.inspect.path import inspect_path
 
@@ -28,12 +28,7 @@ def write(folder, a, b, config=CONFIGURATION, metadata=None):
 def problems(folder):
     """What is wrong with an adapter, by the program too: it ends with status 1, not with a traceback."""
     found = inspect_path(folder).problems
-    try:
-        main(["inspect", str(folder)])
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    assert status == (1 if found else 0)
+    assert exit_status("inspect", str(folder)) == (1 if found else 0)
     return found
 
 

@@ -1,6 +1,5 @@
 """fuse: run a model's adapted and 4-bit layers by the fused operations, whichever library made them."""
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from lora_core.layers.fused import (
     fused_class,
     is_as_written,
     is_four_bit,
-    is_plain,
+    oddity,
     own_forward,
 )
 from lora_core.layers.linear import LoraLinear, is_patched
@@ -187,19 +186,7 @@ def _peft(layer: Any) -> type[Fused] | str:
         return f"its base layer is a {type(base).__name__}: want nn.Linear, Conv1D or Linear4bit"
     if not is_as_written(base):
         return "its base layer has hooks or a forward of its own, which one operation would pass by"
-    odd = [adapter for adapter in layer.lora_A if not is_plain(layer, adapter)]
-    if odd:
-        return f"adapter {odd[0]!r} {_oddity(layer, odd[0])}"
+    for adapter in layer.lora_A:
+        if odd := oddity(layer, adapter):
+            return f"adapter {adapter!r} {odd}"
     return why_unreadable(base) or FusedPeft if is_four_bit(base) else FusedPeft
-
-
-def _oddity(layer: Any, name: str) -> str:
-    """Return what keeps a PEFT adapter from being plain."""
-    scaling = layer.scaling[name]
-    if layer.lora_bias.get(name):
-        return "has a bias in B"
-    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-        return f"has the scaling {scaling!r}: want a finite number"
-    if getattr(layer.lora_dropout[name], "p", 0.0) >= 1:
-        return "drops everything: want a dropout below 1"
-    return "has hooks, or layers of its own beside A, B and dropout"

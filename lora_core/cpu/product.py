@@ -9,11 +9,12 @@ torch.backends.mkldnn.flags(enabled=False) switches oneDNN off here as elsewhere
 
 import functools
 import platform
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lora_core.cpu.processor import cpuinfo
 
 # a call of oneDNN costs some 11 us more than one of MKL: below so many operations that is more than it saves
 LEAST_OPERATIONS = 4_000_000
@@ -34,11 +35,8 @@ def onednn_is_faster() -> bool:
 
 def maker() -> str:
     """Return who made the processor, as it calls itself; "" where that cannot be told."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-    return platform.processor().rpartition(" ")[2]
+    about = cpuinfo()
+    return about.get("vendor_id", "") if about else platform.processor().rpartition(" ")[2]
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -100,18 +100,21 @@ class FusedLora(Fused):
             compute = base.compute_dtype or compute
             bias = None if bias is None else bias.to(compute)
         scaling, dropout = self.adapters[names[0]].scaling, self.dropout_of(names[0])
-        lora_a, lora_b = self.matrices(names[0], x)
-        layer = Layer(self.operand(), bias, lora_a, lora_b, scaling, dropout)
-        return _term(layer, x, compute, autocast_dtype(x) or x.dtype, self.term_state(x))
+        (lora_a, lora_b), weight = self.matrices(names[0], x), self.operand()
+        layer = Layer(weight, bias, lora_a, lora_b, scaling, dropout)
+        return _term(layer, x, compute, autocast_dtype(x) or x.dtype, self._state(names, weight))
 
     def term_state(self: Any, x: Tensor) -> Any:
+        return self._state(self.running(), self.operand()) if self.is_as_written() else None
+
+    def _state(self: Any, names: list[str], weight: Tensor | Packed) -> Any:
         pairs = [
             (version_of(self.lora_a[n]), version_of(self.lora_b[n]), self.adapters[n].scaling, self.dropout_of(n))
-            for n in self.running()
+            for n in names
         ]
-        w = self.operand()
-        base = [version_of(t) for t in (self.bias, *(w[:4] if isinstance(w, Packed) else (self.weight,)))]
-        return self.is_as_written(), base, pairs
+        # a transpose is made anew for each call: what it is of counts
+        base = (self.bias, *(weight[:4] if isinstance(weight, Packed) else (self.weight,)))
+        return [version_of(t) for t in base], pairs
 
 
 class FusedPeft(Fused):
@@ -168,8 +171,10 @@ class FusedPeft(Fused):
     def _fusible(self: Any, x: Tensor) -> list[str]:
         """Return the adapters that run, if a fused operation can run them as they are now."""
         names = [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
-        fusible = all(is_plain(self, name, x) for name in names) and is_as_written(self.base_layer)
-        return names if fusible else []
+        lows = {self.lora_A[name].weight.dtype for name in names}
+        taken = autocast_on(x) or lows <= {x.dtype, torch.float32}
+        plain = taken and not any(oddity(self, name) for name in names)
+        return names if plain and is_as_written(self.base_layer) else []
 
 
 def _term(layer: Layer, x: Tensor, compute: torch.dtype, result: torch.dtype, state: Any) -> Term | None:
@@ -210,21 +215,23 @@ def is_four_bit(base: Any) -> bool:
     return hasattr(base, "quant_state") and hasattr(base, "compute_type_is_set")
 
 
-def is_plain(layer: Any, name: str, x: Tensor | None = None) -> bool:
-    """Say whether this PEFT adapter is B A and dropout, nothing else, in a dtype that the operation takes."""
+def oddity(layer: Any, name: str) -> str:
+    """Return what makes a PEFT adapter something else than B A and dropout; "" where it is nothing else."""
     pieces = (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
     kinds = (nn.Linear, nn.Linear, nn.Dropout if isinstance(pieces[2], nn.Dropout) else nn.Identity)
-    low = pieces[0].weight.dtype
-    return (
-        name not in layer.lora_variant
-        # a tensor where PEFT has prepared the layer for adapters that are swapped
-        and isinstance(layer.scaling[name], (int, float))
-        and math.isfinite(layer.scaling[name])
-        and getattr(pieces[2], "p", 0.0) < 1
-        and not layer.lora_bias.get(name)
-        and all(runs_as_written(piece, kind.forward) for piece, kind in zip(pieces, kinds, strict=True))
-        and (x is None or low in (x.dtype, torch.float32) or autocast_on(x))
-    )
+    scaling = layer.scaling[name]
+    if name in layer.lora_variant:
+        return "is more than LoRA"
+    if layer.lora_bias.get(name):
+        return "has a bias in B"
+    # a tensor where PEFT has prepared the layer for adapters that are swapped
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        return f"has the scaling {scaling!r}: want a finite number"
+    if getattr(pieces[2], "p", 0.0) >= 1:
+        return "drops everything: want a dropout below 1"
+    if not all(runs_as_written(piece, kind.forward) for piece, kind in zip(pieces, kinds, strict=True)):
+        return "has hooks, or layers of its own beside A, B and dropout"
+    return ""
 
 
 def own_forward(base: Any) -> Any:

@@ -70,6 +70,7 @@ WIDE_LOADS = "test_kernels_lora_linear.py::test_operands_of_single_elements"
 GROUPED_STRIDES = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_take_any_strides"
 IN_NF4 = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_match_the_formula"
 IN_NF4_BACKWARD = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backward_kernels_match"
+IN_NF4_READING = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_reads_every_element"
 IN_NF4_SPLIT = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_splits"
 IN_PANELS = "test_kernels_nf4_lora_linear.py::test_panels_of_rows_put_together"
 IN_COLUMNS = "test_kernels_nf4_lora_linear.py::test_panels_of_columns_put_together"
@@ -156,8 +157,8 @@ MUTATIONS = (
     Mutation(LINEAR, "lora_a.T, 1 / (1 - dropout), dropout", "lora_a.T, 1.0, dropout", IN_BACKWARD),
     Mutation(NF4, "    if split == 0:", "    if split >= 0:", IN_NF4_SPLIT),
     Mutation(NF4, "round_to(w, x_ptr.dtype.element_ty)", "(w * 1.01).to(x_ptr.dtype.element_ty)", IN_NF4),
-    Mutation(DECODE, "byte >> 4, byte & 15", "byte & 15, byte >> 4", IN_NF4),
-    Mutation(DECODE, "* PER_SCALE >> block_shift", "* 4 >> block_shift", IN_NF4_BACKWARD),
+    Mutation(DECODE, "byte >> 4, byte & 15", "byte & 15, byte >> 4", IN_NF4_READING),
+    Mutation(DECODE, "* PER_SCALE >> block_shift", "* 4 >> block_shift", IN_NF4_READING),
     Mutation(PANELS, "absmax=w.absmax.reshape(-1)[block:last]", "absmax=w.absmax[: last - block]", IN_PANELS),
     Mutation(PACKED, "up = (d_s, lora_a.T, 1 / (1 - dropout)", "up = (d_s, lora_a.T, 1 + dropout", IN_NF4_BACKWARD),
     Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),

@@ -76,6 +76,21 @@ def test_nf4_matmul_kernel_splits_its_sum_without_a_trace(m, n, k, splits, trans
     check_forward(y, *both, None, *nothing, 0.0, rounded="either")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("k", "block"), [(67, 32), (48, 64), (144, 32), (144, 64), (192, 64), (192, 128)])
+def test_nf4_matmul_kernel_reads_every_element_as_the_reference_does(k, block, nested, transposed):
+    """Where it is read by the element, by the word and by 64 columns, to the bit; each block's scale is its own."""
+    n = 48
+    weight = torch.randn(-(-n * k // block), block) * torch.logspace(-2, 2, -(-n * k // block))[:, None]
+    w, dense = quantised(weight.flatten()[: n * k].view(n, k).to(DEVICE), block, nested)
+    ones = torch.eye(n if transposed else k, device=DEVICE)
+    none = ones.new_zeros(1, k).T if transposed else ones.new_zeros(n, 1)
+    parts = ones.split(MOST_TOKENS)
+    found = [launch_nf4_matmul(x, *w, None, x[:, :1] * 0, none, 1.0, transposed=transposed) for x in parts]
+    assert torch.equal(torch.cat(found), dense if transposed else dense.T)
+
+
 @given(st.integers(1, 300), columns, block_sizes, st.booleans(), st.integers(1, 20_000))
 def test_panels_of_rows_put_together_are_the_weight(n, k, block, nested, panel_bytes):
     """Every row once, in order, to the bit, no panel larger than it need be."""

@@ -20,9 +20,9 @@ SAMPLE = {
     "absmax_dequantize": ("blocks of 256",),
     "absmax_quantize": ("blocks of 256",),
     "dora_norm": ("bf16 bf16 rank 16 dense", "bf16 bf16 rank 64 words nested"),
-    "gather_expand": ("bf16 bf16 of 64 scaled base transposed", "fp16 fp32 of 8 loose"),
+    "gather_expand": ("bf16 bf16 scaled base transposed", "fp16 fp32 loose"),
     "gather_gradient": ("bf16 bf16 rank 64 scaled transposed", "fp16 fp32 rank 16 loose"),
-    "gather_shrink": ("bf16 bf16 rank 16 of 8 scaled added transposed", "bf16 bf16 rank 64 of 8 loose"),
+    "gather_shrink": ("bf16 bf16 rank 16 scaled added transposed", "bf16 bf16 rank 64 loose"),
     "low_rank_matmul": (
         "bf16 bf16 128x128x64 rank 16",
         "fp16 fp16 64x64x64 rank 32 transposed",

@@ -1,6 +1,6 @@
 """Triton kernel for lora_core::absmax_dequantize: the scales of a 4-bit weight from their 8-bit codes.
 
-    absmax[i] = level8[code[i]] * absmax2[i // BLOCK_SIZE] + offset
+    absmax[i] = level8[code[i]] * absmax2[i // block size] + offset
 
 Product and sum are rounded separately, as the reference's are: no multiply-add may be fused. The dequantisation of a
 weight does this by itself (kernels/nf4_dequantize.py); this is for scales alone.
@@ -35,13 +35,15 @@ def _absmax_dequantize_kernel(
     levels8_ptr,
     absmax_ptr,
     count: tl.int64,
-    BLOCK_SIZE: tl.constexpr,
+    block_size: tl.int64,
+    KNOWN_BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * SCALES + tl.arange(0, SCALES)
     ok = place < count
     level8 = tl.load(levels8_ptr + tl.load(codes_ptr + place, mask=ok, other=0).to(tl.int32))
-    absmax2 = tl.load(absmax2_ptr + place // BLOCK_SIZE, mask=ok, other=0.0)
+    block = place // KNOWN_BLOCK if KNOWN_BLOCK else place // block_size
+    absmax2 = tl.load(absmax2_ptr + block, mask=ok, other=0.0)
     tl.store(absmax_ptr + place, level8 * absmax2 + tl.load(offset_ptr), mask=ok)
 
 
@@ -50,17 +52,18 @@ _ODD = form(_absmax_dequantize_kernel)
 
 
 def variants() -> Iterator[Variant]:
-    """The configurations for blocks of 256, the format's own."""
-    for kind, taken in (("", _WIDE), (" odd", _ODD)):
+    """Every configuration the launch can choose."""
+    kinds = (("blocks of 256", _WIDE, True), ("blocks of 256 odd", _ODD, True), ("any blocks", _ODD, False))
+    for name, taken, known in kinds:
         yield Variant(
-            name=f"blocks of 256{kind}",
+            name=name,
             form=taken,
             types={
                 "codes_ptr": "*u8",
                 **dict.fromkeys(("absmax2_ptr", "offset_ptr", "levels8_ptr", "absmax_ptr"), "*fp32"),
-                "count": "i64",
+                **dict.fromkeys(("count", "block_size"), "i64"),
             },
-            constants={"BLOCK_SIZE": NESTED_BLOCK_SIZE, "SCALES": SCALES},
+            constants={"KNOWN_BLOCK": NESTED_BLOCK_SIZE * known, "SCALES": SCALES},
             options=OPTIONS,
             weights=SCALES,
         )
@@ -72,9 +75,10 @@ def launch_absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, blo
     absmax = absmax2.new_empty(count)
     if count == 0:
         return absmax
-    log_launch("absmax_dequantize", "kernel", codes, absmax2)
+    known = block_size == NESTED_BLOCK_SIZE
+    log_launch("absmax_dequantize", "blocks of 256" if known else "any blocks", codes, absmax2)
     codes, absmax2 = codes.contiguous(), absmax2.contiguous()
-    taken = _ODD if count % ALIGNMENT or not begins_aligned(codes, absmax2) else _WIDE
+    taken = _WIDE if known and count % ALIGNMENT == 0 and begins_aligned(codes, absmax2) else _ODD
     with torch.cuda.device_of(codes):
         taken[(triton.cdiv(count, SCALES),)](
             codes,
@@ -83,7 +87,8 @@ def launch_absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, blo
             levels("dynamic", codes.device),
             absmax,
             count,
-            BLOCK_SIZE=block_size,
+            block_size,
+            KNOWN_BLOCK=NESTED_BLOCK_SIZE * known,
             SCALES=SCALES,
             **OPTIONS,
         )

@@ -3,7 +3,8 @@
     v[i] = absmax[i] - offset        absmax2[j] = max |v[i]| of block j
     code[i] = the level nearest to v[i] / absmax2[j], a tie going to the even code
 
-A program owns whole blocks of scales. Reads 4 bytes a scale and writes one.
+A program owns whole blocks of 256 scales, the format's; other blocks take the reference. Reads 4 bytes a scale and
+writes one.
 
 Reference: quant/double.py
 """
@@ -27,8 +28,7 @@ from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # scales of a program, and its warps: 16 scales a thread, whose codes are stored at once
 SCALES = 1024
-# scales of a block at most: elements that a tile of Triton can have
-LARGEST = 2**20
+BLOCKS = SCALES // NESTED_BLOCK_SIZE
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": True}
 
 
@@ -39,24 +39,22 @@ def _absmax_quantize_kernel(
     codes_ptr,
     absmax2_ptr,
     count: tl.int64,
-    BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = tl.arange(0, WIDTH)[None, :]
-    place = block[:, None] * BLOCK_SIZE + inside
-    ok = (inside < BLOCK_SIZE) & (place < count)
+    place = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    ok = place < count
     offset = tl.load(offset_ptr)
     v = tl.where(ok, tl.load(absmax_ptr + place, mask=ok, other=0.0) - offset, 0.0)
     absmax2 = tl.max(tl.abs(v), axis=1)
     tl.store(absmax2_ptr + block, absmax2, mask=block * BLOCK_SIZE < count)
     # a block of equal scales gets the code of zero
     divisor = tl.where(absmax2 == 0.0, 1.0, absmax2)
-    quotient = tl.div_rn(v, tl.broadcast_to(divisor[:, None], (BLOCKS, WIDTH)))
+    quotient = tl.div_rn(v, tl.broadcast_to(divisor[:, None], (BLOCKS, BLOCK_SIZE)))
     tree = tl.load(tree_ptr + tl.arange(0, 256))
-    code = nearest_code(tl.reshape(quotient, (BLOCKS * WIDTH,)), tree, 256, 8).to(tl.uint8)
-    tl.store(codes_ptr + place, tl.reshape(code, (BLOCKS, WIDTH)), mask=ok)
+    code = nearest_code(tl.reshape(quotient, (BLOCKS * BLOCK_SIZE,)), tree, 256, 8).to(tl.uint8)
+    tl.store(codes_ptr + place, tl.reshape(code, (BLOCKS, BLOCK_SIZE)), mask=ok)
 
 
 _WIDE = form(_absmax_quantize_kernel, aligned=("count",), addresses=True)
@@ -64,7 +62,7 @@ _ODD = form(_absmax_quantize_kernel)
 
 
 def variants() -> Iterator[Variant]:
-    """The configurations for blocks of 256, the format's own."""
+    """Every configuration the launch can choose."""
     for kind, taken in (("", _WIDE), (" odd", _ODD)):
         yield Variant(
             name=f"blocks of 256{kind}",
@@ -74,16 +72,10 @@ def variants() -> Iterator[Variant]:
                 "codes_ptr": "*u8",
                 "count": "i64",
             },
-            constants=tiling(NESTED_BLOCK_SIZE),
+            constants={"BLOCKS": BLOCKS, "BLOCK_SIZE": NESTED_BLOCK_SIZE},
             options=OPTIONS,
             weights=SCALES,
         )
-
-
-def tiling(block_size: int) -> dict[str, int]:
-    """Return how blocks of that size are shared out."""
-    width = triton.next_power_of_2(block_size)
-    return {"BLOCK_SIZE": block_size, "BLOCKS": max(SCALES // width, 1), "WIDTH": width}
 
 
 def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -93,22 +85,22 @@ def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> t
     codes, absmax2 = absmax.new_empty(count, dtype=torch.uint8), absmax.new_empty(blocks)
     if count == 0:
         return codes, absmax2
-    if block_size > LARGEST:
-        log_launch("absmax_quantize", "blocks beyond a tile, reference", absmax)
+    if block_size != NESTED_BLOCK_SIZE:
+        log_launch("absmax_quantize", "blocks of other than 256, reference", absmax)
         return reference.quantize_absmax(absmax, offset, block_size)
-    shares = tiling(block_size)
     log_launch("absmax_quantize", "kernel", absmax)
     absmax = absmax.contiguous()
     taken = _ODD if count % ALIGNMENT or not begins_aligned(absmax) else _WIDE
     with torch.cuda.device_of(absmax):
-        taken[(triton.cdiv(blocks, shares["BLOCKS"]),)](
+        taken[(triton.cdiv(blocks, BLOCKS),)](
             absmax,
             offset,
             thresholds("dynamic", absmax.device),
             codes,
             absmax2,
             count,
-            **shares,
+            BLOCKS=BLOCKS,
+            BLOCK_SIZE=NESTED_BLOCK_SIZE,
             **OPTIONS,
         )
     return codes, absmax2

@@ -22,15 +22,15 @@ from torch import Tensor
 from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import begins_aligned, form, in_wide_loads
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, as_read, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
+from lora_core.kernels.reach import left_to_reference
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.dora_norm import nf4_op, op
 from lora_core.ops.eager import register
 from lora_core.ops.packed import Packed
-from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.reference import dora as reference
 
 # rows and columns of W in a step, by A's dtype: a float32 product is unrolled into single multiply-adds
@@ -69,7 +69,6 @@ def _dora_norm_kernel(
     k_per_split,
     scaling,
     block_shift,
-    NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     PER_SCALE: tl.constexpr,
     SHUFFLED: tl.constexpr,
@@ -105,7 +104,6 @@ def _dora_norm_kernel(
                 N,
                 K,
                 block_shift,
-                NESTED_BLOCK,
                 NESTED,
                 PER_SCALE,
                 SHUFFLED,
@@ -146,7 +144,7 @@ _FORMS = {"dense": _WIDE, "dense loose": _LOOSE, "blocks": _WIDE, "words": _WIDE
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, for second-level blocks of 256."""
+    """Every configuration the launch can choose."""
     kinds = (("dense", False), ("dense loose", False), *itertools.product(("blocks", "words", ELEMENTS), (False, True)))
     for (dtype, low), (kind, nested) in itertools.product(DTYPE_PAIRS, kinds):
         for block_r in BLOCK_R[low]:
@@ -164,7 +162,6 @@ def variants() -> Iterator[Variant]:
                     "scaling": "fp32",
                 },
                 constants={
-                    "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                     "NESTED": nested,
                     "PER_SCALE": PER_SCALE[kind],
                     "SHUFFLED": True,
@@ -219,7 +216,6 @@ def _norms(
                 k_per_split,
                 float(scaling),
                 0 if w is None else w.block_size.bit_length() - 1,
-                NESTED_BLOCK=NESTED_BLOCK_SIZE if w is None else w.nested_block_size,
                 NESTED=w is not None and w.nested_absmax is not None,
                 PER_SCALE=PER_SCALE[kind],
                 SHUFFLED=SHUFFLED,
@@ -240,8 +236,7 @@ def launch_dora_norm(
     Args:
         splits: parts of the sum over columns; by default as many as fill the device.
     """
-    if lora_a.dtype == torch.float64:
-        log_launch("dora_norm", "float64, reference")
+    if left_to_reference("dora_norm", lora_a, lora_b, weight):
         return reference.dora_norm(weight, lora_a, lora_b, scaling)
     return _norms(weight, None, lora_a, lora_b, scaling, splits)
 
@@ -265,9 +260,8 @@ def launch_nf4_dora_norm(
     Args:
         splits: parts of the sum over columns; by default as many as fill the device.
     """
-    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    if lora_a.dtype == torch.float64:
-        log_launch("nf4_dora_norm", "float64, reference")
+    w = as_read(Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size))
+    if left_to_reference("nf4_dora_norm", lora_a, lora_b):
         return reference.dora_norm(w.dense(dtype), lora_a, lora_b, scaling)
     return _norms(codes.new_empty(0, dtype=dtype), w, lora_a, lora_b, scaling, splits)
 

@@ -19,7 +19,6 @@ from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wid
 from lora_core.kernels.groups import (
     BLOCK_C,
     BLOCK_M,
-    SEARCHED,
     Groups,
     options,
     rank_offsets,
@@ -52,15 +51,12 @@ def _gather_expand_kernel(
     stride_base_c,
     SCALED: tl.constexpr,
     BASE: tl.constexpr,
-    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """y [M, C] = base + factor S P for rows of S [M, R] and each group's rows of P [., C]."""
-    group, row, row_ok, offset, ranks = tile_of_group(
-        order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS, BLOCK_M
-    )
+    group, row, row_ok, offset, ranks = tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -93,20 +89,19 @@ _FORMS = {"": _WIDE, "transposed": _TRANSPOSED, "loose": _LOOSE}
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose but for the number of adapters."""
+    """Every configuration the launch can choose."""
     uses = ("", "scaled", "scaled base")
-    for (dtype, low), searched, use, (kind, taken) in itertools.product(DTYPE_PAIRS, SEARCHED, uses, _FORMS.items()):
+    for (dtype, low), use, (kind, taken) in itertools.product(DTYPE_PAIRS, uses, _FORMS.items()):
         scaled = "scaled" in use
         if (kind == "transposed") != scaled and kind != "loose":
             continue
         yield Variant(
-            name=" ".join(filter(None, (f"{TYPES[dtype]} {TYPES[low]} of {searched}", use, kind))),
+            name=" ".join(filter(None, (f"{TYPES[dtype]} {TYPES[low]}", use, kind))),
             form=taken,
             types={**types(dtype, low), "scaling_ptr": "*fp32" if scaled else "*i64"},
             constants={
                 "SCALED": scaled,
                 "BASE": "base" in use,
-                "GROUPS": searched,
                 "BLOCK_M": BLOCK_M,
                 "BLOCK_C": BLOCK_C[low],
                 "BLOCK_R": BLOCK_R,
@@ -164,7 +159,6 @@ def launch_gather_expand(
                 *((0, 1) if base is None else base.stride()),
                 SCALED=scaling is not None,
                 BASE=base is not None,
-                GROUPS=triton.next_power_of_2(count + 1),
                 BLOCK_M=BLOCK_M,
                 BLOCK_C=BLOCK_C[low],
                 BLOCK_R=BLOCK_R,

@@ -21,7 +21,6 @@ from lora_core.kernels.groups import (
     BLOCK_C,
     BLOCK_M,
     BLOCK_R,
-    SEARCHED,
     Groups,
     block_r,
     options,
@@ -32,7 +31,11 @@ from lora_core.kernels.groups import (
 from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 
-LOOSE_STAGES, LOOSE_WARPS = 3, 8
+# what keeps every configuration in registers: warps of many ranks, and of elements that are loaded one by one; of
+# those, columns of a step and steps whose loads are in flight
+MORE_WARPS = 8
+LOOSE_C = 64
+LOOSE_STAGES = 3
 
 
 def _gather_shrink_kernel(
@@ -54,15 +57,12 @@ def _gather_shrink_kernel(
     stride_pc,
     SCALED: tl.constexpr,
     ADD: tl.constexpr,
-    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """S [M, R] = factor x P^T + add for rows of x [M, C] and each group's rows of P [., C]."""
-    group, row, row_ok, offset, ranks = tile_of_group(
-        order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS, BLOCK_M
-    )
+    group, row, row_ok, offset, ranks = tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M)
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_ok = rank < ranks
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -98,26 +98,25 @@ _FORMS = {"": _WIDE, "transposed": _TRANSPOSED, "loose": _LOOSE}
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose but for the number of adapters."""
+    """Every configuration the launch can choose."""
     uses = ("", "scaled", "scaled added")
-    for (dtype, low), searched, use, (kind, taken) in itertools.product(DTYPE_PAIRS, SEARCHED, uses, _FORMS.items()):
+    for (dtype, low), use, (kind, taken) in itertools.product(DTYPE_PAIRS, uses, _FORMS.items()):
         if (kind == "transposed") != ("scaled" in use) and kind != "loose":
             continue
         for ranks in BLOCK_R[low]:
             scaled = "scaled" in use
             yield Variant(
-                name=" ".join(filter(None, (f"{TYPES[dtype]} {TYPES[low]} rank {ranks} of {searched}", use, kind))),
+                name=" ".join(filter(None, (f"{TYPES[dtype]} {TYPES[low]} rank {ranks}", use, kind))),
                 form=taken,
                 types={**types(dtype, low), "scaling_ptr": "*fp32" if scaled else "*i64"},
                 constants={
                     "SCALED": scaled,
                     "ADD": "added" in use,
-                    "GROUPS": searched,
                     "BLOCK_M": BLOCK_M,
-                    "BLOCK_C": BLOCK_C[low],
+                    "BLOCK_C": _columns(taken, low),
                     "BLOCK_R": ranks,
                 },
-                options=_options(taken, low),
+                options=_options(taken, low, ranks),
                 tile_m=0 if low == torch.float32 else BLOCK_M,
             )
 
@@ -128,11 +127,15 @@ def _form(x: Tensor, p: Tensor, scaled: bool, add: Tensor | None) -> Form:
     return taken if fits and in_wide_loads(x) and begins_aligned(p, add) else _LOOSE
 
 
-def _options(taken: Form, low: torch.dtype) -> dict[str, Any]:
-    # what keeps every configuration in registers
-    if taken is not _LOOSE:
-        return options()
-    return options(LOOSE_STAGES) if low == torch.float32 else options(warps=LOOSE_WARPS)
+def _columns(taken: Form, low: torch.dtype) -> int:
+    return LOOSE_C if taken is _LOOSE else BLOCK_C[low]
+
+
+def _options(taken: Form, low: torch.dtype, ranks: int) -> dict[str, Any]:
+    loose = taken is _LOOSE
+    if low == torch.float32:
+        return options(LOOSE_STAGES) if loose else options()
+    return options(warps=MORE_WARPS) if loose or ranks > BLOCK_R[low][0] else options()
 
 
 def launch_gather_shrink(
@@ -172,10 +175,9 @@ def launch_gather_shrink(
                 *p.stride(),
                 SCALED=scaling is not None,
                 ADD=add is not None,
-                GROUPS=triton.next_power_of_2(count + 1),
                 BLOCK_M=BLOCK_M,
-                BLOCK_C=BLOCK_C[low],
+                BLOCK_C=_columns(taken, low),
                 BLOCK_R=ranks_of_program,
-                **_options(taken, low),
+                **_options(taken, low, ranks_of_program),
             )
     return s

@@ -4,14 +4,14 @@
     y_m = base_m + s_g S_m B_g^T,  dx_m = dS_m A_g     gather_expand.py
     dA_g = sum dS_m^T x_m,  dB_g = s_g sum G_m^T S_m   gather_gradient.py
 
-Rows are sorted by adapter on the device (groups.py). float64 takes the reference.
+Rows are sorted by adapter on the device (groups.py). What is out of reach (reach.py) takes the
+reference.
 
 Reference: lora_core/reference/grouped.py
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lora_core.kernels.crossover import log_launch
@@ -19,6 +19,7 @@ from lora_core.kernels.gather_expand import launch_gather_expand
 from lora_core.kernels.gather_gradient import launch_gather_gradient
 from lora_core.kernels.gather_shrink import launch_gather_shrink
 from lora_core.kernels.groups import groups
+from lora_core.kernels.reach import left_to_reference
 from lora_core.ops.eager import register
 from lora_core.ops.grouped_lora import backward_op, op
 from lora_core.reference import grouped as reference
@@ -34,8 +35,7 @@ def launch_grouped_lora(
     scaling: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward; operands and results as the op has them, any strides of x, base, lora_a and lora_b."""
-    if x.dtype == torch.float64:
-        log_launch("grouped_lora", "float64, reference")
+    if left_to_reference("grouped_lora", x, base, lora_a, lora_b):
         return reference.forward(x, base, lora_a, lora_b, ranks, adapter, scaling)
     log_launch("grouped_lora", "kernels", scaling)
     found = groups(adapter, len(ranks))
@@ -57,8 +57,7 @@ def launch_grouped_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward; operands and results as the op has them, empty where needs says that none is wanted."""
     need_x, need_a, need_b = needs
-    if d_y.dtype == torch.float64:
-        log_launch("grouped_lora_backward", "float64, reference")
+    if left_to_reference("grouped_lora_backward", d_y, d_hidden, x, lora_a, lora_b):
         wide = reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
         d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in wide)
         return d_x, d_lora_a, d_lora_b

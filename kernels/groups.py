@@ -26,8 +26,8 @@ WARPS = 4
 STAGES = 2
 # tables of ranks that are kept on devices
 KEPT = 512
-# adapters that a compiled kernel searches among, as variants list them: few, and many
-SEARCHED = (8, 64)
+# adapters that a search looks at in a step: how many there are is no part of what is compiled
+SEARCHED = tl.constexpr(64)
 
 
 class Groups(NamedTuple):
@@ -100,13 +100,15 @@ def block_r(ranks: Sequence[int], low: torch.dtype) -> int:
 
 
 @triton.jit
-def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M: tl.constexpr):
     """Group, rows, whether there are such, first rank in A and number of ranks of this program's tile."""
     tile = tl.program_id(0)
-    each = tl.arange(0, GROUPS)
-    # tiles behind the last belong to no group; their rows are masked
-    ends = tl.load(tile_ends_ptr + each, mask=each <= G, other=0)
-    group = tl.minimum(tl.sum(((ends <= tile) & (each <= G)).to(tl.int32)), G)
+    # adapters whose tiles all come before; behind them are the rows without an adapter, and tiles without rows
+    group = 0
+    for start in tl.range(0, G, SEARCHED, num_stages=1):
+        each = start + tl.arange(0, SEARCHED)
+        ends = tl.load(tile_ends_ptr + each, mask=each < G, other=0)
+        group += tl.sum(((ends <= tile) & (each < G)).to(tl.int32))
     before = tl.load(tile_ends_ptr + group - 1, mask=group > 0, other=0)
     first = tl.load(starts_ptr + group) + (tile - before) * BLOCK_M
     place = first + tl.arange(0, BLOCK_M)

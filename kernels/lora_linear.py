@@ -6,18 +6,18 @@ Backward:  dS = s G B,  dB = s G^T S,  db = sum G       row_sum.py, from one rea
            dA = dS^T drop(x)                            row_sum.py
            dx = G W + keep (dS A) / (1 - p)             as y
 
-Either way as low_rank.py says. dW is formed only where W itself is trained. float64 takes the reference.
+Either way as low_rank.py says. dW is formed only where W itself is trained. What is out of reach (reach.py)
+takes the reference.
 
 Reference: lora_core/reference/lora.py
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log, log_launch
 from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, path_of, skinny_product
+from lora_core.kernels.reach import left_to_reference
 from lora_core.ops.eager import register
 from lora_core.ops.lora_linear import backward_op, op
 from lora_core.reference import lora as reference
@@ -42,8 +42,7 @@ def launch_lora_linear(
         y [..., N] and S [M, R].
     """
     flat = x.reshape(-1, weight.shape[1])
-    if x.dtype == torch.float64:
-        log.debug("linear float64: reference")
+    if left_to_reference("lora_linear", flat, weight, lora_a, lora_b):
         y, hidden = reference.forward(flat, weight, bias, lora_a, lora_b, scaling, dropout, seed)
     else:
         path = path or path_of(flat, weight.shape, len(lora_a))
@@ -75,8 +74,7 @@ def launch_lora_linear_backward(
     need_x, need_weight, need_bias, need_a, need_b = needs
     flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
     d_x = d_weight = None
-    if d_y.dtype == torch.float64:
-        log_launch("lora_linear_backward", "float64, reference")
+    if left_to_reference("lora_linear_backward", grad, d_hidden, flat, weight, lora_a, lora_b):
         d_x, d_weight, d_bias, d_lora_a, d_lora_b = reference.backward(
             grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
         )

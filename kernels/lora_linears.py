@@ -6,7 +6,8 @@
     dA = dS^T x, all A_i at once                       row_sum.py, one read of x
     dx = sum G_i W_i + dS A                            each product added to the last; dS A goes with the first
 
-With dropout, whose masks differ, x is read once for each layer. float64 takes the reference.
+With dropout, whose masks differ, x is read once for each layer. What is out of
+reach (reach.py) takes the reference.
 
 Reference: lora_core/reference/lora_linears.py
 """
@@ -16,9 +17,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log, log_launch
+from lora_core.kernels.crossover import log
 from lora_core.kernels.low_rank import a_gradient, low_rank_gradients, low_rank_linear, path_of, skinny_product
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
+from lora_core.kernels.nf4_tile import as_read
+from lora_core.kernels.reach import left_to_reference
 from lora_core.ops.eager import register
 from lora_core.ops.lora_linears import absent, backward, backward_op, forward, op
 from lora_core.ops.packed import Packed, unflatten
@@ -43,10 +46,9 @@ def launch_lora_linears(
     Returns:
         Every y_i [..., N_i], then S [M, sum of R_i].
     """
-    if x.dtype == torch.float64:
-        log_launch("lora_linears", "float64, reference")
-        return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
     flat, ranks = x.reshape(-1, x.shape[-1]), [len(a) for a in lora_as]
+    if left_to_reference("lora_linears", flat, *_dense(tensors, formats), *lora_as, *lora_bs):
+        return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
     paths = [path or path_of(flat, (len(b), x.shape[-1]), len(a)) for a, b in zip(lora_as, lora_bs, strict=True)]
     if any(dropouts):
         each = zip(lora_as, dropouts, seeds, strict=True)
@@ -60,7 +62,7 @@ def launch_lora_linears(
     layers = zip(unflatten(tensors, formats), absent(biases), parts, lora_bs, scalings, paths, strict=True)
     for w, bias, s, b, scaling, own_path in layers:
         if isinstance(w, Packed):
-            w = w._replace(codes=w.codes.contiguous())
+            w = as_read(w)
             y = packed_low_rank_linear(flat, w, bias, s, b, scaling, own_path)
         else:
             y = low_rank_linear(flat, w, bias, s, b, scaling, path=own_path)
@@ -90,11 +92,10 @@ def launch_lora_linears_backward(
     """
     lead = d_ys[0].shape[:-1]
     adapter = (lora_as, lora_bs, hidden, scalings, dropouts, seeds)
-    if d_ys[0].dtype == torch.float64:
-        log_launch("lora_linears_backward", "float64, reference")
-        return backward(d_ys, x, tensors, formats, *adapter, need_x, need_pairs)
     grads = [g.reshape(-1, g.shape[-1]) for g in d_ys]
     flat = None if x is None else x.reshape(-1, x.shape[-1])
+    if left_to_reference("lora_linears_backward", *grads, flat, *_dense(tensors, formats), *lora_as, *lora_bs):
+        return backward(d_ys, x, tensors, formats, *adapter, need_x, need_pairs)
     masked = any(dropouts)
     # dA of all layers at once, below, unless their masks differ
     own_x = flat if masked else None
@@ -130,6 +131,11 @@ def launch_lora_linears_backward(
     return [d_x, d_lora_a, *d_lora_bs]
 
 
+def _dense(tensors: Sequence[Tensor], formats: Sequence[int]) -> list[Tensor]:
+    """Return the weights that are not packed."""
+    return [w for w in unflatten(tensors, formats) if isinstance(w, Tensor)]
+
+
 def _input_gradient(
     d_ys: Iterable[Tensor],
     weights: Iterable[Tensor | Packed],
@@ -140,7 +146,7 @@ def _input_gradient(
     d_x = None
     for g, w, (d_s, a, p, seed) in zip(d_ys, weights, ups, strict=True):
         if isinstance(w, Packed):
-            w = w._replace(codes=w.codes.contiguous())
+            w = as_read(w)
             d_x = packed_input_gradient(g, w, d_s, a, p, seed, path, d_x)
         else:
             d_x = low_rank_linear(g, w.T, None, d_s, a.T, 1 / (1 - p), p, seed, path, d_x)

@@ -22,7 +22,6 @@ from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_
 from lora_core.kernels.tile import round_to
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.packed import Packed
-from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # rows and columns of a program of one warp: 128 weights a thread, what keeps instructions few; 16 where single elements
 # take registers
@@ -44,7 +43,6 @@ def _nf4_columns_kernel(
     first_tile,
     width,
     block_shift,
-    NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     PER_SCALE: tl.constexpr,
     SHUFFLED: tl.constexpr,
@@ -68,7 +66,6 @@ def _nf4_columns_kernel(
         # a multiple of what shares a scale, as the compiler sees: 16 bytes are loaded at once
         K // PER_SCALE * PER_SCALE,
         block_shift,
-        NESTED_BLOCK,
         NESTED,
         PER_SCALE,
         SHUFFLED,
@@ -89,7 +86,7 @@ _LOOSE = form(_nf4_columns_kernel)
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
+    """Every configuration the launch can choose."""
     choices = itertools.product((torch.float32, torch.float16, torch.bfloat16), ("plain", "nested"), PER_SCALE, _FORMS)
     for dtype, scales, kind, rows in choices:
         nested, words = scales == "nested", kind != ELEMENTS
@@ -101,10 +98,9 @@ def variants() -> Iterator[Variant]:
             form=_FORMS[rows] if words else _LOOSE,
             types={**argument_types(kind, nested), "w_ptr": f"*{TYPES[dtype]}"},
             constants={
-                "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                 "NESTED": nested,
                 "PER_SCALE": PER_SCALE[kind],
-                "SHUFFLED": words,
+                "SHUFFLED": True,
                 "BLOCK_N": block_n,
                 "BLOCK_K": block_k,
             },
@@ -121,7 +117,7 @@ def launch_nf4_columns(w: Packed, first: int, width: int, dtype: torch.dtype, sh
     """Return W[:, first : first + width] of W [N, K]: shape [N, width].
 
     Args:
-        w: the weight, codes contiguous.
+        w: the weight, as as_read returns it.
         first: a multiple of TILE[1].
         width: of columns; a multiple of TILE[1] unless they are the last.
         dtype: float32, float16 or bfloat16.
@@ -144,10 +140,9 @@ def launch_nf4_columns(w: Packed, first: int, width: int, dtype: torch.dtype, sh
             first // block_k,
             width,
             w.block_size.bit_length() - 1,
-            NESTED_BLOCK=w.nested_block_size,
             NESTED=w.nested_absmax is not None,
             PER_SCALE=PER_SCALE[kind],
-            SHUFFLED=shuffled and kind != ELEMENTS,
+            SHUFFLED=shuffled,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             num_warps=WARPS,

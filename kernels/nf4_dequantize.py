@@ -1,7 +1,7 @@
 """Triton kernel for lora_core::nf4_dequantize: codes and scales, plain or quantised, to a weight in one launch.
 
     w[i] = level[code[i]] * absmax[i // BLOCK_SIZE]
-    absmax[j] = level8[q[j]] * absmax2[j // NESTED_BLOCK] + offset        where the scales are quantised too
+    absmax[j] = level8[q[j]] * absmax2[j // 256] + offset        where the scales are quantised too
 
 Every operation rounds once, so the bits are the reference's: no multiply-add may be fused.
 
@@ -27,11 +27,13 @@ from torch import Tensor
 from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import begins_aligned, form
 from lora_core.kernels.nf4_levels import SHUFFLED, levels_of_words
+from lora_core.kernels.nf4_tile import NESTED_BLOCK, as_read
 from lora_core.kernels.tables import levels
 from lora_core.kernels.tile import round_to
 from lora_core.kernels.variant import TYPES, Variant
 from lora_core.ops.eager import register
 from lora_core.ops.nf4_dequantize import op
+from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 
@@ -51,7 +53,6 @@ def _nf4_dequantize_kernel(
     w_ptr,
     n: tl.int64,
     BLOCK_SIZE: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     PER_UNIT: tl.constexpr,
     UNITS: tl.constexpr,
@@ -102,7 +103,7 @@ _FORMS = {"words": form(_nf4_dequantize_kernel, addresses=True), "bytes": form(_
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
+    """Every configuration the launch can choose."""
     kinds = (("words", "*i32", 8), ("bytes", "*u8", 2))
     choices = itertools.product((torch.float32, torch.float16, torch.bfloat16), BLOCK_SIZES, ("plain", "nested"), kinds)
     for dtype, block_size, scales, (kind, codes, per_unit) in choices:
@@ -120,7 +121,6 @@ def variants() -> Iterator[Variant]:
             },
             constants={
                 "BLOCK_SIZE": block_size,
-                "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                 "NESTED": nested,
                 "PER_UNIT": per_unit,
                 "UNITS": units,
@@ -155,6 +155,8 @@ def launch_nf4_dequantize(
 ) -> Tensor:
     """Run the kernel; operands as checked by the op. Copies codes or scales that are not contiguous.
 
+    Second-level blocks of other than 256 take a launch of their own, which makes the scales plain.
+
     Args:
         shuffled: whether levels are fetched by shuffles, which the interpreter cannot do, or from a table.
     """
@@ -166,13 +168,12 @@ def launch_nf4_dequantize(
     n = w.numel()
     if n == 0:
         return w
-    given = (codes, absmax, nested_absmax)
-    codes, absmax = codes.contiguous(), absmax.contiguous()
-    nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
+    given = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    codes, absmax, nested_absmax, nested_offset, *_ = as_read(given)
     # a slice of a larger buffer may begin anywhere
     words = n % 32 == 0 and begins_aligned(codes, absmax, nested_absmax)
     kind, per_unit = ("words", 8) if words else ("bytes", 2)
-    log_launch("nf4_dequantize", kind, *given)
+    log_launch("nf4_dequantize", kind, *given[:3])
     units, warps = _program(kind, block_size, dtype)
     nested = nested_absmax is not None
     levels8 = levels("dynamic", codes.device)
@@ -187,7 +188,6 @@ def launch_nf4_dequantize(
             w,
             n,
             BLOCK_SIZE=block_size,
-            NESTED_BLOCK=nested_block_size,
             NESTED=nested,
             PER_UNIT=per_unit,
             UNITS=units,

@@ -5,7 +5,8 @@ More tokens:   W is dequantised in panels that a GPU's cache can hold: of rows, 
                and of columns for dL/dx, which sums over the rows.                 nf4_columns.py
                Each is multiplied as a dense weight is                             low_rank.py
 
-The low-rank gradients are lora_linear's. float64 takes the reference.
+The low-rank gradients are lora_linear's. What is out of reach (reach.py) takes the
+reference.
 
 Reference: lora_core/reference/lora.py, lora_core/reference/nf4.py
 """
@@ -21,6 +22,8 @@ from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, low_
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
 from lora_core.kernels.nf4_panels import column_panels, row_panels, size_of_panels
+from lora_core.kernels.nf4_tile import as_read
+from lora_core.kernels.reach import left_to_reference
 from lora_core.ops.eager import register
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
@@ -52,11 +55,10 @@ def launch_nf4_lora_linear(
     Returns:
         y [..., N] and S [M, R].
     """
-    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    if x.dtype == torch.float64:
-        log_launch("nf4_lora_linear", "float64, W made whole", codes, absmax)
-        return launch_lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
+    w = as_read(Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size))
     flat = x.reshape(-1, shape[1])
+    if left_to_reference("nf4_lora_linear", flat, lora_a, lora_b):
+        return launch_lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
     path = path or path_of(flat, shape, len(lora_a))
     hidden = skinny_product(flat, lora_a, path, dropout, seed)
     y = packed_low_rank_linear(flat, w, bias, hidden, lora_b, scaling, path, panel_bytes)
@@ -73,7 +75,7 @@ def packed_low_rank_linear(
     path: str | None = None,
     panel_bytes: int | None = None,
 ) -> Tensor:
-    """Return x W^T + scaling S B^T + b for a packed W [N, K], codes contiguous; x [M, K], S [M, R], B [N, R].
+    """Return x W^T + scaling S B^T + b for a packed W [N, K], as as_read returns it; x [M, K], S [M, R], B [N, R].
 
     Args:
         x, bias, hidden, lora_b, scaling: as in launch_low_rank_matmul.
@@ -123,11 +125,11 @@ def launch_nf4_lora_linear_backward(
         path, panel_bytes: as in launch_nf4_lora_linear.
     """
     columns, rows = shape
-    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    w = as_read(Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size))
     grad, flat = d_y.reshape(-1, columns), None if x is None else x.reshape(-1, rows)
     need_x, *need_others = needs
     adapter = (lora_a, lora_b, hidden, scaling, dropout, seed)
-    if d_y.dtype == torch.float64:
+    if left_to_reference("nf4_lora_linear_backward", grad, d_hidden, flat, lora_a, lora_b):
         # without d_x the weight does not matter
         dense = w.dense(d_y.dtype) if need_x else d_y.new_empty(columns, rows)
         wanted = (need_x, False, *need_others)
@@ -158,7 +160,7 @@ def packed_input_gradient(
 
     Args:
         d_y: G, dtype float32, float16 or bfloat16.
-        w: W, codes contiguous.
+        w: W, as as_read returns it.
         d_s: dS, dtype of lora_a.
         lora_a, dropout, seed: as the forward had them.
         path, total: as in low_rank_linear.

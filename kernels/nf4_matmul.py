@@ -22,14 +22,13 @@ from torch import Tensor
 
 from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.nf4_levels import SHUFFLED
-from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_tile, per_scale, reading
+from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, as_read, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.ops.packed import Packed
-from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.reference.dropout import threshold
 
 # tokens at most: beyond, W is dequantised once and a matrix product of its own is faster
@@ -76,7 +75,6 @@ def _nf4_matmul_kernel(
     threshold: tl.int64,
     per_split,
     block_shift,
-    NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     PER_SCALE: tl.constexpr,
     SHUFFLED: tl.constexpr,
@@ -143,7 +141,6 @@ def _nf4_matmul_kernel(
             N,
             K,
             block_shift,
-            NESTED_BLOCK,
             NESTED,
             PER_SCALE,
             SHUFFLED,
@@ -166,7 +163,7 @@ _LOOSE = form(_nf4_matmul_kernel)
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration the launch can choose, for second-level blocks of 256, the format's own."""
+    """Every configuration the launch can choose."""
     uses = ("forward", "forward split", "transposed", "transposed split")
     choices = itertools.product(DTYPE_PAIRS, (16, 64), ("plain", "nested"), PER_SCALE, uses)
     for (dtype, low), block_m, scales, kind, use in choices:
@@ -188,7 +185,6 @@ def variants() -> Iterator[Variant]:
                 "threshold": "i64",
             },
             constants={
-                "NESTED_BLOCK": NESTED_BLOCK_SIZE,
                 "NESTED": scales == "nested",
                 "PER_SCALE": PER_SCALE[kind],
                 "SHUFFLED": True,
@@ -275,7 +271,7 @@ def launch_nf4_matmul(
     n, k = shape
     m, r = x.shape[0], lora_b.shape[1]
     width, length = (k, n) if transposed else (n, k)
-    w = Packed(codes.contiguous(), absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    w = as_read(Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size))
     hidden = hidden.contiguous()
     kind = _kind(x, w, hidden, lora_b, transposed)
     block_n, block_k = _tile(x.dtype, kind)
@@ -311,8 +307,7 @@ def launch_nf4_matmul(
                 threshold(dropout),
                 per_split,
                 block_size.bit_length() - 1,
-                NESTED_BLOCK=nested_block_size,
-                NESTED=nested_absmax is not None,
+                NESTED=w.nested_absmax is not None,
                 PER_SCALE=PER_SCALE[kind],
                 SHUFFLED=shuffled,
                 TRANSPOSED=transposed,

@@ -69,7 +69,7 @@ def column_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[t
     """Yield (first column, column behind the last, W[:, first:end]) of a weight's panels, each shape [N, end - first].
 
     Args:
-        w: the weight [N, K], codes contiguous.
+        w: the weight [N, K], as as_read returns it.
         dtype: float32, float16 or bfloat16.
         panel_bytes: a panel is the most columns that fit in, but at least as many as a tile of the kernel has.
     """

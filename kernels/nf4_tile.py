@@ -11,15 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.absmax_dequantize import launch_absmax_dequantize
 from lora_core.kernels.form import ALIGNMENT, begins_aligned
 from lora_core.kernels.nf4_levels import levels_of_words
 from lora_core.kernels.tables import levels
 from lora_core.ops.packed import Packed
+from lora_core.quant.double import NESTED_BLOCK_SIZE
 
 # columns that share a scale, at most; of a word
 MOST_OF_A_SCALE, OF_A_WORD = 64, 8
 # how any weight can be read
 ELEMENTS = "elements"
+# scales that share one of the second level, as kernels take it
+NESTED_BLOCK = tl.constexpr(NESTED_BLOCK_SIZE)
 
 
 @triton.jit
@@ -30,7 +34,6 @@ def _scales(
     levels8_ptr,
     block,
     ok,
-    NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
 ):
     """Scales of blocks, fp32, as the reference rounds them; 0 where not ok."""
@@ -55,7 +58,6 @@ def nf4_tile(
     N,
     K,
     block_shift,
-    NESTED_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     PER_SCALE: tl.constexpr,
     SHUFFLED: tl.constexpr,
@@ -75,9 +77,7 @@ def nf4_tile(
         run = first_k // PER_SCALE + tl.arange(0, BLOCK_K // PER_SCALE)
         run_ok = (n < N)[:, None] & (run < K // PER_SCALE)[None, :]
         block = n[:, None] * K + run[None, :] * PER_SCALE >> block_shift  # [BLOCK_N, BLOCK_K / PER_SCALE]
-        scale = _scales(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, levels8_ptr, block, run_ok, NESTED_BLOCK, NESTED
-        )
+        scale = _scales(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, levels8_ptr, block, run_ok, NESTED)
         words: tl.constexpr = BLOCK_N * BLOCK_K // 8
         level = levels_of_words(packed.reshape(words), levels_ptr, words, SHUFFLED)
         level = level.reshape(BLOCK_N, BLOCK_K // PER_SCALE, PER_SCALE)
@@ -92,14 +92,26 @@ def nf4_tile(
         table = tl.load(levels_ptr + tl.arange(0, 16))
         level = tl.gather(table, code.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
         block = place >> block_shift
-        w = level * _scales(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, levels8_ptr, block, ok, NESTED_BLOCK, NESTED
-        )
+        w = level * _scales(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, levels8_ptr, block, ok, NESTED)
     return w
 
 
+def as_read(w: Packed) -> Packed:
+    """Return a weight as kernels read it: contiguous, in second-level blocks of 256; other scales are made plain."""
+    absmax, nested_absmax, offset = w.absmax, w.nested_absmax, w.nested_offset
+    if nested_absmax is not None and offset is not None and w.nested_block_size != NESTED_BLOCK_SIZE:
+        absmax = launch_absmax_dequantize(absmax, nested_absmax, offset, w.nested_block_size)
+        nested_absmax = offset = None
+    return w._replace(
+        codes=w.codes.contiguous(),
+        absmax=absmax.contiguous(),
+        nested_absmax=None if nested_absmax is None else nested_absmax.contiguous(),
+        nested_offset=offset,
+    )
+
+
 def in_words(w: Packed) -> bool:
-    """Say whether the rows of a weight can be read by the word, by fours at once; its codes are contiguous."""
+    """Say whether the rows of a weight can be read by the word, by fours at once; it is as as_read returns it."""
     return w.shape[1] % ALIGNMENT == 0 and begins_aligned(w.codes, w.absmax, w.nested_absmax)
 
 
@@ -126,13 +138,13 @@ def argument_types(kind: str, nested: bool) -> dict[str, str]:
 
 
 def arguments(w: Packed, kind: str) -> tuple[Tensor, ...]:
-    """Return what a kernel's parameters from codes_ptr to levels8_ptr take; w.codes must be contiguous."""
+    """Return what a kernel's parameters from codes_ptr to levels8_ptr take; w as as_read returns it."""
     device = w.codes.device
     levels8 = levels("dynamic", device)
     return (
         w.codes if kind == ELEMENTS else w.codes.view(-1).view(torch.int32),
-        w.absmax.contiguous(),
-        levels8 if w.nested_absmax is None else w.nested_absmax.contiguous(),
+        w.absmax,
+        levels8 if w.nested_absmax is None else w.nested_absmax,
         levels8 if w.nested_offset is None else w.nested_offset,
         levels("nf4", device),
         levels8,

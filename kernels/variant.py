@@ -35,8 +35,7 @@ class Variant:
     Args:
         name: of the configuration, unique in its file.
         form: of the kernel.
-        types: Triton's, such as "*bf16", of every argument but what is "i32": sizes and strides, below 2^31. From there
-            on they are "i64", which makes a configuration of its own, not listed.
+        types: Triton's, such as "*bf16", of every argument but what is "i32": sizes and strides (reach.py).
         constants: value of every constexpr.
         options: num_warps and other launch options.
         weights: output elements one program makes, for instructions per element; 0 where that says nothing.

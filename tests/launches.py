@@ -16,9 +16,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.codegen import kernel_names, variants_of
 
-# constants that make one configuration of each of their values: adapters that are searched, the blocks of the scales,
-# and whether levels are shuffled, which the interpreter cannot
-OPEN = ("GROUPS", "NESTED_BLOCK", "BLOCK_SIZE", "BLOCKS", "WIDTH", "SHUFFLED")
+# constants that have another value in the interpreter, and their value on a GPU: levels are shuffled
+ON_A_GPU = {"SHUFFLED": True}
 
 
 class Configuration(NamedTuple):
@@ -43,7 +42,7 @@ def compiled_as(kernel: InterpretedFunction, arguments: tuple[Any, ...], keyword
     found = []
     for (name, value), (kind, more) in zip(bound.items(), kinds, strict=True):
         if kind == "constexpr":
-            found.append((name, None if name in OPEN else value, False))
+            found.append((name, ON_A_GPU.get(name, value), False))
         else:
             found.append((name, kind, "D" in (more or "")))
     return Configuration(kernel.fn.__name__, tuple(found), _options(options))
@@ -54,7 +53,7 @@ def listed_as(variant: Any) -> Configuration:
     found = []
     for name in variant.kernel.arg_names:
         if name in variant.constant:
-            found.append((name, None if name in OPEN else variant.constant[name], False))
+            found.append((name, variant.constant[name], False))
         else:
             found.append((name, variant.signature[name], name in variant.aligned))
     return Configuration(variant.kernel.fn.__name__, tuple(found), _options(variant.options))

@@ -1,4 +1,5 @@
-"""Operands whose elements lie more than 2^31 elements apart: every kernel gives the bits it gives where they lie close.
+"""Operands whose elements lie more than 2^31 elements apart: every kernel gives the bits it gives where they lie close,
+and what no kernel reaches is left to the reference.
 
 A far operand is a view into memory of which only the elements read are ever touched, so that it takes address space and
 next to no memory; on a GPU it takes both, a few GiB.
@@ -6,6 +7,7 @@ next to no memory; on a GPU it takes both, a few GiB.
 
 import pytest
 import torch
+from launches import recorded
 from strategies import spread
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_l
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
+from lora_core.kernels.reach import LARGEST, left_to_reference
 from lora_core.ops.packed import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,6 +73,15 @@ def grouped_backward(o: dict[str, Tensor]) -> list[Tensor]:
     return [*launch_grouped_lora_backward(o["d_y"], None, o["x"], *rest, (True, True, True))]
 
 
+def operands_of(shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    operands = {own: torch.randn(*shape, device=DEVICE).to(torch.bfloat16) for own, shape in shapes.items()}
+    operands |= {f"close {own}": value for own, value in operands.items()}
+    operands["adapter"] = torch.randint(-1, 2, (len(operands["x"]),), device=DEVICE)
+    operands["scaling"] = torch.tensor([0.5, -1.5], device=DEVICE)
+    operands["seed"] = torch.tensor([7], device=DEVICE)
+    return operands
+
+
 # what runs, and the operands that a user's views may spread
 CASES = {
     lora: ("x", "weight", "lora_a", "lora_b"),
@@ -90,18 +102,45 @@ CASES = {
 )
 def test_kernels_reach_elements_two_to_the_31_apart(run, name, along):
     """The stride itself fits 32 bits; what it is multiplied by takes it past them."""
-    operands = {own: torch.randn(*shape, device=DEVICE).to(torch.bfloat16) for own, shape in SHAPES.items()}
-    operands |= {f"close {own}": value for own, value in operands.items()}
-    operands["adapter"] = torch.randint(-1, 2, (M,), device=DEVICE)
-    operands["scaling"] = torch.tensor([0.5, -1.5], device=DEVICE)
-    operands["seed"] = torch.tensor([7], device=DEVICE)
+    operands = operands_of(SHAPES)
     length = SHAPES[name][along]
     # both divide by 16 or both do not: the same configuration runs
     near = SHAPES[name][1 - along] + 16
     far = near + 16 * -(-PAST // (16 * (length - 1)))
-    assert far < PAST < (length - 1) * far
+    assert far <= LARGEST and (length - 1) * far > PAST
     close, wide = (run(operands | {name: spread(operands[name], stride, along)}) for stride in (near, far))
     assert all(torch.equal(a, b) for a, b in zip(close, wide, strict=True))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [(run, name) for run, names in CASES.items() for name in names if name != "hidden"],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_strides_beyond_reach_are_left_to_the_reference(run, name, monkeypatch):
+    """Operands of two rows or columns that lie 2^30 elements apart."""
+    monkeypatch.setitem(globals(), "RANKS", [1, 1])
+    two = {"x": (2, K), "weight": (2, K), "lora_a": (2, K), "lora_b": (2, 2), "d_y": (2, 2), "hidden": (2, 2)}
+    operands = operands_of(two | {"base": (2, 2)})
+    close = run(operands)
+    with recorded() as launches:
+        far = run(operands | {name: spread(operands[name], LARGEST + 1, 0)})
+    # W is dequantised by its kernel
+    assert {launch.kernel for launch in launches} <= {"_nf4_dequantize_kernel"}
+    for a, b in zip(close, far, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(LARGEST + 1, 1), (1, LARGEST + 1)])
+def test_sizes_beyond_reach_are_left_to_the_reference(shape, caplog):
+    one, large = torch.ones(1, 1), torch.empty(shape, device="meta")
+    with caplog.at_level("DEBUG", "lora_core.kernels"):
+        assert left_to_reference("lora_linear", one, None, large)
+    assert "lora_linear: a size or stride of 2^30 or more, reference" in caplog.text
+    assert left_to_reference("lora_linear", one.double()) and not left_to_reference("lora_linear", one, None)
+    most = torch.empty([min(size, LARGEST) for size in shape], device="meta")
+    assert not left_to_reference("lora_linear", one, most)
 
 
 def test_codes_and_scales_may_lie_two_to_the_31_apart():

@@ -97,6 +97,20 @@ def test_grouped_lora_backward_kernels_match_the_formula(m, n, k, ranks, dtypes,
     check_backward(grads, base, d_hidden, (x, None, *rest), hidden)
 
 
+@pytest.mark.parametrize("count", [63, 64, 65, 130, 200])
+def test_grouped_lora_kernels_find_a_row_s_adapter_among_many(count):
+    """A search looks at 64 adapters in a step."""
+    ranks = [(1, 3, 0)[g % 3] for g in range(count)]
+    x, base, *rest, adapter, scaling = operands(24, 20, 9, ranks, (torch.float32,) * 2, count)
+    adapter[:8] = torch.tensor([0, count - 1, count - 2, 60, 61, count // 2, -1, count], device=DEVICE)
+    args = (x, base, *rest, adapter, scaling)
+    y, hidden = launch_grouped_lora(*args)
+    adapter[7] = -1
+    check_forward(y, hidden, args)
+    grads = launch_grouped_lora_backward(base, None, x, *args[2:], hidden, (True,) * 3)
+    check_backward(grads, base, None, (x, None, *args[2:]), hidden)
+
+
 @given(st.lists(st.integers(-3, 5), min_size=1, max_size=70), st.integers(1, 4))
 def test_grouped_lora_sorts_every_row_into_one_tile(adapter, count):
     """Every row once, only rows of one adapter together, those of none and of no such adapter at the end."""

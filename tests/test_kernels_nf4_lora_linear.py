@@ -10,6 +10,8 @@ from tolerance import UNIT_FP32, assert_within_bound
 
 import lora_core as lc
 from lora_core.kernels.crossover import PATHS
+from lora_core.kernels.dora_norm import launch_nf4_dora_norm
+from lora_core.kernels.nf4_columns import launch_nf4_columns
 from lora_core.kernels.nf4_lora_linear import (
     launch_nf4_lora_linear,
     launch_nf4_lora_linear_backward,
@@ -17,7 +19,9 @@ from lora_core.kernels.nf4_lora_linear import (
 )
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
 from lora_core.kernels.nf4_panels import PANEL_BYTES, TILE_OF_Y, column_panels, row_panels
+from lora_core.kernels.nf4_tile import as_read
 from lora_core.ops.packed import Packed
+from lora_core.quant import double
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([2**40 + 77], device=DEVICE)
@@ -196,6 +200,28 @@ def test_nf4_lora_linear_kernels_take_any_strides(m, spread):
     rest = (*loose[1:], hidden.T.contiguous().T, 0.5, 0.3, SEED)
     d_x, *others = launch_nf4_lora_linear_backward(d_y, None, loose[0], *scattered, *rest, (True,) * 4)
     check_backward((d_x, None, *others), d_y, None, loose[0], dense, *rest)
+
+
+@pytest.mark.parametrize("m", [3, 70])
+@pytest.mark.parametrize("nested_block", [4, 100, 512])
+def test_nf4_lora_linear_kernels_take_any_second_level_block(m, nested_block):
+    """The bits of the same scales, given plain."""
+    x, weight, bias, lora_a, lora_b = linear_operands(m, 21, 600, 5, torch.bfloat16, torch.bfloat16, 0, DEVICE)
+    codes, absmax = torch.ops.lora_core.nf4_quantize(weight, 64)
+    offset = absmax.mean()
+    nested = double.quantize_absmax(absmax, offset, nested_block)
+    plain = double.dequantize_absmax(*nested, offset, nested_block)
+    d_y = torch.randn(m, 21, device=DEVICE).bfloat16()
+    runs = []
+    for scales in ((*nested, offset), (plain, None, None)):
+        w = Packed(codes, *scales, (21, 600), 64, nested_block)
+        y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.3, SEED, panel_bytes=1)
+        rest = (lora_a, lora_b, hidden, 0.5, 0.3, SEED, (True,) * 4)
+        grads = launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest, panel_bytes=1)
+        norm = launch_nf4_dora_norm(*w, torch.bfloat16, lora_a, lora_b, 0.5)
+        dense = launch_nf4_columns(as_read(w), 512, 88, torch.bfloat16)
+        runs.append((y, hidden, *grads, norm, dense))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("m", [9, 150])

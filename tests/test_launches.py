@@ -1,5 +1,6 @@
 """What a kernel's file lists is what is launched: that is what the compiler's output is looked through for."""
 
+import inspect
 import random
 
 import pytest
@@ -8,14 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import compiled_as, listed, recorded
 
-from lora_core.kernels import shrink
+from benchmarks.codegen import kernel_names, variants_of
+from lora_core.kernels import nf4_levels, shrink
+from lora_core.kernels.absmax_dequantize import launch_absmax_dequantize
+from lora_core.kernels.absmax_quantize import launch_absmax_quantize
 from lora_core.kernels.dora_norm import launch_dora_norm, launch_nf4_dora_norm
 from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_lora_backward
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.nf4_columns import launch_nf4_columns
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
+from lora_core.kernels.nf4_matmul import launch_nf4_matmul
 from lora_core.kernels.nf4_quantize import launch_nf4_quantize
 from lora_core.kernels.variant import DTYPE_PAIRS
+from lora_core.quant.blockwise import BLOCK_SIZES
 
 pytestmark = pytest.mark.interpreted
 
@@ -55,13 +62,14 @@ class Operands:
 
     def weight(self, n, k):
         """The parts of an NF4 weight."""
-        block_size = self.draw.choice((32, 64, 128, 4096))
+        block_size, nested_block = self.draw.choice(BLOCK_SIZES), self.draw.choice((256, 256, 100))
         blocks = -(-n * k // block_size)
         codes = self.begun(torch.zeros((n * k + 1) // 2, 1, dtype=torch.uint8))
         if self.draw.random() < 0.5:
-            return codes, torch.ones(blocks), None, None, (n, k), block_size, 256
+            return codes, torch.ones(blocks), None, None, (n, k), block_size, nested_block
         scales = self.begun(torch.zeros(blocks, dtype=torch.uint8))
-        return codes, scales, torch.ones(-(-blocks // 256)), torch.zeros(3)[1], (n, k), block_size, 256
+        nested = torch.ones(-(-blocks // nested_block)), torch.zeros(3)[1]
+        return codes, scales, *nested, (n, k), block_size, nested_block
 
 
 @settings(max_examples=100)
@@ -75,7 +83,7 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
     a, b, hidden = o.matrix(r, k, low), o.matrix(n, r, low), o.matrix(m, r, low)
     bias, d_hidden = choose((None, torch.zeros(2 * n, dtype=dtype)[1::2])), choose((None, o.matrix(m, r, low)))
     packed, path, panels = o.weight(n, k), choose(("fused", "library")), choose((1, 2**20))
-    ranks = [choose((0, 1, 8, 17)) for _ in range(choose((1, 3)))]
+    ranks = [choose((0, 1, 8, 17)) for _ in range(choose((1, 3, 70)))]
     adapter, scaling = torch.zeros(m, dtype=torch.int64), torch.ones(2 * len(ranks))[::2]
     grouped = (o.matrix(sum(ranks), k, low), o.matrix(n, sum(ranks), low), ranks, adapter, scaling)
     drop, needs = (0.5, p, torch.tensor([1, 2])[1:]), tuple(o.draw.random() < 0.7 for _ in range(5))
@@ -87,11 +95,22 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
         launch_nf4_lora_linear_backward(d_y, d_hidden, x, *packed, *rest, path=path, panel_bytes=panels)
         launch_dora_norm(weight, a, b, 0.5)
         launch_nf4_dora_norm(*packed, dtype, a, b, 0.5)
-        launch_nf4_dequantize(*packed[:5], dtype, packed[5])
+        launch_nf4_dequantize(*packed[:5], dtype, *packed[5:])
+        launch_absmax_quantize(packed[1].float(), torch.zeros(3)[2], packed[6])
+        if packed[2] is not None:
+            launch_absmax_dequantize(packed[1], *packed[2:4], packed[6])
         launch_nf4_quantize(weight, packed[5])
         sums = launch_grouped_lora(x, choose((None, d_y)), *grouped)[1]
         launch_grouped_lora_backward(d_y, None, x, *grouped, sums, needs[:3])
     assert found <= listed(), sorted(map(str, found - listed()))[:1]
+
+
+def test_levels_are_shuffled_wherever_nothing_is_interpreted():
+    """What is listed; a launch may only be asked for the table."""
+    assert nf4_levels.SHUFFLED is not nf4_levels.INTERPRETED.value
+    for launch in (launch_nf4_dequantize, launch_nf4_matmul, launch_nf4_columns):
+        assert inspect.signature(launch).parameters["shuffled"].default is nf4_levels.SHUFFLED
+    assert {v.constants.get("SHUFFLED", True) for name in kernel_names() for v in variants_of(name)} == {True}
 
 
 def launched():

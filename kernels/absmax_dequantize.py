@@ -2,8 +2,8 @@
 
     absmax[i] = level8[code[i]] * absmax2[i // block size] + offset
 
-Product and sum are rounded separately, as the reference's are: no multiply-add may be fused. The dequantisation of a
-weight does this by itself (kernels/nf4_dequantize.py); this is for scales alone.
+Product and sum are rounded separately, as the reference's are: no multiply-add may be fused. What reads a weight does
+this by itself for blocks of 256 (nf4_tile.py, nf4_dequantize.py); this is for scales alone, and for other blocks.
 
 Reference: quant/double.py
 """

@@ -80,14 +80,14 @@ def variants() -> Iterator[Variant]:
 
 def launch_absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Run the kernel; operands as checked by the op. Copies scales that are not contiguous."""
+    if block_size != NESTED_BLOCK_SIZE:
+        log_launch("absmax_quantize", "blocks of other than 256, reference", absmax)
+        return reference.quantize_absmax(absmax, offset, block_size)
     count = absmax.numel()
     blocks = triton.cdiv(count, block_size)
     codes, absmax2 = absmax.new_empty(count, dtype=torch.uint8), absmax.new_empty(blocks)
     if count == 0:
         return codes, absmax2
-    if block_size != NESTED_BLOCK_SIZE:
-        log_launch("absmax_quantize", "blocks of other than 256, reference", absmax)
-        return reference.quantize_absmax(absmax, offset, block_size)
     log_launch("absmax_quantize", "kernel", absmax)
     absmax = absmax.contiguous()
     taken = _ODD if count % ALIGNMENT or not begins_aligned(absmax) else _WIDE

@@ -24,7 +24,7 @@ from lora_core.kernels.form import begins_aligned, form, in_wide_loads
 from lora_core.kernels.nf4_levels import SHUFFLED
 from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, as_read, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill
-from lora_core.kernels.reach import left_to_reference
+from lora_core.kernels.reach import left_to_reference, near
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
@@ -198,7 +198,7 @@ def _norms(
     splits = triton.cdiv(max(k, 1), k_per_split)
     part = like.new_empty((splits * grid_r, n), dtype=torch.float32)
     kind = _kind(like, w, lora_a, lora_b)
-    log_launch("dora_norm" if w is None else "nf4_dora_norm", kind, *(() if w is None else (w.absmax, w.nested_absmax)))
+    log_launch("dora_norm" if w is None else "nf4_dora_norm", kind)
     if n:
         with torch.cuda.device_of(like):
             _FORMS[kind][(grid_n, grid_r, splits)](
@@ -228,6 +228,7 @@ def _norms(
     return launch_split_sum(part, torch.float32, add=update).clamp_(min=0).sqrt_()
 
 
+@near
 def launch_dora_norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, splits: int | None = None
 ) -> Tensor:
@@ -241,6 +242,7 @@ def launch_dora_norm(
     return _norms(weight, None, lora_a, lora_b, scaling, splits)
 
 
+@near
 def launch_nf4_dora_norm(
     codes: Tensor,
     absmax: Tensor,
@@ -261,9 +263,10 @@ def launch_nf4_dora_norm(
         splits: parts of the sum over columns; by default as many as fill the device.
     """
     w = as_read(Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size))
-    if left_to_reference("nf4_dora_norm", lora_a, lora_b):
+    like = codes.new_empty(0, dtype=dtype)
+    if left_to_reference("nf4_dora_norm", lora_a, lora_b, like):
         return reference.dora_norm(w.dense(dtype), lora_a, lora_b, scaling)
-    return _norms(codes.new_empty(0, dtype=dtype), w, lora_a, lora_b, scaling, splits)
+    return _norms(like, w, lora_a, lora_b, scaling, splits)
 
 
 register(op, "cuda", launch_dora_norm)

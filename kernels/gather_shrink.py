@@ -31,11 +31,9 @@ from lora_core.kernels.groups import (
 from lora_core.kernels.tile import dot, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 
-# what keeps every configuration in registers: warps of many ranks, and of elements that are loaded one by one; of
-# those, columns of a step and steps whose loads are in flight
-MORE_WARPS = 8
-LOOSE_C = 64
-LOOSE_STAGES = 3
+# of elements that are loaded one by one, what keeps every configuration in registers: columns of a step, warps, and
+# steps whose loads are in flight
+LOOSE_C, LOOSE_WARPS, LOOSE_STAGES = 64, 8, 3
 
 
 def _gather_shrink_kernel(
@@ -116,7 +114,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_C": _columns(taken, low),
                     "BLOCK_R": ranks,
                 },
-                options=_options(taken, low, ranks),
+                options=_options(taken, low),
                 tile_m=0 if low == torch.float32 else BLOCK_M,
             )
 
@@ -131,11 +129,10 @@ def _columns(taken: Form, low: torch.dtype) -> int:
     return LOOSE_C if taken is _LOOSE else BLOCK_C[low]
 
 
-def _options(taken: Form, low: torch.dtype, ranks: int) -> dict[str, Any]:
-    loose = taken is _LOOSE
-    if low == torch.float32:
-        return options(LOOSE_STAGES) if loose else options()
-    return options(warps=MORE_WARPS) if loose or ranks > BLOCK_R[low][0] else options()
+def _options(taken: Form, low: torch.dtype) -> dict[str, Any]:
+    if taken is not _LOOSE:
+        return options()
+    return options(LOOSE_STAGES) if low == torch.float32 else options(warps=LOOSE_WARPS)
 
 
 def launch_gather_shrink(
@@ -178,6 +175,6 @@ def launch_gather_shrink(
                 BLOCK_M=BLOCK_M,
                 BLOCK_C=_columns(taken, low),
                 BLOCK_R=ranks_of_program,
-                **_options(taken, low, ranks_of_program),
+                **_options(taken, low),
             )
     return s

@@ -19,12 +19,13 @@ from lora_core.kernels.gather_expand import launch_gather_expand
 from lora_core.kernels.gather_gradient import launch_gather_gradient
 from lora_core.kernels.gather_shrink import launch_gather_shrink
 from lora_core.kernels.groups import groups
-from lora_core.kernels.reach import left_to_reference
+from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
 from lora_core.ops.grouped_lora import backward_op, op
 from lora_core.reference import grouped as reference
 
 
+@near
 def launch_grouped_lora(
     x: Tensor,
     base: Tensor | None,
@@ -35,7 +36,7 @@ def launch_grouped_lora(
     scaling: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward; operands and results as the op has them, any strides of x, base, lora_a and lora_b."""
-    if left_to_reference("grouped_lora", x, base, lora_a, lora_b):
+    if left_to_reference("grouped_lora", x, lora_a, lora_b, sides=(len(ranks),)):
         return reference.forward(x, base, lora_a, lora_b, ranks, adapter, scaling)
     log_launch("grouped_lora", "kernels", scaling)
     found = groups(adapter, len(ranks))
@@ -43,6 +44,7 @@ def launch_grouped_lora(
     return launch_gather_expand(hidden, lora_b.T, found, ranks, scaling.contiguous(), base, x.dtype), hidden
 
 
+@near
 def launch_grouped_lora_backward(
     d_y: Tensor,
     d_hidden: Tensor | None,
@@ -57,7 +59,7 @@ def launch_grouped_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward; operands and results as the op has them, empty where needs says that none is wanted."""
     need_x, need_a, need_b = needs
-    if left_to_reference("grouped_lora_backward", d_y, d_hidden, x, lora_a, lora_b):
+    if left_to_reference("grouped_lora_backward", d_y, lora_a, lora_b, sides=(len(ranks),)):
         wide = reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
         d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in wide)
         return d_x, d_lora_a, d_lora_b

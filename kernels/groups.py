@@ -104,13 +104,14 @@ def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M:
     """Group, rows, whether there are such, first rank in A and number of ranks of this program's tile."""
     tile = tl.program_id(0)
     # adapters whose tiles all come before; behind them are the rows without an adapter, and tiles without rows
-    group = 0
+    before = tl.zeros((SEARCHED,), tl.int32)
     for start in tl.range(0, G, SEARCHED, num_stages=1):
         each = start + tl.arange(0, SEARCHED)
         ends = tl.load(tile_ends_ptr + each, mask=each < G, other=0)
-        group += tl.sum(((ends <= tile) & (each < G)).to(tl.int32))
-    before = tl.load(tile_ends_ptr + group - 1, mask=group > 0, other=0)
-    first = tl.load(starts_ptr + group) + (tile - before) * BLOCK_M
+        before += ((ends <= tile) & (each < G)).to(tl.int32)
+    group = tl.sum(before)
+    tiles_before = tl.load(tile_ends_ptr + group - 1, mask=group > 0, other=0)
+    first = tl.load(starts_ptr + group) + (tile - tiles_before) * BLOCK_M
     place = first + tl.arange(0, BLOCK_M)
     ok = place < tl.load(starts_ptr + group + 1)
     row = tl.load(order_ptr + place, mask=ok, other=0)

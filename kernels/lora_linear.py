@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, path_of, skinny_product
-from lora_core.kernels.reach import left_to_reference
+from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
 from lora_core.ops.lora_linear import backward_op, op
 from lora_core.reference import lora as reference
 
 
+@near
 def launch_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -51,6 +52,7 @@ def launch_lora_linear(
     return y.view(*x.shape[:-1], weight.shape[0]), hidden
 
 
+@near
 def launch_lora_linear_backward(
     d_y: Tensor,
     d_hidden: Tensor | None,
@@ -74,7 +76,7 @@ def launch_lora_linear_backward(
     need_x, need_weight, need_bias, need_a, need_b = needs
     flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
     d_x = d_weight = None
-    if left_to_reference("lora_linear_backward", grad, d_hidden, flat, weight, lora_a, lora_b):
+    if left_to_reference("lora_linear_backward", grad, weight, lora_a, lora_b):
         d_x, d_weight, d_bias, d_lora_a, d_lora_b = reference.backward(
             grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
         )

@@ -21,12 +21,13 @@ from lora_core.kernels.crossover import log
 from lora_core.kernels.low_rank import a_gradient, low_rank_gradients, low_rank_linear, path_of, skinny_product
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
 from lora_core.kernels.nf4_tile import as_read
-from lora_core.kernels.reach import left_to_reference
+from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
 from lora_core.ops.lora_linears import absent, backward, backward_op, forward, op
 from lora_core.ops.packed import Packed, unflatten
 
 
+@near
 def launch_lora_linears(
     x: Tensor,
     tensors: Sequence[Tensor],
@@ -47,7 +48,7 @@ def launch_lora_linears(
         Every y_i [..., N_i], then S [M, sum of R_i].
     """
     flat, ranks = x.reshape(-1, x.shape[-1]), [len(a) for a in lora_as]
-    if left_to_reference("lora_linears", flat, *_dense(tensors, formats), *lora_as, *lora_bs):
+    if left_to_reference("lora_linears", flat, *_dense(tensors, formats), *lora_as, *lora_bs, sides=(sum(ranks),)):
         return forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
     paths = [path or path_of(flat, (len(b), x.shape[-1]), len(a)) for a, b in zip(lora_as, lora_bs, strict=True)]
     if any(dropouts):
@@ -70,6 +71,7 @@ def launch_lora_linears(
     return [*ys, hidden]
 
 
+@near
 def launch_lora_linears_backward(
     d_ys: Sequence[Tensor],
     x: Tensor | None,
@@ -94,7 +96,8 @@ def launch_lora_linears_backward(
     adapter = (lora_as, lora_bs, hidden, scalings, dropouts, seeds)
     grads = [g.reshape(-1, g.shape[-1]) for g in d_ys]
     flat = None if x is None else x.reshape(-1, x.shape[-1])
-    if left_to_reference("lora_linears_backward", *grads, flat, *_dense(tensors, formats), *lora_as, *lora_bs):
+    matrices = (*_dense(tensors, formats), *lora_as, *lora_bs)
+    if left_to_reference("lora_linears_backward", grads[0], *matrices, sides=hidden.shape[1:]):
         return backward(d_ys, x, tensors, formats, *adapter, need_x, need_pairs)
     masked = any(dropouts)
     # dA of all layers at once, below, unless their masks differ

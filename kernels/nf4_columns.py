@@ -129,7 +129,7 @@ def launch_nf4_columns(w: Packed, first: int, width: int, dtype: torch.dtype, sh
         return dense
     kind = reading(w, SMALL_TILE[1])
     block_n, block_k = _tile(kind)
-    log_launch("nf4_columns", kind, w.absmax, w.nested_absmax)
+    log_launch("nf4_columns", kind)
     with torch.cuda.device_of(w.codes):
         taken = _LOOSE if kind == ELEMENTS else _FORMS[n % ALIGNMENT > 0]
         taken[(triton.cdiv(n, block_n) * triton.cdiv(width, block_k),)](

@@ -1,5 +1,7 @@
 """Triton kernel for lora_core::nf4_dequantize: codes and scales, plain or quantised, to a weight in one launch.
 
+Second-level blocks of other than 256, the format's, take a launch of their own before it (nf4_tile.py).
+
     w[i] = level[code[i]] * absmax[i // BLOCK_SIZE]
     absmax[j] = level8[q[j]] * absmax2[j // 256] + offset        where the scales are quantised too
 
@@ -155,8 +157,6 @@ def launch_nf4_dequantize(
 ) -> Tensor:
     """Run the kernel; operands as checked by the op. Copies codes or scales that are not contiguous.
 
-    Second-level blocks of other than 256 take a launch of their own, which makes the scales plain.
-
     Args:
         shuffled: whether levels are fetched by shuffles, which the interpreter cannot do, or from a table.
     """
@@ -168,12 +168,12 @@ def launch_nf4_dequantize(
     n = w.numel()
     if n == 0:
         return w
-    given = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    codes, absmax, nested_absmax, nested_offset, *_ = as_read(given)
+    packed = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
+    codes, absmax, nested_absmax, nested_offset, *_ = as_read(packed)
     # a slice of a larger buffer may begin anywhere
     words = n % 32 == 0 and begins_aligned(codes, absmax, nested_absmax)
     kind, per_unit = ("words", 8) if words else ("bytes", 2)
-    log_launch("nf4_dequantize", kind, *given[:3])
+    log_launch("nf4_dequantize", kind)
     units, warps = _program(kind, block_size, dtype)
     nested = nested_absmax is not None
     levels8 = levels("dynamic", codes.device)

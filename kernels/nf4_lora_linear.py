@@ -23,12 +23,13 @@ from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
 from lora_core.kernels.nf4_panels import column_panels, row_panels, size_of_panels
 from lora_core.kernels.nf4_tile import as_read
-from lora_core.kernels.reach import left_to_reference
+from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
 
 
+@near
 def launch_nf4_lora_linear(
     x: Tensor,
     codes: Tensor,
@@ -98,6 +99,7 @@ def packed_low_rank_linear(
     return y
 
 
+@near
 def launch_nf4_lora_linear_backward(
     d_y: Tensor,
     d_hidden: Tensor | None,
@@ -125,11 +127,11 @@ def launch_nf4_lora_linear_backward(
         path, panel_bytes: as in launch_nf4_lora_linear.
     """
     columns, rows = shape
-    w = as_read(Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size))
+    w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     grad, flat = d_y.reshape(-1, columns), None if x is None else x.reshape(-1, rows)
     need_x, *need_others = needs
     adapter = (lora_a, lora_b, hidden, scaling, dropout, seed)
-    if left_to_reference("nf4_lora_linear_backward", grad, d_hidden, flat, lora_a, lora_b):
+    if left_to_reference("nf4_lora_linear_backward", grad, lora_a, lora_b):
         # without d_x the weight does not matter
         dense = w.dense(d_y.dtype) if need_x else d_y.new_empty(columns, rows)
         wanted = (need_x, False, *need_others)
@@ -139,7 +141,7 @@ def launch_nf4_lora_linear_backward(
     d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs, path)
     d_x = None
     if need_x and d_s is not None:
-        d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path, panel_bytes=panel_bytes)
+        d_x = packed_input_gradient(grad, as_read(w), d_s, lora_a, dropout, seed, path, panel_bytes=panel_bytes)
         d_x = d_x.view(*d_y.shape[:-1], rows)
     d_x, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in (d_x, d_bias, d_lora_a, d_lora_b))
     return d_x, d_bias, d_lora_a, d_lora_b
@@ -171,7 +173,7 @@ def packed_input_gradient(
     panel_bytes = panel_bytes or size_of_panels(d_y)
     few, whole = len(d_y) <= MOST_TOKENS, n * k * d_y.itemsize <= panel_bytes
     way = "decoded in the product" if few else "W made whole" if whole else "in panels of columns"
-    log_launch("nf4 dx", way, w.codes, w.absmax, w.nested_absmax)
+    log_launch("nf4 dx", way)
     if few:
         d_x = launch_nf4_matmul(d_y, *w, None, *up, transposed=True)
         return d_x if total is None else total.add_(d_x)

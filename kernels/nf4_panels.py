@@ -33,7 +33,7 @@ def row_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[tupl
     """Yield (first row, row behind the last, packed rows) of a weight's panels; each begins with a scale of its own.
 
     Args:
-        w: the weight, codes contiguous.
+        w: the weight, as as_read returns it.
         dtype: that it will be dequantised to.
         panel_bytes: a panel is the most rows that fit in, but at least as many as can be cut off.
     """

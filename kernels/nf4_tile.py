@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.absmax_dequantize import launch_absmax_dequantize
+from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import ALIGNMENT, begins_aligned
 from lora_core.kernels.nf4_levels import levels_of_words
 from lora_core.kernels.tables import levels
@@ -100,13 +101,17 @@ def as_read(w: Packed) -> Packed:
     """Return a weight as kernels read it: contiguous, in second-level blocks of 256; other scales are made plain."""
     absmax, nested_absmax, offset = w.absmax, w.nested_absmax, w.nested_offset
     if nested_absmax is not None and offset is not None and w.nested_block_size != NESTED_BLOCK_SIZE:
+        log_launch("nf4 weight", f"second-level blocks of {w.nested_block_size}, scales made plain")
         absmax = launch_absmax_dequantize(absmax, nested_absmax, offset, w.nested_block_size)
         nested_absmax = offset = None
+    elif not all(t is None or t.is_contiguous() for t in w[:3]):
+        log_launch("nf4 weight", "made contiguous", *w[:3])
     return w._replace(
         codes=w.codes.contiguous(),
         absmax=absmax.contiguous(),
         nested_absmax=None if nested_absmax is None else nested_absmax.contiguous(),
         nested_offset=offset,
+        nested_block_size=NESTED_BLOCK_SIZE,
     )
 
 
@@ -139,6 +144,8 @@ def argument_types(kind: str, nested: bool) -> dict[str, str]:
 
 def arguments(w: Packed, kind: str) -> tuple[Tensor, ...]:
     """Return what a kernel's parameters from codes_ptr to levels8_ptr take; w as as_read returns it."""
+    if w.nested_block_size != NESTED_BLOCK_SIZE:
+        raise ValueError(f"second-level blocks of {w.nested_block_size}: want {NESTED_BLOCK_SIZE}, as as_read returns")
     device = w.codes.device
     levels8 = levels("dynamic", device)
     return (

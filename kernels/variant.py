@@ -35,7 +35,7 @@ class Variant:
     Args:
         name: of the configuration, unique in its file.
         form: of the kernel.
-        types: Triton's, such as "*bf16", of every argument but what is "i32": sizes and strides (reach.py).
+        types: Triton's, such as "*bf16", of every argument but what is "i32": sizes, strides, counts (reach.py).
         constants: value of every constexpr.
         options: num_warps and other launch options.
         weights: output elements one program makes, for instructions per element; 0 where that says nothing.

@@ -73,7 +73,8 @@ IN_NF4_BACKWARD = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_backwar
 IN_NF4_READING = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_reads_every_element"
 IN_MANY_ADAPTERS = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_find"
 IN_NF4_NESTED = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_take_any_second_level"
-IN_REACH = "test_kernels_far.py::test_strides_beyond_reach"
+IN_REACH = "test_kernels_far.py::test_operands_of_more_dimensions"
+IN_WIDE = "test_kernels_far.py::test_float64_is_left"
 IN_NF4_SPLIT = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_splits"
 IN_PANELS = "test_kernels_nf4_lora_linear.py::test_panels_of_rows_put_together"
 IN_COLUMNS = "test_kernels_nf4_lora_linear.py::test_panels_of_columns_put_together"
@@ -136,8 +137,12 @@ MUTATIONS = (
     ),
     Mutation("kernels/absmax_quantize.py", "tl.where(absmax2 == 0.0, 1.0, absmax2)", "absmax2", IN_ABSMAX),
     Mutation("kernels/absmax_dequantize.py", "place // block_size", "place // (block_size + 1)", IN_ABSMAX),
-    Mutation(DECODE, "w.nested_block_size != NESTED_BLOCK_SIZE", "w.nested_block_size < 1", IN_NF4_NESTED),
-    Mutation("kernels/reach.py", "> LARGEST for t", "> 2 * LARGEST + 2 for t", IN_REACH),
+    Mutation(
+        DECODE, "None and w.nested_block_size != NESTED", "None and w.nested_block_size < 0 * NESTED", IN_NF4_NESTED
+    ),
+    Mutation("kernels/reach.py", "any(map(_is_far, args))", "False", IN_REACH),
+    Mutation("kernels/reach.py", "any(t.dtype == torch.float64 for t in (tokens, *matrices))", "False", IN_WIDE),
+    Mutation(LINEARS, "            w = as_read(w)\n            d_x", "            d_x", IN_NF4_NESTED),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
     Mutation(SUM, "out.numel() % ALIGNMENT or", "out.numel() % 2 or", IN_SUM),
     Mutation(
@@ -176,7 +181,7 @@ MUTATIONS = (
     Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),
     Mutation(GROUPS, "(adapter < 0) | (adapter >= count)", "(adapter < 0)", IN_SORTING),
     Mutation(GROUPS, "tl.range(0, G, SEARCHED", "tl.range(0, tl.minimum(G, 1), SEARCHED", IN_MANY_ADAPTERS),
-    Mutation(GROUPS, "(tile - before) * BLOCK_M", "(tile - before) * (BLOCK_M + 1)", IN_GROUPED),
+    Mutation(GROUPS, "(tile - tiles_before) * BLOCK_M", "(tile - tiles_before) * (BLOCK_M + 1)", IN_GROUPED),
     Mutation(
         EXPAND, "s_ptr + row[:, None] * R + rank[None, :]", "s_ptr + row[:, None] * R + rank[None, :] * 0", IN_GROUPED
     ),

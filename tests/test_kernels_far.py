@@ -1,5 +1,5 @@
 """Operands whose elements lie more than 2^31 elements apart: every kernel gives the bits it gives where they lie close,
-and what no kernel reaches is left to the reference.
+and what no kernel reaches is copied first or left to the reference.
 
 A far operand is a view into memory of which only the elements read are ever touched, so that it takes address space and
 next to no memory; on a GPU it takes both, a few GiB.
@@ -12,13 +12,14 @@ from strategies import spread
 from torch import Tensor
 
 import lora_core as lc
-from lora_core.kernels.dora_norm import launch_dora_norm
+from lora_core.kernels.dora_norm import launch_dora_norm, launch_nf4_dora_norm
 from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_lora_backward
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.lora_linears import launch_lora_linears, launch_lora_linears_backward
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
-from lora_core.kernels.reach import LARGEST, left_to_reference
-from lora_core.ops.packed import Packed
+from lora_core.kernels.reach import LARGEST, LARGEST_SIDE, left_to_reference, near
+from lora_core.ops.packed import Packed, flatten
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAST = 2**31
@@ -59,6 +60,24 @@ def nf4_backward(o: dict[str, Tensor]) -> list[Tensor]:
     return [grads[i] for i in (0, 2, 3)]
 
 
+def siblings(o: dict[str, Tensor]) -> list[Tensor]:
+    tensors, formats = flatten([o["weight"], packed(o)])
+    adapters = ([o["lora_a"]] * 2, [o["lora_b"]] * 2, [0.5, 1.0])
+    return launch_lora_linears(o["x"], tensors, formats, [o["x"][:0, 0]] * 2, *adapters, [0.0] * 2, [o["seed"]] * 2)
+
+
+def siblings_backward(o: dict[str, Tensor]) -> list[Tensor]:
+    tensors, formats = flatten([o["weight"], packed(o)])
+    hidden = torch.cat([o["close hidden"]] * 2, 1)
+    adapters = ([o["lora_a"]] * 2, [o["lora_b"]] * 2, hidden, [0.5, 1.0])
+    rest = (*adapters, [0.0] * 2, [o["seed"]] * 2, True, True)
+    return launch_lora_linears_backward([o["d_y"]] * 2, o["x"], tensors, formats, *rest)
+
+
+def packed_dora(o: dict[str, Tensor]) -> list[Tensor]:
+    return [launch_nf4_dora_norm(*packed(o), torch.bfloat16, o["lora_a"], o["lora_b"], 0.5)]
+
+
 def dora(o: dict[str, Tensor]) -> list[Tensor]:
     return [launch_dora_norm(o["weight"], o["lora_a"], o["lora_b"], 0.5)]
 
@@ -88,7 +107,10 @@ CASES = {
     lora_backward: ("d_y", "x", "weight", "lora_a", "lora_b", "hidden"),
     nf4: ("x", "lora_a", "lora_b"),
     nf4_backward: ("d_y", "x", "lora_a", "lora_b", "hidden"),
+    siblings: ("x", "weight", "lora_a", "lora_b"),
+    siblings_backward: ("d_y", "x", "weight", "lora_a", "lora_b"),
     dora: ("weight", "lora_a", "lora_b"),
+    packed_dora: ("lora_a", "lora_b"),
     grouped: ("x", "base", "lora_a", "lora_b"),
     grouped_backward: ("d_y", "x", "lora_a", "lora_b"),
 }
@@ -112,35 +134,66 @@ def test_kernels_reach_elements_two_to_the_31_apart(run, name, along):
     assert all(torch.equal(a, b) for a, b in zip(close, wide, strict=True))
 
 
-@pytest.mark.interpreted
+@pytest.mark.parametrize("apart", [LARGEST + 1, PAST + 16])
 @pytest.mark.parametrize(
     ("run", "name"),
-    [(run, name) for run, names in CASES.items() for name in names if name != "hidden"],
+    [(run, name) for run, names in CASES.items() for name in names],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_strides_beyond_reach_are_left_to_the_reference(run, name, monkeypatch):
-    """Operands of two rows or columns that lie 2^30 elements apart."""
+def test_what_lies_farther_apart_is_copied_first(run, name, apart, monkeypatch):
+    """Operands of two rows, 2^30 elements apart and more than 2^31: the launches and bits of the rows side by side."""
     monkeypatch.setitem(globals(), "RANKS", [1, 1])
     two = {"x": (2, K), "weight": (2, K), "lora_a": (2, K), "lora_b": (2, 2), "d_y": (2, 2), "hidden": (2, 2)}
     operands = operands_of(two | {"base": (2, 2)})
-    close = run(operands)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(operands), run(operands | {name: spread(operands[name], apart, 0)}), strict=True)
+    )
+
+
+def test_operands_of_more_dimensions_are_copied_only_where_they_span_what_is_far():
+    given = []
+    see = near(lambda *args: given.append(args))
+    row = torch.randn(4)
+    see(row.as_strided((1, 2, 2), (LARGEST + 1, 2, 1)), [row, None], "a", 2**40)
+    assert given[-1][0].stride(0) == LARGEST + 1 and given[-1][1][0] is row
+    far = torch.empty(2, 1, 2, device="meta").as_strided((2, 1, 2), (LARGEST + 1, 2, 1))
+    see(far, [row, far], (2, far))
+    assert given[-1][0].is_contiguous() and given[-1][1][0] is row and given[-1][1][1].is_contiguous()
+    assert isinstance(given[-1][2], tuple) and given[-1][2][1].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "side", "sides", "said"),
+    [
+        ((LARGEST + 1, 1), (1, 1), (), f"more than {LARGEST} tokens, reference"),
+        ((1, 1), (LARGEST_SIDE + 1, 1), (), f"a side of more than {LARGEST_SIDE}, reference"),
+        ((1, 1), (1, LARGEST_SIDE + 1), (), f"a side of more than {LARGEST_SIDE}, reference"),
+        ((1, 1), (1, 1), (LARGEST_SIDE + 1,), f"a side of more than {LARGEST_SIDE}, reference"),
+        ((LARGEST, 1), (LARGEST_SIDE, LARGEST_SIDE), (LARGEST_SIDE,), None),
+    ],
+)
+def test_sizes_beyond_reach_are_left_to_the_reference(tokens, side, sides, said, caplog):
+    x, w = torch.empty(tokens, device="meta"), torch.empty(side, device="meta")
+    with caplog.at_level("DEBUG", "lora_core.kernels"):
+        assert left_to_reference("lora_linear", x, w, sides=sides) == (said is not None)
+    assert caplog.messages == ([] if said is None else [f"lora_linear: {said}"])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("wide", ["x", "weight", "dtype"])
+def test_float64_is_left_to_the_reference(wide):
+    """float32 A and B over a weight in float64 are, too."""
+    x, weight, a, b = (torch.randn(*shape) for shape in ((2, 64), (3, 64), (2, 64), (3, 2)))
     with recorded() as launches:
-        far = run(operands | {name: spread(operands[name], LARGEST + 1, 0)})
+        if wide == "x":
+            launch_lora_linear(x.double(), weight.double(), None, a.double(), b.double(), 0.5, 0.0, None)
+        elif wide == "weight":
+            launch_dora_norm(weight.double(), a, b, 0.5)
+        else:
+            launch_nf4_dora_norm(*Packed.of(lc.quantize_nf4(weight, 64, True)), torch.float64, a, b, 0.5)
     # W is dequantised by its kernel
     assert {launch.kernel for launch in launches} <= {"_nf4_dequantize_kernel"}
-    for a, b in zip(close, far, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * a.abs().max().item())
-
-
-@pytest.mark.parametrize("shape", [(LARGEST + 1, 1), (1, LARGEST + 1)])
-def test_sizes_beyond_reach_are_left_to_the_reference(shape, caplog):
-    one, large = torch.ones(1, 1), torch.empty(shape, device="meta")
-    with caplog.at_level("DEBUG", "lora_core.kernels"):
-        assert left_to_reference("lora_linear", one, None, large)
-    assert "lora_linear: a size or stride of 2^30 or more, reference" in caplog.text
-    assert left_to_reference("lora_linear", one.double()) and not left_to_reference("lora_linear", one, None)
-    most = torch.empty([min(size, LARGEST) for size in shape], device="meta")
-    assert not left_to_reference("lora_linear", one, most)
 
 
 def test_codes_and_scales_may_lie_two_to_the_31_apart():

@@ -11,6 +11,7 @@ from tolerance import UNIT_FP32, assert_within_bound
 import lora_core as lc
 from lora_core.kernels.crossover import PATHS
 from lora_core.kernels.dora_norm import launch_nf4_dora_norm
+from lora_core.kernels.lora_linears import launch_lora_linears, launch_lora_linears_backward
 from lora_core.kernels.nf4_columns import launch_nf4_columns
 from lora_core.kernels.nf4_lora_linear import (
     launch_nf4_lora_linear,
@@ -20,7 +21,7 @@ from lora_core.kernels.nf4_lora_linear import (
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
 from lora_core.kernels.nf4_panels import PANEL_BYTES, TILE_OF_Y, column_panels, row_panels
 from lora_core.kernels.nf4_tile import as_read
-from lora_core.ops.packed import Packed
+from lora_core.ops.packed import Packed, flatten
 from lora_core.quant import double
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,7 +221,11 @@ def test_nf4_lora_linear_kernels_take_any_second_level_block(m, nested_block):
         grads = launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest, panel_bytes=1)
         norm = launch_nf4_dora_norm(*w, torch.bfloat16, lora_a, lora_b, 0.5)
         dense = launch_nf4_columns(as_read(w), 512, 88, torch.bfloat16)
-        runs.append((y, hidden, *grads, norm, dense))
+        tensors, formats = flatten([w, w])
+        adapters, drop = ([lora_a] * 2, [lora_b] * 2), ([0.5] * 2, [0.3] * 2, [SEED] * 2)
+        *ys, both = launch_lora_linears(x, tensors, formats, [bias] * 2, *adapters, *drop)
+        together = launch_lora_linears_backward([d_y] * 2, x, tensors, formats, *adapters, both, *drop, True, True)
+        runs.append((y, hidden, *grads, norm, dense, *ys, *together))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -16,12 +16,14 @@ from lora_core.kernels.absmax_quantize import launch_absmax_quantize
 from lora_core.kernels.dora_norm import launch_dora_norm, launch_nf4_dora_norm
 from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_lora_backward
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
+from lora_core.kernels.lora_linears import launch_lora_linears, launch_lora_linears_backward
 from lora_core.kernels.nf4_columns import launch_nf4_columns
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
 from lora_core.kernels.nf4_matmul import launch_nf4_matmul
 from lora_core.kernels.nf4_quantize import launch_nf4_quantize
 from lora_core.kernels.variant import DTYPE_PAIRS
+from lora_core.ops.packed import Packed, flatten
 from lora_core.quant.blockwise import BLOCK_SIZES
 
 pytestmark = pytest.mark.interpreted
@@ -45,9 +47,7 @@ class Operands:
 
     def matrix(self, rows, columns, dtype):
         t = torch.zeros(rows, columns, dtype=dtype)
-        layout = self.draw.choice(
-            ("whole", "whole", "columns", "every other", "begun", "wider", "expanded", "rows apart")
-        )
+        layout = self.draw.choice(LAYOUTS)
         if layout == "columns":
             return t.T.contiguous().T
         if layout == "every other":
@@ -93,8 +93,14 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
         launch_nf4_lora_linear(x, *packed, bias, a, b, *drop, path=path, panel_bytes=panels)
         rest = (a, b, hidden, *drop, needs[:4])
         launch_nf4_lora_linear_backward(d_y, d_hidden, x, *packed, *rest, path=path, panel_bytes=panels)
-        launch_dora_norm(weight, a, b, 0.5)
-        launch_nf4_dora_norm(*packed, dtype, a, b, 0.5)
+        tensors, formats = flatten([weight, Packed(*packed)])
+        pairs, drops = ([a, a], [b, b]), ([0.5] * 2, [p] * 2, [drop[2]] * 2)
+        launch_lora_linears(x, tensors, formats, [x[0, :0]] * 2, *pairs, *drops, path)
+        launch_lora_linears_backward(
+            [d_y] * 2, x, tensors, formats, *pairs, torch.cat([hidden] * 2, 1), *drops, needs[0], needs[1], path
+        )
+        launch_dora_norm(choose((weight, weight.double())), a, b, 0.5)
+        launch_nf4_dora_norm(*packed, choose((dtype, torch.float64)), a, b, 0.5)
         launch_nf4_dequantize(*packed[:5], dtype, *packed[5:])
         launch_absmax_quantize(packed[1].float(), torch.zeros(3)[2], packed[6])
         if packed[2] is not None:

@@ -205,8 +205,10 @@ def test_nf4_lora_linear_kernels_take_any_strides(m, spread):
 
 @pytest.mark.parametrize("m", [3, 70])
 @pytest.mark.parametrize("nested_block", [4, 100, 512])
-def test_nf4_lora_linear_kernels_take_any_second_level_block(m, nested_block):
+def test_nf4_lora_linear_kernels_take_any_second_level_block(m, nested_block, monkeypatch):
     """The bits of the same scales, given plain."""
+    # panels as small as they can be
+    monkeypatch.setattr("lora_core.kernels.nf4_lora_linear.size_of_panels", lambda x: 1)
     x, weight, bias, lora_a, lora_b = linear_operands(m, 21, 600, 5, torch.bfloat16, torch.bfloat16, 0, DEVICE)
     codes, absmax = torch.ops.lora_core.nf4_quantize(weight, 64)
     offset = absmax.mean()
@@ -216,9 +218,9 @@ def test_nf4_lora_linear_kernels_take_any_second_level_block(m, nested_block):
     runs = []
     for scales in ((*nested, offset), (plain, None, None)):
         w = Packed(codes, *scales, (21, 600), 64, nested_block)
-        y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.3, SEED, panel_bytes=1)
+        y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.3, SEED)
         rest = (lora_a, lora_b, hidden, 0.5, 0.3, SEED, (True,) * 4)
-        grads = launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest, panel_bytes=1)
+        grads = launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest)
         norm = launch_nf4_dora_norm(*w, torch.bfloat16, lora_a, lora_b, 0.5)
         dense = launch_nf4_columns(as_read(w), 512, 88, torch.bfloat16)
         tensors, formats = flatten([w, w])

@@ -1,9 +1,9 @@
 """Write what was measured into docs/performance.md and README.md: `python -m benchmarks.results_table`.
 
-The newest run of every comparison in benchmarks/results (in README.md of some), between two markers: our median, the
-best rival's, their ratio with the spread inside which it says nothing, and the peak memory of both. What this library
-takes no part in is listed for scale, and where it failed its check that is said. A device's rows stand together, as
-numbers of two machines are not compared.
+The newest run of every comparison in benchmarks/results, in README.md of some operations on the machine measured last,
+between two markers: our median, the best rival's, their ratio with the spread inside which it says nothing, and the
+peak memory of both. What this library takes no part in is listed for scale, and where it failed its check that is said.
+A device's rows stand together, as numbers of two machines are not compared.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from benchmarks.markers import rewrite, row
 from benchmarks.record import RESULTS, Record
-from benchmarks.series import newest, of_suites, ours_of, rivals_of, takes_part
+from benchmarks.series import newest, of_suites, of_the_last_machine, ours_of, rivals_of, takes_part
 from benchmarks.table import compare
 from benchmarks.timing import WIDEST_SPREAD
 
 ROOT = Path(__file__).resolve().parent.parent
-# which operations each file lists; None for all
+# which operations each file lists, on the machine measured last; None for all on all
 FILES = {
     ROOT / "README.md": ("inject", "nf4_quantize", "nf4_dequantize", "training_step", "generation_step"),
     ROOT / "docs" / "performance.md": None,
@@ -37,9 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def listed(folder: Path = RESULTS, ops: Sequence[str] | None = None) -> list[list[Record]]:
+    """Return the newest run of every comparison; of some operations those of the machine that ran most of them last."""
+    found = of_suites(newest(folder).values())
+    return found if ops is None else of_the_last_machine(run for run in found if run[0].op in ops)
+
+
 def table(folder: Path = RESULTS, ops: Sequence[str] | None = None) -> str:
-    """Return the records of some operations, or of all, as Markdown: a table for each device."""
-    found = [run for run in of_suites(newest(folder).values()) if ops is None or run[0].op in ops]
+    """Return what `listed` returns as Markdown: a table for each device."""
+    found = listed(folder, ops)
     parts = []
     for device in sorted({run[0].device for run in found}):
         own = sorted((run for run in found if run[0].device == device), key=lambda run: _order(run[0]))

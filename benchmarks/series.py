@@ -1,5 +1,6 @@
 """Recorded rows, put back together: the rows of one run of one comparison, and the newest run of each."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def newest(folder: Path = RESULTS) -> dict[Key, list[Record]]:
 def of_suites(found: Iterable[list[Record]]) -> list[list[Record]]:
     """Return the runs that belong to a suite: no figures of the machine, no points of a sweep."""
     return [run for run in found if run[0].op not in MACHINE and not swept_only(run[0].op, run[0].shape)]
+
+
+def of_the_last_machine(found: Iterable[list[Record]]) -> list[list[Record]]:
+    """Return the runs of the machine that ran most of them last; not of one that ran a few of them."""
+    found = list(found)
+    counts = Counter(run[0].device for run in found)
+    suites = [run for run in found if 2 * counts[run[0].device] >= max(counts.values())]
+    device = max((run[0] for run in suites), key=lambda row: row.timestamp_utc).device if suites else ""
+    return [run for run in found if run[0].device == device]
 
 
 def ours_of(run: list[Record]) -> Record | None:

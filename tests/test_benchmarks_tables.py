@@ -120,3 +120,19 @@ def test_results_table_keeps_devices_apart_and_says_what_no_gpu_measured(tmp_pat
 def test_results_table_lists_work_without_a_rival(tmp_path):
     write(tmp_path, *rows(1.0))
     assert "| 1 |  |  | 1.0 |" in results_table.table(tmp_path)
+
+
+def test_some_operations_are_listed_of_the_machine_that_ran_most_of_them_last(tmp_path):
+    def ran(device, op, time):
+        return rows(1.0, 2.0, device=device, op=op, timestamp_utc=f"2026-01-0{time}T00:00:00+00:00")
+
+    both = [row for op, time in (("inject", 2), ("nf4_quantize", 3)) for row in ran("newer", op, time)]
+    older = [row for op, time in (("inject", 1), ("nf4_quantize", 1)) for row in ran("older", op, time)]
+    write(tmp_path, *older, *both, *ran("elsewhere", "lora_linear", 5))
+    ops = ("inject", "nf4_quantize")
+    assert {run[0].device for run in results_table.listed(tmp_path, ops)} == {"newer"}
+    assert {run[0].device for run in results_table.listed(tmp_path)} == {"older", "newer", "elsewhere"}
+    assert results_table.listed(tmp_path, ("dora_norm",)) == []
+    # one that ran less than half of them last is not the one
+    write(tmp_path, *ran("older", "generation_step", 1), *ran("newer", "generation_step", 3), *ran("few", "inject", 4))
+    assert {run[0].device for run in results_table.listed(tmp_path, (*ops, "generation_step"))} == {"newer"}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launches import recorded
 from strategies import DTYPES, block_sizes, counts, dtypes, scales, seeds, values
 
 import lora_core as lc
@@ -40,6 +41,17 @@ def test_nf4_dequantize_kernel_takes_words_and_bytes_alike(blocks, seed):
     assert moved.data_ptr() % 4
     want = launch_nf4_dequantize(*parts(q), q.shape, torch.bfloat16, 64)
     assert same_bits(launch_nf4_dequantize(moved, *parts(q)[1:], q.shape, torch.bfloat16, 64), want)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_nf4_dequantize_kernel_is_launched_once(block_size, nested):
+    """Scales that are quantised themselves take no launch of their own."""
+    q = lc.quantize_nf4(torch.randn(100, 130), block_size, nested)
+    with recorded() as launches:
+        launch_nf4_dequantize(*parts(q), q.shape, torch.bfloat16, block_size)
+    assert [launch.kernel for launch in launches] == ["_nf4_dequantize_kernel"]
 
 
 @given(counts(30_000), st.sampled_from([16, 100, 256, 300]), seeds)

@@ -76,11 +76,9 @@ def _nf4_dequantize_kernel(
     absmax = tl.load(absmax_ptr + first_block + block, mask=block_ok, other=0)
     if NESTED:
         level8 = tl.load(levels8_ptr + absmax.to(tl.int32))
-        if NESTED_BLOCK % blocks == 0:
-            # all of the program's scales share one of the second level
-            absmax2 = tl.load(nested_absmax_ptr + first_block // NESTED_BLOCK)
-        else:
-            absmax2 = tl.load(nested_absmax_ptr + (first_block + block) // NESTED_BLOCK, mask=block_ok, other=0.0)
+        # all of the program's scales share one of the second level
+        tl.static_assert(NESTED_BLOCK % blocks == 0)
+        absmax2 = tl.load(nested_absmax_ptr + first_block // NESTED_BLOCK)
         absmax = level8 * absmax2 + tl.load(nested_offset_ptr)
     # numbers of blocks spread rather than divided out: fewer instructions
     owner = tl.broadcast_to(block[:, None], (blocks, UNITS // blocks)).reshape(UNITS)

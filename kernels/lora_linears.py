@@ -20,7 +20,6 @@ from torch import Tensor
 from lora_core.kernels.crossover import log
 from lora_core.kernels.low_rank import a_gradient, low_rank_gradients, low_rank_linear, path_of, skinny_product
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
-from lora_core.kernels.nf4_tile import as_read
 from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
 from lora_core.ops.lora_linears import absent, backward, backward_op, forward, op
@@ -63,7 +62,6 @@ def launch_lora_linears(
     layers = zip(unflatten(tensors, formats), absent(biases), parts, lora_bs, scalings, paths, strict=True)
     for w, bias, s, b, scaling, own_path in layers:
         if isinstance(w, Packed):
-            w = as_read(w)
             y = packed_low_rank_linear(flat, w, bias, s, b, scaling, own_path)
         else:
             y = low_rank_linear(flat, w, bias, s, b, scaling, path=own_path)
@@ -149,7 +147,6 @@ def _input_gradient(
     d_x = None
     for g, w, (d_s, a, p, seed) in zip(d_ys, weights, ups, strict=True):
         if isinstance(w, Packed):
-            w = as_read(w)
             d_x = packed_input_gradient(g, w, d_s, a, p, seed, path, d_x)
         else:
             d_x = low_rank_linear(g, w.T, None, d_s, a.T, 1 / (1 - p), p, seed, path, d_x)

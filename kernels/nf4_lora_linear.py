@@ -22,7 +22,6 @@ from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, low_
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.nf4_matmul import MOST_TOKENS, launch_nf4_matmul
 from lora_core.kernels.nf4_panels import column_panels, row_panels, size_of_panels
-from lora_core.kernels.nf4_tile import as_read
 from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
 from lora_core.ops.nf4_lora_linear import backward_op, op
@@ -56,7 +55,7 @@ def launch_nf4_lora_linear(
     Returns:
         y [..., N] and S [M, R].
     """
-    w = as_read(Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size))
+    w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     flat = x.reshape(-1, shape[1])
     if left_to_reference("nf4_lora_linear", flat, lora_a, lora_b):
         return launch_lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
@@ -76,7 +75,7 @@ def packed_low_rank_linear(
     path: str | None = None,
     panel_bytes: int | None = None,
 ) -> Tensor:
-    """Return x W^T + scaling S B^T + b for a packed W [N, K], as as_read returns it; x [M, K], S [M, R], B [N, R].
+    """Return x W^T + scaling S B^T + b for a packed W [N, K]; x [M, K], S [M, R], B [N, R].
 
     Args:
         x, bias, hidden, lora_b, scaling: as in launch_low_rank_matmul.
@@ -141,7 +140,7 @@ def launch_nf4_lora_linear_backward(
     d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs, path)
     d_x = None
     if need_x and d_s is not None:
-        d_x = packed_input_gradient(grad, as_read(w), d_s, lora_a, dropout, seed, path, panel_bytes=panel_bytes)
+        d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path, panel_bytes=panel_bytes)
         d_x = d_x.view(*d_y.shape[:-1], rows)
     d_x, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in (d_x, d_bias, d_lora_a, d_lora_b))
     return d_x, d_bias, d_lora_a, d_lora_b
@@ -162,7 +161,7 @@ def packed_input_gradient(
 
     Args:
         d_y: G, dtype float32, float16 or bfloat16.
-        w: W, as as_read returns it.
+        w: W.
         d_s: dS, dtype of lora_a.
         lora_a, dropout, seed: as the forward had them.
         path, total: as in low_rank_linear.

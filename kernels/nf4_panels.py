@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.nf4_columns import TILE, launch_nf4_columns
+from lora_core.kernels.nf4_tile import as_read
 from lora_core.kernels.processors import processors
 from lora_core.ops.packed import Packed
 
@@ -33,10 +34,11 @@ def row_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[tupl
     """Yield (first row, row behind the last, packed rows) of a weight's panels; each begins with a scale of its own.
 
     Args:
-        w: the weight, as as_read returns it.
+        w: the weight.
         dtype: that it will be dequantised to.
         panel_bytes: a panel is the most rows that fit in, but at least as many as can be cut off.
     """
+    w = as_read(w)
     n, k = w.shape
     # a panel must begin with a block, and a second-level block where there are such
     unit = w.block_size * (w.nested_block_size if w.nested_absmax is not None else 1)
@@ -69,10 +71,11 @@ def column_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[t
     """Yield (first column, column behind the last, W[:, first:end]) of a weight's panels, each shape [N, end - first].
 
     Args:
-        w: the weight [N, K], as as_read returns it.
+        w: the weight [N, K].
         dtype: float32, float16 or bfloat16.
         panel_bytes: a panel is the most columns that fit in, but at least as many as a tile of the kernel has.
     """
+    w = as_read(w)
     n, k = w.shape
     step = TILE[1]
     columns = max(panel_bytes // max(n * dtype.itemsize, 1) // step, 1) * step

@@ -142,7 +142,7 @@ MUTATIONS = (
     ),
     Mutation("kernels/reach.py", "any(map(_is_far, args))", "False", IN_REACH),
     Mutation("kernels/reach.py", "any(t.dtype == torch.float64 for t in (tokens, *matrices))", "False", IN_WIDE),
-    Mutation(LINEARS, "            w = as_read(w)\n            d_x", "            d_x", IN_NF4_NESTED),
+    Mutation(PANELS, "    w = as_read(w)\n    n, k = w.shape\n    step", "    n, k = w.shape\n    step", IN_NF4_NESTED),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
     Mutation(SUM, "out.numel() % ALIGNMENT or", "out.numel() % 2 or", IN_SUM),
     Mutation(

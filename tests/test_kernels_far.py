@@ -127,10 +127,10 @@ def test_kernels_reach_elements_two_to_the_31_apart(run, name, along):
     operands = operands_of(SHAPES)
     length = SHAPES[name][along]
     # both divide by 16 or both do not: the same configuration runs
-    near = SHAPES[name][1 - along] + 16
-    far = near + 16 * -(-PAST // (16 * (length - 1)))
-    assert far <= LARGEST and (length - 1) * far > PAST
-    close, wide = (run(operands | {name: spread(operands[name], stride, along)}) for stride in (near, far))
+    small = SHAPES[name][1 - along] + 16
+    large = small + 16 * -(-PAST // (16 * (length - 1)))
+    assert large <= LARGEST and (length - 1) * large > PAST
+    close, wide = (run(operands | {name: spread(operands[name], stride, along)}) for stride in (small, large))
     assert all(torch.equal(a, b) for a, b in zip(close, wide, strict=True))
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_core.kernels.form import ALIGNMENT
+
 SHIPPED = Path(__file__).with_name("crossover.json")
 VARIABLE = "LORA_CORE_CROSSOVER"
 PATHS = ("fused", "library")
@@ -54,10 +56,18 @@ class Measurement:
     def faster(self) -> str:
         return "fused" if self.fused_ms < self.library_ms else "library"
 
+    def speaks_of(self, n: int, k: int) -> bool:
+        """Say whether matrices of these sizes are loaded as the measured ones: 16 bytes at once, or by the element."""
+        return _in_wide_loads(self.n, self.k) == _in_wide_loads(n, k)
+
     def distance(self, *sizes: int) -> float:
         """How far these sizes are from the measured ones: the sum of squared logarithms of their ratios."""
         own = (self.m, self.n, self.k, self.r)
         return sum(math.log2(max(a, 1) / max(b, 1)) ** 2 for a, b in zip(own, sizes, strict=True))
+
+
+def _in_wide_loads(*sizes: int) -> bool:
+    return not any(size % ALIGNMENT for size in sizes)
 
 
 def read(path: Path) -> tuple[Measurement, ...]:
@@ -77,9 +87,12 @@ def measurements() -> tuple[Measurement, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def faster_path(device: str, dtype: torch.dtype, m: int, n: int, k: int, r: int) -> str:
-    """Return "fused" or "library": what was faster for the nearest measured sizes on this device, else "library"."""
+    """Return "fused" or "library": what was faster for the nearest measured sizes on this device, else "library".
+
+    Sizes that are no multiples of 16 are loaded another way, and compared with measurements of such sizes alone.
+    """
     name = str(dtype).removeprefix("torch.")
-    near = [row for row in measurements() if (row.device, row.dtype) == (device, name)]
+    near = [row for row in measurements() if (row.device, row.dtype) == (device, name) and row.speaks_of(n, k)]
     return min(near, key=lambda row: row.distance(m, n, k, r)).faster if near else "library"
 
 

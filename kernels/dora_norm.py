@@ -35,11 +35,11 @@ from lora_core.reference import dora as reference
 
 # rows and columns of W in a step, by A's dtype: a float32 product is unrolled into single multiply-adds
 TILE = {torch.float32: (32, 32), torch.float16: (64, 64), torch.bfloat16: (64, 64)}
-# where W is decoded, which takes registers
-PACKED_TILE = (32, 32)
+# where W is decoded or loaded element by element, which takes registers
+SMALL_TILE = (32, 32)
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
 # columns that share a scale, by how W is read; 0 where it is dense
-PER_SCALE = {"dense": 0, "dense loose": 0, **per_scale(PACKED_TILE[1])}
+PER_SCALE = {"dense": 0, "dense loose": 0, **per_scale(SMALL_TILE[1])}
 WARPS = {"dense": 8, "dense loose": 8, "blocks": 4, "words": 4, ELEMENTS: 4}
 STAGES = {"dense": 3, "dense loose": 3, "blocks": 2, "words": 2, ELEMENTS: 1}
 # columns of a part of a split sum at least
@@ -149,7 +149,7 @@ def variants() -> Iterator[Variant]:
     for (dtype, low), (kind, nested) in itertools.product(DTYPE_PAIRS, kinds):
         for block_r in BLOCK_R[low]:
             dense = kind.startswith("dense")
-            block_n, block_k = TILE[low] if dense else PACKED_TILE
+            block_n, block_k = _tile(kind, low)
             yield Variant(
                 name=f"{TYPES[dtype]} {TYPES[low]} rank {block_r} {kind}{' nested' * nested}",
                 form=_FORMS[kind],
@@ -178,7 +178,11 @@ def _kind(like: Tensor, w: Packed | None, lora_a: Tensor, lora_b: Tensor) -> str
     wide = in_wide_loads(lora_a) and lora_b.stride(1) == 1 and begins_aligned(lora_b)
     if w is None:
         return "dense" if wide and in_wide_loads(like) else "dense loose"
-    return reading(w, PACKED_TILE[1]) if wide else ELEMENTS
+    return reading(w, SMALL_TILE[1]) if wide else ELEMENTS
+
+
+def _tile(kind: str, low: torch.dtype) -> tuple[int, int]:
+    return TILE[low] if kind == "dense" else SMALL_TILE
 
 
 def _options(kind: str) -> dict[str, Any]:
@@ -190,14 +194,14 @@ def _norms(
 ) -> Tensor:
     """Norms of the rows of a dense weight, or of the packed one that is rounded to the dtype of `like`."""
     n, (r, k), low = lora_b.shape[0], lora_a.shape, lora_a.dtype
-    block_n, block_k = TILE[low] if w is None else PACKED_TILE
+    kind = _kind(like, w, lora_a, lora_b)
+    block_n, block_k = _tile(kind, low)
     block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
     grid_n, grid_r = triton.cdiv(n, block_n), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(like.device, grid_n * grid_r, k, SHORTEST)
     k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), block_k) * block_k
     splits = triton.cdiv(max(k, 1), k_per_split)
     part = like.new_empty((splits * grid_r, n), dtype=torch.float32)
-    kind = _kind(like, w, lora_a, lora_b)
     log_launch("dora_norm" if w is None else "nf4_dora_norm", kind)
     if n:
         with torch.cuda.device_of(like):

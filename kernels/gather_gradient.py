@@ -30,6 +30,9 @@ from lora_core.kernels.groups import (
 from lora_core.kernels.tile import dot, meet, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 
+# ranks of a program where elements are loaded one by one, which could not feed the products of a large tile
+LOOSE_R = {torch.float32: (16,), torch.float16: (16, 32), torch.bfloat16: (16, 32)}
+
 
 def _gather_gradient_kernel(
     t_ptr,
@@ -91,7 +94,7 @@ _FORMS = {"": _WIDE, "scaled transposed": _TRANSPOSED, "loose": _LOOSE, "scaled 
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose."""
     for (dtype, low), (use, taken) in itertools.product(DTYPE_PAIRS, _FORMS.items()):
-        for ranks in BLOCK_R[low]:
+        for ranks in _ranks(taken, low):
             scaled = "scaled" in use
             yield Variant(
                 name=f"{TYPES[dtype]} {TYPES[low]} rank {ranks} {use}".strip(),
@@ -102,6 +105,10 @@ def variants() -> Iterator[Variant]:
                 # its rows are ranks
                 tile_m=0 if low == torch.float32 else ranks,
             )
+
+
+def _ranks(taken: Form, low: torch.dtype) -> tuple[int, ...]:
+    return (LOOSE_R if taken is _LOOSE else BLOCK_R)[low]
 
 
 def _form(t: Tensor, d: Tensor, scaled: bool, out: Tensor) -> Form:
@@ -128,10 +135,11 @@ def launch_gather_gradient(
     low = t.dtype
     # rows of T are taken to lie one behind the other
     t = t.contiguous()
-    ranks_of_program = block_r(ranks, low)
+    taken = _form(t, d, scaling is not None, out)
+    ranks_of_program = block_r(ranks, _ranks(taken, low))
     chunks = rank_chunks(tuple(ranks), ranks_of_program, t.device)
     with torch.cuda.device_of(t):
-        _form(t, d, scaling is not None, out)[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
+        taken[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](
             t,
             d,
             found.starts if scaling is None else scaling,

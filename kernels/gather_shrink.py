@@ -153,7 +153,7 @@ def launch_gather_shrink(
     count, widest, low = len(ranks), max(ranks, default=0), p.dtype
     s = x.new_zeros(len(x), widest, dtype=low)
     if s.numel():
-        ranks_of_program = block_r(ranks, low)
+        ranks_of_program = block_r(ranks, BLOCK_R[low])
         add = None if add is None else add.contiguous()
         taken = _form(x, p, scaling is not None, add)
         with torch.cuda.device_of(x):

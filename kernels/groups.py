@@ -94,9 +94,9 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def block_r(ranks: Sequence[int], low: torch.dtype) -> int:
-    """Return the ranks of a program for adapters of these ranks."""
-    return next((b for b in BLOCK_R[low] if max(ranks) <= b), BLOCK_R[low][-1])
+def block_r(ranks: Sequence[int], choice: Sequence[int]) -> int:
+    """Return the ranks of a program for adapters of these ranks: the fewest of the choice that do, or the most."""
+    return next((b for b in choice if max(ranks) <= b), choice[-1])
 
 
 @triton.jit

@@ -60,8 +60,9 @@ TILINGS = {
     torch.float16: HALF,
     torch.bfloat16: HALF,
 }
-# where elements are loaded one by one their addresses take the registers: fewer of them, and the fewest ranks of a step
-LOOSE_HALF = (Tiling(16, 64, 32, 4, 3), Tiling(64, 64, 32, 4, 3))
+# where elements are loaded one by one their addresses take the registers: fewer of them, and the fewest ranks of a
+# step; nor could such loads feed the products of a large tile
+LOOSE_HALF = (Tiling(16, 64, 32, 4, 3), Tiling(32, 64, 32, 4, 3))
 LOOSE_TILINGS = {
     torch.float32: (Tiling(16, 64, 32, 8, 3), Tiling(64, 64, 16, 8, 3)),
     torch.float16: LOOSE_HALF,

@@ -31,15 +31,15 @@ from lora_core.kernels.tile import dot, keep, meet, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
-# columns of a program, rows of a step and ranks of a program, by the dtype of T and B; fewer rows where addresses of
-# single elements take the registers
+# columns of a program, rows of a step and ranks of a program, by the dtype of T and B; fewer rows and ranks where
+# elements are loaded one by one, whose addresses take the registers
 BLOCK_C = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 BLOCK_M = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-LOOSE_M = 32
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
-# warps by ranks of a program: what keeps every configuration in registers
-WARPS, MORE_WARPS = {16: 4, 64: 8}, 8
-STAGES, FEWER_STAGES = 3, 2
+LOOSE_M, LOOSE_R = 32, {torch.float32: (16,), torch.float16: (16, 32), torch.bfloat16: (16, 32)}
+# what keeps every configuration in registers
+WARPS, MORE_WARPS = 4, 8
+STAGES = 3
 # rows of a part of a split sum at least
 SHORTEST = 256
 
@@ -90,7 +90,12 @@ def _row_sum_kernel(
             mask=column_ok[:, None] & rank_ok[None, :],
             other=0.0,
         )
-    product = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    # tensor cores make P^T, whose right side D is loaded by asynchronous copies as it lies; multiply-adds one by one
+    # make P, which takes fewer registers
+    if low == tl.float32:
+        product = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    else:
+        product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     bias = tl.zeros((BLOCK_C,), tl.float32)
     first = tl.program_id(2) * rows_per_split
     for m in range(first, tl.minimum(first + rows_per_split, M), BLOCK_M):
@@ -111,7 +116,9 @@ def _row_sum_kernel(
             tl.store(hidden_ptr + place, hidden, mask=row_ok[:, None] & rank_ok[None, :])
         if DROPOUT:
             d = tl.where(keep(seed_ptr, row, column, threshold), d, 0.0)
-        product = dot(tl.trans(d), t, product)
+        product = dot(tl.trans(d), t, product) if low == tl.float32 else dot(tl.trans(t), d, product)
+    if low != tl.float32:
+        product = tl.trans(product)
     place = split * C * R + column[:, None] * stride_pc + rank[None, :] * stride_pr
     total = round_to(product * factor, product_ptr.dtype.element_ty)
     tl.store(product_ptr + place, total, mask=column_ok[:, None] & rank_ok[None, :])
@@ -136,7 +143,7 @@ def variants() -> Iterator[Variant]:
     # dA comes transposed; dB with what else depends on dL/dy
     uses = ("transposed", "transposed dropout", "", "hidden", "bias", "bias hidden")
     for (dtype, low), use, kind in itertools.product(DTYPE_PAIRS, uses, ("", "narrow", "loose")):
-        for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
+        for block_r, split in itertools.product(_ranks(low, kind), (False, True)):
             # the parts are float32 in any case; d_hidden of more ranks would need a second read of D after all
             if (split and low == torch.float32) or ("hidden" in use and block_r > BLOCK_R[low][0]):
                 continue
@@ -163,7 +170,8 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 options=_options(dtype, low, block_r, "hidden" in use, kind),
-                tile_m=BLOCK_C[low] if low != torch.float32 else 0,
+                # the rows of P^T are ranks, those of d_hidden rows of D
+                tile_m=0 if low == torch.float32 else max(block_r, _rows(low, kind) if "hidden" in use else 0),
             )
 
 
@@ -178,16 +186,15 @@ def _rows(low: torch.dtype, kind: str) -> int:
     return LOOSE_M if kind == "loose" else BLOCK_M[low]
 
 
+def _ranks(low: torch.dtype, kind: str) -> tuple[int, ...]:
+    """Return what ranks a program may have."""
+    return LOOSE_R[low] if kind == "loose" else BLOCK_R[low]
+
+
 def _options(dtype: torch.dtype, low: torch.dtype, block_r: int, hidden: bool, kind: str) -> dict[str, Any]:
-    """Return warps and stages: more of those and fewer of these where addresses of single elements take registers."""
-    half = low != torch.float32
-    narrow = half and kind == "narrow" and not hidden
-    more = narrow or (half and kind == "loose") or (kind and hidden and dtype == torch.float32)
-    return {
-        "num_warps": MORE_WARPS if more else WARPS[block_r],
-        "num_stages": FEWER_STAGES if narrow else STAGES,
-        "enable_fp_fusion": True,
-    }
+    """Return warps and stages: more warps where ranks are many, or addresses of single elements take registers."""
+    more = block_r > 16 or (kind == "loose" and low != torch.float32) or (kind and hidden and dtype == low)
+    return {"num_warps": MORE_WARPS if more else WARPS, "num_stages": STAGES, "enable_fp_fusion": True}
 
 
 def launch_row_sum(
@@ -222,7 +229,8 @@ def launch_row_sum(
     t = t.contiguous()
     (m, c), r = d.shape, t.shape[1]
     low, kind = t.dtype, _kind(d, t, hidden_of)
-    block_r = next((x for x in BLOCK_R[low] if r <= x), BLOCK_R[low][-1]) if hidden_of is None else BLOCK_R[low][0]
+    ranks = _ranks(low, kind)
+    block_r = next((x for x in ranks if r <= x), ranks[-1]) if hidden_of is None else ranks[0]
     # without ranks there are column sums still
     grid_c, grid_r = triton.cdiv(c, BLOCK_C[low]), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(d.device, grid_c * grid_r, m, SHORTEST)

@@ -28,8 +28,9 @@ from lora_core.kernels.tile import dot, keep, meet, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
-# rows of a tile, by the rows there are; a tile of 64 is the least that wgmma takes
-BLOCK_M = (16, 64)
+# rows of a tile, by the rows there are; a tile of 64 is the least that wgmma takes, and more than elements that are
+# loaded one by one can feed
+BLOCK_M, LOOSE_M = (16, 64), (16, 32)
 # columns of a step and ranks of a tile, by A's dtype
 BLOCK_K = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
@@ -100,14 +101,14 @@ _FORMS = {"": _WIDE, " dropout": _WIDE, " transposed": _TRANSPOSED, " loose": _L
 
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose."""
-    for (dtype, low), use, block_m in itertools.product(DTYPE_PAIRS, _FORMS, BLOCK_M):
-        for block_r, split in itertools.product(BLOCK_R[low], (False, True)):
+    for (dtype, low), (use, taken) in itertools.product(DTYPE_PAIRS, _FORMS.items()):
+        for block_m, block_r, split in itertools.product(_rows(taken), BLOCK_R[low], (False, True)):
             if split and low == torch.float32:
                 # the parts are float32 in any case
                 continue
             yield Variant(
                 name=f"{TYPES[dtype]} {TYPES[low]} {block_m}x{block_r}{use}{' split' * split}",
-                form=_FORMS[use],
+                form=taken,
                 types={
                     "x_ptr": f"*{TYPES[dtype]}",
                     "a_ptr": f"*{TYPES[low]}",
@@ -122,7 +123,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_K": BLOCK_K[low],
                     "BLOCK_R": block_r,
                 },
-                options=_options(_FORMS[use], low, block_r),
+                options=_options(taken, low, block_r),
                 tile_m=block_m if low != torch.float32 else 0,
             )
 
@@ -133,6 +134,10 @@ def _form(x: Tensor, lora_a: Tensor, dropout: float) -> Form:
     if in_wide_loads(lora_a):
         return _WIDE
     return _TRANSPOSED if lora_a.stride(0) == 1 and begins_aligned(lora_a) and not dropout else _LOOSE
+
+
+def _rows(taken: Form) -> tuple[int, ...]:
+    return LOOSE_M if taken is _LOOSE else BLOCK_M
 
 
 def _options(taken: Form, low: torch.dtype, block_r: int) -> dict[str, Any]:
@@ -166,7 +171,9 @@ def launch_shrink(
     """
     (m, k), r = x.shape, lora_a.shape[0]
     low = lora_a.dtype
-    block_m = BLOCK_M[0] if m <= BLOCK_M[0] else BLOCK_M[1]
+    taken = _form(x, lora_a, dropout)
+    rows = _rows(taken)
+    block_m = next((b for b in rows if m <= b), rows[-1])
     block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
     tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
     splits = splits or splits_to_fill(x.device, tiles, k, SHORTEST)
@@ -176,7 +183,6 @@ def launch_shrink(
     together = splits == 1 and add is None
     s = x.new_empty((m, r) if together else (splits, m, r), dtype=low if together else torch.float32)
     factor = factor / (1 - dropout)
-    taken = _form(x, lora_a, dropout)
     if s.numel():
         with torch.cuda.device_of(x):
             taken[(triton.cdiv(m, block_m), triton.cdiv(r, block_r), splits)](

@@ -52,6 +52,16 @@ def test_faster_path_without_a_measurement_is_the_librarys(table):
     assert faster_path("chip", torch.bfloat16, 0, 64, 64, 0) == "fused"
 
 
+def test_faster_path_of_sizes_that_are_loaded_another_way_is_that_of_measurements_of_such(table):
+    odd = row(16, 1.0, 2.0) | {"k": 63}
+    table([row(16, 1.0, 2.0)])
+    assert faster_path("chip", torch.bfloat16, 16, 64, 72, 16) == "library"
+    assert faster_path("chip", torch.bfloat16, 16, 1, 64, 16) == "library"
+    table([row(16, 2.0, 1.0), odd])
+    assert faster_path("chip", torch.bfloat16, 16, 64, 72, 16) == "fused"
+    assert faster_path("chip", torch.bfloat16, 16, 64, 64, 16) == "library"
+
+
 @pytest.mark.parametrize("rows", ["no json", '[{"device": "chip"}]', "[1]"])
 def test_a_damaged_table_is_said_and_not_followed(table, rows, caplog):
     table(rows)

@@ -41,10 +41,10 @@ def _gather_expand_kernel(
     order_ptr,
     starts_ptr,
     tile_ends_ptr,
+    s_ends_ptr,
     offsets_ptr,
     G,
     C,
-    R,
     stride_pr,
     stride_pc,
     stride_base_m,
@@ -55,8 +55,10 @@ def _gather_expand_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y [M, C] = base + factor S P for rows of S [M, R] and each group's rows of P [., C]."""
-    group, row, row_ok, offset, ranks = tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M)
+    """y [M, C] = base + factor S P for rows of S and each group's rows of P [., C]."""
+    group, row, row_ok, stored, offset, ranks = tile_of_group(
+        order_ptr, starts_ptr, tile_ends_ptr, s_ends_ptr, offsets_ptr, G, BLOCK_M
+    )
     column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -64,7 +66,7 @@ def _gather_expand_kernel(
     for r in tl.range(0, ranks, BLOCK_R, num_stages=1):
         rank = r + tl.arange(0, BLOCK_R)
         rank_ok = rank < ranks
-        s = tl.load(s_ptr + row[:, None] * R + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
+        s = tl.load(s_ptr + stored[:, None] + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0)
         p = tl.load(
             p_ptr + (offset + rank)[:, None] * stride_pr + column[None, :] * stride_pc,
             mask=rank_ok[:, None] & column_ok[None, :],
@@ -129,7 +131,7 @@ def launch_gather_expand(
     """Run the kernel; any strides of p and base. Copies an S that is not contiguous.
 
     Args:
-        s: S, dtype of p, shape [M, max rank].
+        s: S as stored, dtype of p, shape [M max rank].
         p: the adapters' B^T one below the other, or A: shape [sum of ranks, C].
         found: which rows belong to which adapter.
         ranks: of the adapters.
@@ -140,7 +142,7 @@ def launch_gather_expand(
         Shape [M, C].
     """
     count, columns, low = len(ranks), p.shape[1], p.dtype
-    y = s.new_empty(len(s), columns, dtype=dtype)
+    y = s.new_empty(len(found.order), columns, dtype=dtype)
     if y.numel():
         s = s.contiguous()
         with torch.cuda.device_of(s):
@@ -150,11 +152,10 @@ def launch_gather_expand(
                 y if base is None else base,
                 found.starts if scaling is None else scaling,
                 y,
-                *found[:3],
+                *found[:4],
                 rank_offsets(tuple(ranks), s.device),
                 count,
                 columns,
-                s.shape[1],
                 *p.stride(),
                 *((0, 1) if base is None else base.stride()),
                 SCALED=scaling is not None,

@@ -21,6 +21,7 @@ from lora_core.kernels.groups import (
     BLOCK_M,
     BLOCK_R,
     Groups,
+    begin_of_group,
     block_r,
     options,
     rank_chunks,
@@ -41,10 +42,10 @@ def _gather_gradient_kernel(
     out_ptr,
     order_ptr,
     starts_ptr,
+    s_ends_ptr,
     offsets_ptr,
     chunks_ptr,
     C,
-    R,
     stride_dm,
     stride_dc,
     stride_or,
@@ -54,20 +55,23 @@ def _gather_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out [., C] = factor T^T D over each group's rows of T [M, R] and D [M, C]."""
+    """out [., C] = factor T^T D over each group's rows of T, stored as S is, and of D [M, C]."""
     group = tl.load(chunks_ptr + tl.program_id(0) * 2)
     rank = tl.load(chunks_ptr + tl.program_id(0) * 2 + 1) + tl.arange(0, BLOCK_R)
     offset = tl.load(offsets_ptr + group)
-    rank_ok = rank < tl.load(offsets_ptr + group + 1) - offset
+    ranks = tl.load(offsets_ptr + group + 1) - offset
+    rank_ok = rank < ranks
     column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     first, end = tl.load(starts_ptr + group).to(tl.int32), tl.load(starts_ptr + group + 1).to(tl.int32)
+    t_ptr += begin_of_group(s_ends_ptr, group)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for m in range(first, end, BLOCK_M):
         place = m + tl.arange(0, BLOCK_M)
         row_ok = place < end
         row = tl.load(order_ptr + place, mask=row_ok, other=0)
-        t = tl.load(t_ptr + row[None, :] * R + rank[:, None], mask=rank_ok[:, None] & row_ok[None, :], other=0.0)
+        stored = (place - first) * ranks
+        t = tl.load(t_ptr + stored[None, :] + rank[:, None], mask=rank_ok[:, None] & row_ok[None, :], other=0.0)
         d = tl.load(
             d_ptr + row[:, None] * stride_dm + column[None, :] * stride_dc,
             mask=row_ok[:, None] & column_ok[None, :],
@@ -123,7 +127,7 @@ def launch_gather_gradient(
     """Run the kernel; any strides of d and out. Copies a T that is not contiguous.
 
     Args:
-        t: S or dS, shape [M, max rank].
+        t: S or dS as stored, shape [M max rank].
         d: dL/dy or x, the dtype of t or half precision under float32, shape [M, C].
         found: which rows belong to which adapter.
         ranks: of the adapters.
@@ -133,7 +137,6 @@ def launch_gather_gradient(
     if not out.numel():
         return
     low = t.dtype
-    # rows of T are taken to lie one behind the other
     t = t.contiguous()
     taken = _form(t, d, scaling is not None, out)
     ranks_of_program = block_r(ranks, _ranks(taken, low))
@@ -146,10 +149,10 @@ def launch_gather_gradient(
             out,
             found.order,
             found.starts,
+            found.s_ends,
             rank_offsets(tuple(ranks), t.device),
             chunks,
             d.shape[1],
-            t.shape[1],
             *d.stride(),
             *out.stride(),
             SCALED=scaling is not None,

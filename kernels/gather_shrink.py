@@ -45,10 +45,10 @@ def _gather_shrink_kernel(
     order_ptr,
     starts_ptr,
     tile_ends_ptr,
+    s_ends_ptr,
     offsets_ptr,
     G,
     C,
-    R,
     stride_xm,
     stride_xc,
     stride_pr,
@@ -59,8 +59,10 @@ def _gather_shrink_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """S [M, R] = factor x P^T + add for rows of x [M, C] and each group's rows of P [., C]."""
-    group, row, row_ok, offset, ranks = tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M)
+    """S = factor x P^T + add for rows of x [M, C] and each group's rows of P [., C]."""
+    group, row, row_ok, stored, offset, ranks = tile_of_group(
+        order_ptr, starts_ptr, tile_ends_ptr, s_ends_ptr, offsets_ptr, G, BLOCK_M
+    )
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_ok = rank < ranks
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -81,7 +83,7 @@ def _gather_shrink_kernel(
         acc = dot(meet(x, p_ptr.dtype.element_ty), p, acc)
     if SCALED:
         acc *= tl.load(scaling_ptr + group, mask=group < G, other=0.0)
-    place = row[:, None] * R + rank[None, :]
+    place = stored[:, None] + rank[None, :]
     ok = row_ok[:, None] & rank_ok[None, :]
     if ADD:
         acc += widen(tl.load(add_ptr + place, mask=ok, other=0.0))
@@ -136,8 +138,14 @@ def _options(taken: Form, low: torch.dtype) -> dict[str, Any]:
 
 
 def launch_gather_shrink(
-    x: Tensor, p: Tensor, found: Groups, ranks: Sequence[int], scaling: Tensor | None, add: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    p: Tensor,
+    found: Groups,
+    ranks: Sequence[int],
+    scaling: Tensor | None,
+    out: Tensor,
+    add: Tensor | None = None,
+) -> None:
     """Run the kernel; any strides.
 
     Args:
@@ -146,35 +154,31 @@ def launch_gather_shrink(
         found: which rows belong to which adapter.
         ranks: of the adapters.
         scaling: float32, one for each adapter, contiguous; None for 1.
-        add: dtype of p, shape [M, max rank], added; or None.
-    Returns:
-        Shape [M, max rank], dtype of p; 0 where an adapter has fewer ranks.
+        out: written but for what lies behind the last row: S or dL/dS as stored, dtype of p, shape [M max rank].
+        add: dtype of p, shape [M max rank], stored as S is, added; or None.
     """
-    count, widest, low = len(ranks), max(ranks, default=0), p.dtype
-    s = x.new_zeros(len(x), widest, dtype=low)
-    if s.numel():
-        ranks_of_program = block_r(ranks, BLOCK_R[low])
-        add = None if add is None else add.contiguous()
-        taken = _form(x, p, scaling is not None, add)
-        with torch.cuda.device_of(x):
-            taken[(found.tiles, triton.cdiv(widest, ranks_of_program))](
-                x,
-                p,
-                s if add is None else add,
-                found.starts if scaling is None else scaling,
-                s,
-                *found[:3],
-                rank_offsets(tuple(ranks), x.device),
-                count,
-                x.shape[1],
-                widest,
-                *x.stride(),
-                *p.stride(),
-                SCALED=scaling is not None,
-                ADD=add is not None,
-                BLOCK_M=BLOCK_M,
-                BLOCK_C=_columns(taken, low),
-                BLOCK_R=ranks_of_program,
-                **_options(taken, low),
-            )
-    return s
+    if not out.numel():
+        return
+    low, add = p.dtype, None if add is None else add.contiguous()
+    ranks_of_program = block_r(ranks, BLOCK_R[low])
+    taken = _form(x, p, scaling is not None, add)
+    with torch.cuda.device_of(x):
+        taken[(found.tiles, triton.cdiv(max(ranks), ranks_of_program))](
+            x,
+            p,
+            out if add is None else add,
+            found.starts if scaling is None else scaling,
+            out,
+            *found[:4],
+            rank_offsets(tuple(ranks), x.device),
+            len(ranks),
+            x.shape[1],
+            *x.stride(),
+            *p.stride(),
+            SCALED=scaling is not None,
+            ADD=add is not None,
+            BLOCK_M=BLOCK_M,
+            BLOCK_C=_columns(taken, low),
+            BLOCK_R=ranks_of_program,
+            **_options(taken, low),
+        )

@@ -4,8 +4,8 @@
     y_m = base_m + s_g S_m B_g^T,  dx_m = dS_m A_g     gather_expand.py
     dA_g = sum dS_m^T x_m,  dB_g = s_g sum G_m^T S_m   gather_gradient.py
 
-Rows are sorted by adapter on the device (groups.py). What is out of reach (reach.py) takes the
-reference.
+Rows are sorted by adapter on the device (groups.py), and so are those of S, each as long as its adapter's rank. What is
+out of reach (reach.py) takes the reference.
 
 Reference: lora_core/reference/grouped.py
 """
@@ -39,8 +39,10 @@ def launch_grouped_lora(
     if left_to_reference("grouped_lora", x, lora_a, lora_b, sides=(len(ranks),)):
         return reference.forward(x, base, lora_a, lora_b, ranks, adapter, scaling)
     log_launch("grouped_lora", "kernels", scaling)
-    found = groups(adapter, len(ranks))
-    hidden = launch_gather_shrink(x, lora_a, found, ranks, None)
+    found = groups(adapter, ranks)
+    # cleared, as what lies behind the last row is returned as well
+    hidden = lora_a.new_zeros(len(x) * max(ranks, default=0))
+    launch_gather_shrink(x, lora_a, found, ranks, None, hidden)
     return launch_gather_expand(hidden, lora_b.T, found, ranks, scaling.contiguous(), base, x.dtype), hidden
 
 
@@ -64,11 +66,12 @@ def launch_grouped_lora_backward(
         d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in wide)
         return d_x, d_lora_a, d_lora_b
     log_launch("grouped_lora_backward", "kernels", scaling, hidden, d_hidden)
-    found, scaling = groups(adapter, len(ranks)), scaling.contiguous()
+    found, scaling = groups(adapter, ranks), scaling.contiguous()
     # a tensor each: an operation may not return one twice
     d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) for _ in range(3))
     if need_x or need_a:
-        d_s = launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_hidden)
+        d_s = hidden.new_empty(hidden.shape)
+        launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_s, d_hidden)
         if need_x:
             d_x = launch_gather_expand(d_s, lora_a, found, ranks, None, None, d_y.dtype)
         if need_a and x is not None:

@@ -1,8 +1,8 @@
 """Rows of a batch sorted by adapter on the device, in tiles of one adapter each: what the gathering kernels share.
 
-A tile holds rows of one adapter, so that work and traffic follow each adapter's own rank; nothing waits for the host
-but the first call with a new tuple of ranks, whose table is copied to the device.
-Rows without an adapter form a last group of rank 0.
+A tile holds rows of one adapter, and a row of S has as many elements as its adapter has ranks (reference/grouped.py),
+so that work and traffic follow each adapter's own rank; nothing waits for the host but the first call with a new tuple
+of ranks, whose tables are copied to the device. Rows without an adapter form a last group of rank 0.
 """
 
 import functools
@@ -37,28 +37,37 @@ class Groups(NamedTuple):
         order: int64 [M], the rows sorted by adapter.
         starts: int64 [G + 2], where each group begins in order; group G has no adapter.
         tile_ends: int64 [G + 1], how many tiles there are up to each group's end.
+        s_ends: int64 [G + 1], how many elements of S there are up to each group's end.
         tiles: at most this many tiles there are.
     """
 
     order: Tensor
     starts: Tensor
     tile_ends: Tensor
+    s_ends: Tensor
     tiles: int
 
 
-def groups(adapter: Tensor, count: int) -> Groups:
-    """Sort rows by adapter, of which there are `count`; nothing here waits for the device."""
-    rows = len(adapter)
+def groups(adapter: Tensor, ranks: Sequence[int]) -> Groups:
+    """Sort rows by adapter, for adapters of these ranks; nothing here waits for the device."""
+    rows, count = len(adapter), len(ranks)
     key = torch.where((adapter < 0) | (adapter >= count), count, adapter)
     key, order = key.sort(stable=True)
     starts = torch.searchsorted(key, torch.arange(count + 2, device=adapter.device))
-    tile_ends = ((starts.diff() + BLOCK_M - 1) // BLOCK_M).cumsum(0)
-    return Groups(order, starts, tile_ends, min(rows, triton.cdiv(rows, BLOCK_M) + count + 1))
+    of_group = starts.diff()
+    tile_ends = ((of_group + BLOCK_M - 1) // BLOCK_M).cumsum(0)
+    s_ends = (of_group * rank_widths(tuple(ranks), adapter.device)).cumsum(0)
+    return Groups(order, starts, tile_ends, s_ends, min(rows, triton.cdiv(rows, BLOCK_M) + count + 1))
 
 
 def rank_offsets(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 [G + 2]: where each adapter's ranks begin; group G has none."""
-    return _kept(ranks, 0, device)
+    return _kept(ranks, 0, device)[0]
+
+
+def rank_widths(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return int64 [G + 1]: how many ranks each adapter has, and group G."""
+    return _kept(ranks, 0, device)[1, :-1]
 
 
 def rank_chunks(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
@@ -68,12 +77,13 @@ def rank_chunks(ranks: tuple[int, ...], block_r: int, device: torch.device) -> T
 
 @functools.lru_cache(maxsize=KEPT)
 def _table(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
-    """Return rank_offsets, or for a block_r of ranks rank_chunks, copied to the device: other streams may read it."""
+    """Return offsets and widths, or for a block_r rank_chunks, copied to the device: other streams may read it."""
     if block_r:
         found = [(g, first) for g, rank in enumerate(ranks) for first in range(0, rank, block_r)]
         return copied(torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 2), device)
     starts = reference.offsets(ranks)
-    return copied(torch.tensor([*starts, starts[-1]], dtype=torch.int64, device="cpu"), device)
+    rows = [[*starts, starts[-1]], [*ranks, 0, 0]]
+    return copied(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
 
 # what a captured graph reads at every replay must outlive the cache
@@ -100,8 +110,8 @@ def block_r(ranks: Sequence[int], choice: Sequence[int]) -> int:
 
 
 @triton.jit
-def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M: tl.constexpr):
-    """Group, rows, whether there are such, first rank in A and number of ranks of this program's tile."""
+def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, s_ends_ptr, offsets_ptr, G, BLOCK_M: tl.constexpr):
+    """Group, rows, whether there are such, where theirs of S begin, first rank and number of ranks of a tile."""
     tile = tl.program_id(0)
     # adapters whose tiles all come before; behind them are the rows without an adapter, and tiles without rows
     before = tl.zeros((SEARCHED,), tl.int32)
@@ -110,13 +120,21 @@ def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, offsets_ptr, G, BLOCK_M:
         ends = tl.load(tile_ends_ptr + each, mask=each < G, other=0)
         before += ((ends <= tile) & (each < G)).to(tl.int32)
     group = tl.sum(before)
-    tiles_before = tl.load(tile_ends_ptr + group - 1, mask=group > 0, other=0)
-    first = tl.load(starts_ptr + group) + (tile - tiles_before) * BLOCK_M
-    place = first + tl.arange(0, BLOCK_M)
+    tiles_before = begin_of_group(tile_ends_ptr, group)
+    of_group = (tile - tiles_before) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tl.load(starts_ptr + group) + of_group
     ok = place < tl.load(starts_ptr + group + 1)
     row = tl.load(order_ptr + place, mask=ok, other=0)
     offset = tl.load(offsets_ptr + group)
-    return group, row, ok, offset, (tl.load(offsets_ptr + group + 1) - offset).to(tl.int32)
+    ranks = tl.load(offsets_ptr + group + 1) - offset
+    stored = begin_of_group(s_ends_ptr, group) + of_group * ranks
+    return group, row, ok, stored, offset, ranks.to(tl.int32)
+
+
+@triton.jit
+def begin_of_group(ends_ptr, group):
+    """Where a group begins, by where each ends."""
+    return tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
 
 
 def options(stages: int = STAGES, warps: int = WARPS) -> dict[str, Any]:
@@ -134,5 +152,7 @@ def types(dtype: torch.dtype, low: torch.dtype) -> dict[str, str]:
     return {
         **dict.fromkeys(("x_ptr", "base_ptr", "y_ptr", "d_ptr"), f"*{TYPES[dtype]}"),
         **dict.fromkeys(("p_ptr", "add_ptr", "s_ptr", "t_ptr", "out_ptr"), f"*{TYPES[low]}"),
-        **dict.fromkeys(("order_ptr", "starts_ptr", "tile_ends_ptr", "offsets_ptr", "chunks_ptr"), "*i64"),
+        **dict.fromkeys(
+            ("order_ptr", "starts_ptr", "tile_ends_ptr", "s_ends_ptr", "offsets_ptr", "chunks_ptr"), "*i64"
+        ),
     }

@@ -181,9 +181,19 @@ MUTATIONS = (
     Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),
     Mutation(GROUPS, "(adapter < 0) | (adapter >= count)", "(adapter < 0)", IN_SORTING),
     Mutation(GROUPS, "tl.range(0, G, SEARCHED", "tl.range(0, tl.minimum(G, 1), SEARCHED", IN_MANY_ADAPTERS),
+    Mutation(GROUPS, "of_group * rank_widths(tuple(ranks), adapter.device)", "of_group", IN_SORTING),
+    Mutation(GROUPS, "group) + of_group * ranks", "group) + of_group", IN_GROUPED),
+    Mutation(
+        "kernels/gather_gradient.py",
+        "    t_ptr += begin_of_group(",
+        "    t_ptr += 0 * begin_of_group(",
+        IN_GROUPED_BACKWARD,
+    ),
+    Mutation(ROWS, "else dot(tl.trans(t), d, product)", "else dot(tl.trans(t), d, 0 * product)", IN_BACKWARD),
+    Mutation(SHRINK, "tl.program_id(0).to(tl.int64) * BLOCK_M", "tl.program_id(0).to(tl.int64) * 16", IN_LINEAR),
     Mutation(GROUPS, "(tile - tiles_before) * BLOCK_M", "(tile - tiles_before) * (BLOCK_M + 1)", IN_GROUPED),
     Mutation(
-        EXPAND, "s_ptr + row[:, None] * R + rank[None, :]", "s_ptr + row[:, None] * R + rank[None, :] * 0", IN_GROUPED
+        EXPAND, "s_ptr + stored[:, None] + rank[None, :]", "s_ptr + stored[:, None] + rank[None, :] * 0", IN_GROUPED
     ),
     Mutation(
         GROUPED,

@@ -82,7 +82,7 @@ for r, m in itertools.product((1, 16, 100), many):
     use = f"nf4 backward r={r}"
     launches["launch_nf4_lora_linear_backward"](d_y, None, x, *packed, *rest, (True,) * 4, path="fused", panel_bytes=1)
     ranks, adapter, scaling = [r // 2, r - r // 2], torch.zeros(m, dtype=torch.int64), torch.ones(2)
-    widest = a.new_zeros(m, max(ranks))
+    widest = a.new_zeros(m * max(ranks))
     use = f"grouped r={r}"
     launches["launch_grouped_lora"](x, d_y, a, b, ranks, adapter, scaling)
     use = f"grouped backward r={r}"

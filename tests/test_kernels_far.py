@@ -88,7 +88,7 @@ def grouped(o: dict[str, Tensor]) -> list[Tensor]:
 
 
 def grouped_backward(o: dict[str, Tensor]) -> list[Tensor]:
-    rest = (o["lora_a"], o["lora_b"], RANKS, o["adapter"], o["scaling"], o["close hidden"])
+    rest = (o["lora_a"], o["lora_b"], RANKS, o["adapter"], o["scaling"], o["close hidden"].view(-1))
     return [*launch_grouped_lora_backward(o["d_y"], None, o["x"], *rest, (True, True, True))]
 
 

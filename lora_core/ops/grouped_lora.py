@@ -48,7 +48,7 @@ def _(
     adapter: Tensor,
     scaling: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], lora_b.shape[0]), lora_a.new_empty(x.shape[0], max(ranks, default=0))
+    return x.new_empty(x.shape[0], lora_b.shape[0]), lora_a.new_empty(x.shape[0] * max(ranks, default=0))
 
 
 @torch.library.custom_op("lora_core::grouped_lora_backward", mutates_args=())

@@ -3,8 +3,13 @@
 A_g [R_g, K] stand one below the other in A [R, K], B_g [N, R_g] side by side in B [N, R], R the sum of all ranks. For
 row m of adapter g, with offset o_g:
 
-    S_m = x_m A_g^T                       in the first R_g of max R_g columns, the rest 0
+    S_m = x_m A_g^T
     y_m = base_m + s_g S_m B_g^T          base_m alone where the row has no adapter
+
+The rows of S have different lengths. They are stored one behind the other, sorted by adapter and, among rows of one, in
+the order of the batch: each adapter's part is a matrix [its rows, R_g], and nothing is padded. How long they are
+together depends on which rows have which adapter, which on a GPU the host does not know: the tensor that holds them has
+the M max R_g elements that they need at most, zeros behind the last row, which nobody reads.
 
 Backward, with G = dL/dy, row by row as for one adapter (lora.py), the sums over the rows of each adapter:
 
@@ -14,6 +19,7 @@ Source: Chen et al. 2023 (Punica, arXiv 2310.18547) for the forward; the backwar
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +33,37 @@ def offsets(ranks: Sequence[int]) -> list[int]:
     return found
 
 
-def members(ranks: Sequence[int], adapter: Tensor) -> tuple[Tensor, list[tuple[int, slice, slice, int]]]:
-    """Return the order that sorts rows by adapter, and for each adapter that has rows (adapter, rows, columns, rank).
+class Member(NamedTuple):
+    """An adapter that has rows in a batch, and where what belongs to it lies.
 
-    The rows are a slice of the sorted batch, the columns a slice of A's rows and B's columns.
+    Args:
+        adapter: which one.
+        rows: of the batch sorted by adapter.
+        ranks: rows of A, columns of B.
+        stored: elements of S.
     """
-    starts = offsets(ranks)
+
+    adapter: int
+    rows: slice
+    ranks: slice
+    stored: slice
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """Return this adapter's part of S or of dL/dS, [its rows, its rank]."""
+        return hidden[self.stored].view(self.rows.stop - self.rows.start, self.ranks.stop - self.ranks.start)
+
+
+def members(ranks: Sequence[int], adapter: Tensor) -> tuple[Tensor, list[Member]]:
+    """Return the order that sorts rows by adapter, and the adapters that have rows."""
+    starts, found, stored = offsets(ranks), [], 0
     order = adapter.argsort(stable=True)
     ends = torch.searchsorted(adapter[order], torch.arange(len(ranks) + 1, device=adapter.device)).tolist()
-    return order, [
-        (g, slice(ends[g], ends[g + 1]), slice(starts[g], starts[g + 1]), rank)
-        for g, rank in enumerate(ranks)
-        if ends[g] < ends[g + 1]
-    ]
+    for g, rank in enumerate(ranks):
+        end = stored + (ends[g + 1] - ends[g]) * rank
+        if ends[g] < ends[g + 1]:
+            found.append(Member(g, slice(ends[g], ends[g + 1]), slice(starts[g], starts[g + 1]), slice(stored, end)))
+        stored = end
+    return order, found
 
 
 def forward(
@@ -51,7 +75,7 @@ def forward(
     adapter: Tensor,
     scaling: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y [M, N], S [M, max rank]) for x [M, K].
+    """Return (y [M, N], S [M max rank], as stored) for x [M, K].
 
     Args:
         x: shape [M, K].
@@ -63,16 +87,15 @@ def forward(
         scaling: float32, one element for each adapter.
     """
     low, factors = lora_a.dtype, scaling.tolist()
-    order, groups = members(ranks, adapter)
+    order, found = members(ranks, adapter)
     rows_of_x = x[order].to(low)
     y = x.new_zeros(len(x), len(lora_b), dtype=low) if base is None else base[order].to(low)
-    hidden = x.new_zeros(len(x), max(ranks, default=0), dtype=low)
-    for g, rows, columns, rank in groups:
-        s = hidden[rows, :rank]
-        torch.mm(rows_of_x[rows], lora_a[columns].T, out=s)
-        y[rows].addmm_(s, lora_b[:, columns].T, alpha=factors[g])
-    back = order.argsort()
-    return y[back].to(x.dtype), hidden[back]
+    hidden = x.new_zeros(len(x) * max(ranks, default=0), dtype=low)
+    for member in found:
+        s, rows = member.of(hidden), member.rows
+        torch.mm(rows_of_x[rows], lora_a[member.ranks].T, out=s)
+        y[rows].addmm_(s, lora_b[:, member.ranks].T, alpha=factors[member.adapter])
+    return y[order.argsort()].to(x.dtype), hidden
 
 
 def backward(
@@ -90,22 +113,21 @@ def backward(
     """Return the gradients (d_x, d_lora_a, d_lora_b) that needs asks for, None for the others; operands as above."""
     need_x, need_a, need_b = needs
     low, factors = d_y.to(lora_a.dtype), scaling.tolist()
-    order, groups = members(ranks, adapter)
-    back = order.argsort()
-    grad, s = low[order], hidden[order]
+    order, found = members(ranks, adapter)
+    grad = low[order]
     rows_of_x = None if x is None else x[order].to(low.dtype)
-    d_s_more = None if d_hidden is None else d_hidden[order]
     d_x = low.new_zeros(len(low), lora_a.shape[1]) if need_x else None
     d_lora_a = torch.zeros_like(lora_a) if need_a else None
     d_lora_b = torch.zeros_like(lora_b) if need_b else None
-    for g, rows, columns, rank in groups:
-        d_s = factors[g] * (grad[rows] @ lora_b[:, columns])
-        if d_s_more is not None:
-            d_s = d_s + d_s_more[rows, :rank]
+    for member in found:
+        rows, own, factor = member.rows, member.ranks, factors[member.adapter]
+        d_s = factor * (grad[rows] @ lora_b[:, own])
+        if d_hidden is not None:
+            d_s = d_s + member.of(d_hidden)
         if d_x is not None:
-            d_x[rows] = d_s @ lora_a[columns]
+            d_x[rows] = d_s @ lora_a[own]
         if d_lora_a is not None and rows_of_x is not None:
-            d_lora_a[columns] = d_s.T @ rows_of_x[rows]
+            d_lora_a[own] = d_s.T @ rows_of_x[rows]
         if d_lora_b is not None:
-            d_lora_b[:, columns] = factors[g] * (grad[rows].T @ s[rows, :rank])
-    return None if d_x is None else d_x[back].to(d_y.dtype), d_lora_a, d_lora_b
+            d_lora_b[:, own] = factor * (grad[rows].T @ member.of(hidden))
+    return None if d_x is None else d_x[order.argsort()].to(d_y.dtype), d_lora_a, d_lora_b

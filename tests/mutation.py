@@ -164,7 +164,7 @@ MUTATIONS = (
     Mutation(PRODUCT, "    if ACCUMULATE:", "    if ACCUMULATE and BLOCK_M < 64:", IN_TOTAL),
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
     Mutation(ROWS, "t = t.contiguous()", "t = t + 0", ANY_STRIDES),
-    Mutation("kernels/gather_gradient.py", "t = t.contiguous()", "t = t + 0", GROUPED_STRIDES),
+    Mutation("kernels/gather_gradient.py", "t = t.contiguous()", "t = t.view(len(t))", GROUPED_STRIDES),
     Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_PARTS),
     Mutation(ROWS, "        if DROPOUT:", "        if DROPOUT and BLOCK_M < 32:", IN_ROWS),
     Mutation(ROWS, "split * C * R +", "split * C * 0 +", IN_ROWS),

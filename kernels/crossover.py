@@ -58,7 +58,7 @@ class Measurement:
 
     def speaks_of(self, n: int, k: int) -> bool:
         """Say whether matrices of these sizes are loaded as the measured ones: 16 bytes at once, or by the element."""
-        return _in_wide_loads(self.n, self.k) == _in_wide_loads(n, k)
+        return _are_multiples_of_16(self.n, self.k) == _are_multiples_of_16(n, k)
 
     def distance(self, *sizes: int) -> float:
         """How far these sizes are from the measured ones: the sum of squared logarithms of their ratios."""
@@ -66,7 +66,7 @@ class Measurement:
         return sum(math.log2(max(a, 1) / max(b, 1)) ** 2 for a, b in zip(own, sizes, strict=True))
 
 
-def _in_wide_loads(*sizes: int) -> bool:
+def _are_multiples_of_16(*sizes: int) -> bool:
     return not any(size % ALIGNMENT for size in sizes)
 
 

@@ -40,7 +40,7 @@ SMALL_TILE = (32, 32)
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64), torch.bfloat16: (16, 64)}
 # columns that share a scale, by how W is read; 0 where it is dense
 PER_SCALE = {"dense": 0, "dense loose": 0, **per_scale(SMALL_TILE[1])}
-WARPS = {"dense": 8, "dense loose": 8, "blocks": 4, "words": 4, ELEMENTS: 4}
+WARPS = {"dense": 8, "dense loose": 4, "blocks": 4, "words": 4, ELEMENTS: 4}
 STAGES = {"dense": 3, "dense loose": 3, "blocks": 2, "words": 2, ELEMENTS: 1}
 # columns of a part of a split sum at least
 SHORTEST = 256

@@ -74,7 +74,8 @@ def _gather_expand_kernel(
         )
         acc = dot(s, p, acc)
     if SCALED:
-        acc *= tl.load(scaling_ptr + group, mask=group < G, other=0.0)
+        # without ranks there is nothing to scale, by infinity neither
+        acc *= tl.load(scaling_ptr + group, mask=ranks > 0, other=0.0)
     ok = row_ok[:, None] & column_ok[None, :]
     if BASE:
         base = base_ptr + row[:, None] * stride_base_m + column[None, :] * stride_base_c
@@ -128,10 +129,10 @@ def launch_gather_expand(
     base: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run the kernel; any strides of p and base. Copies an S that is not contiguous.
+    """Run the kernel; any strides of p and base.
 
     Args:
-        s: S as stored, dtype of p, shape [M max rank].
+        s: S as stored, dtype of p, shape [M max rank], contiguous.
         p: the adapters' B^T one below the other, or A: shape [sum of ranks, C].
         found: which rows belong to which adapter.
         ranks: of the adapters.
@@ -144,7 +145,6 @@ def launch_gather_expand(
     count, columns, low = len(ranks), p.shape[1], p.dtype
     y = s.new_empty(len(found.order), columns, dtype=dtype)
     if y.numel():
-        s = s.contiguous()
         with torch.cuda.device_of(s):
             _form(s, p, scaling is not None, base)[(found.tiles, triton.cdiv(columns, BLOCK_C[low]))](
                 s,

@@ -79,7 +79,8 @@ def _gather_gradient_kernel(
         )
         acc = dot(t, meet(d, t_ptr.dtype.element_ty), acc)
     if SCALED:
-        acc *= tl.load(scaling_ptr + group)
+        # without rows there is nothing to scale, by infinity neither
+        acc *= tl.load(scaling_ptr + group, mask=first < end, other=0.0)
     tl.store(
         out_ptr + (offset + rank)[:, None] * stride_or + column[None, :] * stride_oc,
         round_to(acc, out_ptr.dtype.element_ty),
@@ -124,10 +125,10 @@ def _form(t: Tensor, d: Tensor, scaled: bool, out: Tensor) -> Form:
 def launch_gather_gradient(
     t: Tensor, d: Tensor, found: Groups, ranks: Sequence[int], scaling: Tensor | None, out: Tensor
 ) -> None:
-    """Run the kernel; any strides of d and out. Copies a T that is not contiguous.
+    """Run the kernel; any strides of d and out.
 
     Args:
-        t: S or dS as stored, shape [M max rank].
+        t: S or dS as stored, shape [M max rank], contiguous.
         d: dL/dy or x, the dtype of t or half precision under float32, shape [M, C].
         found: which rows belong to which adapter.
         ranks: of the adapters.
@@ -137,7 +138,6 @@ def launch_gather_gradient(
     if not out.numel():
         return
     low = t.dtype
-    t = t.contiguous()
     taken = _form(t, d, scaling is not None, out)
     ranks_of_program = block_r(ranks, _ranks(taken, low))
     chunks = rank_chunks(tuple(ranks), ranks_of_program, t.device)

@@ -82,7 +82,8 @@ def _gather_shrink_kernel(
         )
         acc = dot(meet(x, p_ptr.dtype.element_ty), p, acc)
     if SCALED:
-        acc *= tl.load(scaling_ptr + group, mask=group < G, other=0.0)
+        # without ranks there is nothing to scale, by infinity neither
+        acc *= tl.load(scaling_ptr + group, mask=ranks > 0, other=0.0)
     place = stored[:, None] + rank[None, :]
     ok = row_ok[:, None] & rank_ok[None, :]
     if ADD:
@@ -146,7 +147,7 @@ def launch_gather_shrink(
     out: Tensor,
     add: Tensor | None = None,
 ) -> None:
-    """Run the kernel; any strides.
+    """Run the kernel; any strides of x and p.
 
     Args:
         x: float32, float16 or bfloat16, shape [M, C].
@@ -154,12 +155,13 @@ def launch_gather_shrink(
         found: which rows belong to which adapter.
         ranks: of the adapters.
         scaling: float32, one for each adapter, contiguous; None for 1.
-        out: written but for what lies behind the last row: S or dL/dS as stored, dtype of p, shape [M max rank].
-        add: dtype of p, shape [M max rank], stored as S is, added; or None.
+        out: written but for what lies behind the last row: S or dL/dS as stored, dtype of p, shape [M max rank],
+            contiguous.
+        add: dtype of p, shape [M max rank], contiguous, stored as S is; added; or None.
     """
     if not out.numel():
         return
-    low, add = p.dtype, None if add is None else add.contiguous()
+    low = p.dtype
     ranks_of_program = block_r(ranks, BLOCK_R[low])
     taken = _form(x, p, scaling is not None, add)
     with torch.cuda.device_of(x):

@@ -40,7 +40,7 @@ def launch_grouped_lora(
         return reference.forward(x, base, lora_a, lora_b, ranks, adapter, scaling)
     log_launch("grouped_lora", "kernels", scaling)
     found = groups(adapter, ranks)
-    # cleared, as what lies behind the last row is returned as well
+    # cleared, as what lies behind the last row is returned, too
     hidden = lora_a.new_zeros(len(x) * max(ranks, default=0))
     launch_gather_shrink(x, lora_a, found, ranks, None, hidden)
     return launch_gather_expand(hidden, lora_b.T, found, ranks, scaling.contiguous(), base, x.dtype), hidden
@@ -66,11 +66,12 @@ def launch_grouped_lora_backward(
         d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in wide)
         return d_x, d_lora_a, d_lora_b
     log_launch("grouped_lora_backward", "kernels", scaling, hidden, d_hidden)
-    found, scaling = groups(adapter, ranks), scaling.contiguous()
+    found, scaling, hidden = groups(adapter, ranks), scaling.contiguous(), hidden.contiguous()
+    d_hidden = None if d_hidden is None else d_hidden.contiguous()
     # a tensor each: an operation may not return one twice
     d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) for _ in range(3))
     if need_x or need_a:
-        d_s = hidden.new_empty(hidden.shape)
+        d_s = lora_a.new_empty(len(d_y) * max(ranks, default=0))
         launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_s, d_hidden)
         if need_x:
             d_x = launch_gather_expand(d_s, lora_a, found, ranks, None, None, d_y.dtype)

@@ -1,12 +1,13 @@
 """Rows of a batch sorted by adapter on the device, in tiles of one adapter each: what the gathering kernels share.
 
 A tile holds rows of one adapter, and a row of S has as many elements as its adapter has ranks (reference/grouped.py),
-so that work and traffic follow each adapter's own rank; nothing waits for the host but the first call with a new tuple
-of ranks, whose tables are copied to the device. Rows without an adapter form a last group of rank 0.
+so that products and what they read and write follow each adapter's own rank; nothing waits for the host but the first
+call with a new tuple of ranks, whose tables are copied to the device. Rows without an adapter form a last group of
+rank 0.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,42 +63,47 @@ def groups(adapter: Tensor, ranks: Sequence[int]) -> Groups:
 
 def rank_offsets(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 [G + 2]: where each adapter's ranks begin; group G has none."""
-    return _kept(ranks, 0, device)[0]
+    return _kept(_offsets_and_widths, ranks, device)[0]
 
 
 def rank_widths(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 [G + 1]: how many ranks each adapter has, and group G."""
-    return _kept(ranks, 0, device)[1, :-1]
+    return _kept(_offsets_and_widths, ranks, device)[1]
 
 
 def rank_chunks(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
     """Return int64 [chunks, 2]: adapter and first rank of every block of ranks."""
-    return _kept(ranks, block_r, device)
+    return _kept(_chunks, ranks, device, block_r)[0]
+
+
+# copied to the device: other streams may read them
+@functools.lru_cache(maxsize=KEPT)
+def _offsets_and_widths(ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    starts = reference.offsets(ranks)
+    rows = [*starts, starts[-1]], [*ranks, 0]
+    return tuple(copied(torch.tensor(row, dtype=torch.int64, device="cpu"), device) for row in rows)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _table(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
-    """Return offsets and widths, or for a block_r rank_chunks, copied to the device: other streams may read it."""
-    if block_r:
-        found = [(g, first) for g, rank in enumerate(ranks) for first in range(0, rank, block_r)]
-        return copied(torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 2), device)
-    starts = reference.offsets(ranks)
-    rows = [[*starts, starts[-1]], [*ranks, 0, 0]]
-    return copied(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
+def _chunks(ranks: tuple[int, ...], device: torch.device, block_r: int) -> tuple[Tensor, ...]:
+    found = [(g, first) for g, rank in enumerate(ranks) for first in range(0, rank, block_r)]
+    return (copied(torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 2), device),)
 
 
-# what a captured graph reads at every replay must outlive the cache
-_of_graphs: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
+# what a captured graph reads at every replay must outlive the caches
+_of_graphs: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
 
-def _kept(ranks: tuple[int, ...], block_r: int, device: torch.device) -> Tensor:
-    key = (ranks, block_r, device)
-    table = _of_graphs.get(key)
-    if table is None:
-        table = _table(*key)
+def _kept(
+    make: Callable[..., tuple[Tensor, ...]], ranks: tuple[int, ...], device: torch.device, *more: int
+) -> tuple[Tensor, ...]:
+    key = (make, ranks, device, *more)
+    tables = _of_graphs.get(key)
+    if tables is None:
+        tables = make(ranks, device, *more)
         if _capturing(device):
-            _of_graphs[key] = table
-    return table
+            _of_graphs[key] = tables
+    return tables
 
 
 def _capturing(device: torch.device) -> bool:

@@ -28,9 +28,9 @@ from lora_core.kernels.tile import dot, keep, meet, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
 from lora_core.reference.dropout import threshold
 
-# rows of a tile, by the rows there are; a tile of 64 is the least that wgmma takes, and more than elements that are
-# loaded one by one can feed
-BLOCK_M, LOOSE_M = (16, 64), (16, 32)
+# rows of a tile, by the rows there are: 64 are the least that wgmma takes, and more than tensor cores can be fed with
+# where elements are loaded one by one
+BLOCK_M, LOOSE_HALF_M = (16, 64), (16, 32)
 # columns of a step and ranks of a tile, by A's dtype
 BLOCK_K = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 BLOCK_R = {torch.float32: (16,), torch.float16: (16, 64, 128), torch.bfloat16: (16, 64, 128)}
@@ -102,7 +102,7 @@ _FORMS = {"": _WIDE, " dropout": _WIDE, " transposed": _TRANSPOSED, " loose": _L
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose."""
     for (dtype, low), (use, taken) in itertools.product(DTYPE_PAIRS, _FORMS.items()):
-        for block_m, block_r, split in itertools.product(_rows(taken), BLOCK_R[low], (False, True)):
+        for block_m, block_r, split in itertools.product(_rows(taken, low), BLOCK_R[low], (False, True)):
             if split and low == torch.float32:
                 # the parts are float32 in any case
                 continue
@@ -136,8 +136,8 @@ def _form(x: Tensor, lora_a: Tensor, dropout: float) -> Form:
     return _TRANSPOSED if lora_a.stride(0) == 1 and begins_aligned(lora_a) and not dropout else _LOOSE
 
 
-def _rows(taken: Form) -> tuple[int, ...]:
-    return LOOSE_M if taken is _LOOSE else BLOCK_M
+def _rows(taken: Form, low: torch.dtype) -> tuple[int, ...]:
+    return LOOSE_HALF_M if taken is _LOOSE and low != torch.float32 else BLOCK_M
 
 
 def _options(taken: Form, low: torch.dtype, block_r: int) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def launch_shrink(
     (m, k), r = x.shape, lora_a.shape[0]
     low = lora_a.dtype
     taken = _form(x, lora_a, dropout)
-    rows = _rows(taken)
+    rows = _rows(taken, low)
     block_m = next((b for b in rows if m <= b), rows[-1])
     block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
     tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)

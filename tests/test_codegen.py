@@ -75,10 +75,9 @@ def check(rows: list[dict]) -> None:
         if row["kernel"] in UNFUSED and not (row["kernel"] == "nf4_matmul" and "fp32" in row["variant"].split()):
             assert row["ptx"]["fma.rn.f32"] == row["instructions"].get("FFMA", 0) == 0, said
         if row["tile_m"] and row["arch"] == 80:
-            # large tiles are fed by asynchronous copies: what they load another way is the smaller part
+            # large tiles are fed by asynchronous copies: what is loaded another way is the smaller part
             assert row["instructions"]["HMMA"], said
-            copies = row["instructions"].get("LDGSTS", 0)
-            assert row["tile_m"] < 64 or copies > row["accesses"].get("LDG.128", 0), said
+            assert row["tile_m"] < 64 or _loaded(row, "LDGSTS") > _loaded(row, "LDG"), said
         if row["tile_m"] and row["arch"] == 90:
             # HGMMA is wgmma, which takes 64 rows at least
             assert row["instructions"]["HGMMA" if row["tile_m"] >= 64 else "HMMA"], said
@@ -89,6 +88,12 @@ def check(rows: list[dict]) -> None:
             assert row["per_element"] <= LEANEST[row["kernel"]], said
         if row["kernel"] in EXACT_QUOTIENTS:
             assert row["ptx"]["div.rn.f32"] and not row["ptx"]["div.full.f32"] + row["ptx"]["div.approx.f32"], said
+
+
+def _loaded(row: dict, instruction: str) -> int:
+    """Return the bytes that the loads of this name load in a thread, but for indices, of 8 bytes each."""
+    sizes = {(instruction, bits): int(bits.lstrip("US")) // 8 for bits in ("8", "U8", "S8", "U16", "S16", "32", "128")}
+    return sum(sizes.get(tuple(name.split(".")), 0) * count for name, count in row["accesses"].items())
 
 
 def _is_lean(kernel: str, words: list[str]) -> bool:

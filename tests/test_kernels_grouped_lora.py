@@ -56,7 +56,7 @@ def check_forward(y, hidden, args):
     carried = torch.zeros_like(truth)
     order, found = reference.members(ranks, adapter)
     for member in found:
-        carried[order[member.rows]] = scaling[member.adapter] * member.of(s_bound) @ b[:, member.ranks].T
+        carried[order[member.rows]] = scaling[member.adapter] * member.of(s_bound) @ b[:, member.part].T
     sums = 2 * UNIT_FP32 * (k + widest + 3) ** 0.5 * magnitude
     assert_within_bound(y.cpu(), truth, u * truth.abs() + carried + sums)
 
@@ -154,6 +154,13 @@ def test_grouped_lora_kernels_take_any_strides_give_the_same_bits_twice_and_chan
     spread = hidden.repeat_interleave(2)[::2]
     runs.append((y, hidden, *launch_grouped_lora_backward(loose[1], None, x, *loose[2:], *rest, spread, (True,) * 3)))
     check_forward(*runs[0][:2], args)
+    # what the sum of S passes on
+    ones = torch.ones((), dtype=hidden.dtype, device=DEVICE).expand(hidden.shape)
+    through = [
+        launch_grouped_lora_backward(base, d_hidden, x, *args[2:], hidden, (True,) * 3)
+        for d_hidden in (ones, ones.contiguous())
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*through, strict=True))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(loose, before, strict=True))
 
@@ -165,6 +172,18 @@ def test_grouped_lora_kernels_without_ranks_return_the_base(ranks):
     assert torch.equal(y, args[1]) and hidden.shape == (0,)
     d_x, d_a, d_b = launch_grouped_lora_backward(y, None, args[0], *args[2:], hidden, (True,) * 3)
     assert torch.equal(d_x, torch.zeros_like(args[0])) and d_a.shape == (0, 7) and d_b.shape == (6, 0)
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_grouped_lora_kernels_scale_nothing_where_an_adapter_has_no_ranks_or_no_rows(factor):
+    x, base, lora_a, lora_b, ranks, *_ = operands(5, 6, 7, [0, 3, 2], (torch.float32,) * 2, 0)
+    adapter, scaling = torch.tensor([0, 0, 2, -1, 2]), torch.tensor([factor, factor, 0.5])
+    args = (x, base, lora_a, lora_b, ranks, adapter.to(DEVICE), scaling.to(DEVICE))
+    y, hidden = launch_grouped_lora(*args)
+    check_forward(y, hidden, args)
+    grads = launch_grouped_lora_backward(base, None, x, *args[2:], hidden, (True,) * 3)
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[1][:3].any() and not grads[2][:, :3].any()
 
 
 def test_grouped_lora_kernels_take_no_rows():

@@ -12,7 +12,7 @@ from lora_core.kernels.nf4_quantize import launch_nf4_quantize
 from lora_core.reference import nf4
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CACHES = (tables.levels, tables.thresholds, groups._table)
+CACHES = (tables.levels, tables.thresholds, groups._offsets_and_widths, groups._chunks)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,7 @@ def every_table(device=DEVICE):
         tables.thresholds("nf4", device),
         tables.thresholds("dynamic", device),
         groups.rank_offsets((2, 0, 17), device),
+        groups.rank_widths((2, 0, 17), device),
         groups.rank_chunks((2, 0, 17), 16, device),
     ]
 
@@ -87,5 +88,5 @@ def test_tables_of_ranks_are_kept_in_a_bounded_number_but_for_those_a_graph_read
         read = groups.rank_offsets((3, 1), DEVICE)
     for rank in range(groups.KEPT + 5):
         groups.rank_offsets((rank, 1), DEVICE)
-    assert groups._table.cache_info().currsize == groups.KEPT
-    assert groups.rank_offsets((3, 1), DEVICE).data_ptr() == read.data_ptr()
+    assert groups._offsets_and_widths.cache_info().currsize == groups.KEPT
+    assert groups.rank_offsets((3, 1), DEVICE) is read

@@ -39,18 +39,18 @@ class Member(NamedTuple):
     Args:
         adapter: which one.
         rows: of the batch sorted by adapter.
-        ranks: rows of A, columns of B.
+        part: rows of A, columns of B.
         stored: elements of S.
     """
 
     adapter: int
     rows: slice
-    ranks: slice
+    part: slice
     stored: slice
 
     def of(self, hidden: Tensor) -> Tensor:
         """Return this adapter's part of S or of dL/dS, [its rows, its rank]."""
-        return hidden[self.stored].view(self.rows.stop - self.rows.start, self.ranks.stop - self.ranks.start)
+        return hidden[self.stored].view(self.rows.stop - self.rows.start, self.part.stop - self.part.start)
 
 
 def members(ranks: Sequence[int], adapter: Tensor) -> tuple[Tensor, list[Member]]:
@@ -93,8 +93,8 @@ def forward(
     hidden = x.new_zeros(len(x) * max(ranks, default=0), dtype=low)
     for member in found:
         s, rows = member.of(hidden), member.rows
-        torch.mm(rows_of_x[rows], lora_a[member.ranks].T, out=s)
-        y[rows].addmm_(s, lora_b[:, member.ranks].T, alpha=factors[member.adapter])
+        torch.mm(rows_of_x[rows], lora_a[member.part].T, out=s)
+        y[rows].addmm_(s, lora_b[:, member.part].T, alpha=factors[member.adapter])
     return y[order.argsort()].to(x.dtype), hidden
 
 
@@ -120,14 +120,14 @@ def backward(
     d_lora_a = torch.zeros_like(lora_a) if need_a else None
     d_lora_b = torch.zeros_like(lora_b) if need_b else None
     for member in found:
-        rows, own, factor = member.rows, member.ranks, factors[member.adapter]
-        d_s = factor * (grad[rows] @ lora_b[:, own])
+        rows, part, factor = member.rows, member.part, factors[member.adapter]
+        d_s = factor * (grad[rows] @ lora_b[:, part])
         if d_hidden is not None:
             d_s = d_s + member.of(d_hidden)
         if d_x is not None:
-            d_x[rows] = d_s @ lora_a[own]
+            d_x[rows] = d_s @ lora_a[part]
         if d_lora_a is not None and rows_of_x is not None:
-            d_lora_a[own] = d_s.T @ rows_of_x[rows]
+            d_lora_a[part] = d_s.T @ rows_of_x[rows]
         if d_lora_b is not None:
-            d_lora_b[:, own] = factor * (grad[rows].T @ member.of(hidden))
+            d_lora_b[:, part] = factor * (grad[rows].T @ member.of(hidden))
     return None if d_x is None else d_x[order.argsort()].to(d_y.dtype), d_lora_a, d_lora_b

@@ -49,8 +49,15 @@ def kernels_can_run() -> bool:
     """Say whether the Triton kernels are here, with Triton and a GPU to run them."""
     import torch
 
-    found = importlib.util.find_spec("lora_core.kernels") and importlib.util.find_spec("triton")
-    return found is not None and torch.cuda.is_available()
+    return torch.cuda.is_available() and _is_there("lora_core.kernels") and _is_there("triton")
+
+
+def _is_there(module: str) -> bool:
+    """Say whether a module can be found; one whose import somebody refuses or blocks is not there."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _import_all(package: str) -> None:

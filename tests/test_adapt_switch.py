@@ -131,6 +131,18 @@ def test_deleting_an_adapter_leaves_the_others_active_that_trained_the_same_modu
     model = TinyDecoder()
     for name in ("a", "b"):
         lc.add_adapter(model, lc.LoraConfig(modules_to_save=["norm"]), name)
-    lc.set_adapter(model, ["a", "b"])
     lc.delete_adapter(model, "a")
     assert model.norm.running() is model.norm.copies["b"] and model.norm.weight.requires_grad
+
+
+def test_adapters_that_train_one_module_as_a_whole_cannot_run_together():
+    """What one of them has learned would be left out."""
+    model = TinyDecoder()
+    for name in ("a", "b"):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]), name)
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["q_proj"]), "c")
+    for verb in (lc.set_adapter, lc.merge_adapter, lc.merge_and_unload):
+        with pytest.raises(lc.AdapterError, match="'b' and 'a' each have a copy of 'norm', .*choose one of them"):
+            verb(model, ["b", "c", "a"])
+    lc.set_adapter(model, ["c", "a"])
+    assert model.norm.running() is model.norm.copies["a"]

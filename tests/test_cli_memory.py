@@ -79,6 +79,10 @@ def test_memory_shows_figures_and_models(capsys, monkeypatch):
     shown = run(capsys, "--figures")
     assert "33,820,672" in shown and "prefix" in shown and "IA3" in shown
     assert len(json.loads(run(capsys, "--figures", "--json"))["methods"]) == 6
+    other = json.loads(run(capsys, "--figures", "--model", "Mistral-7B", "--rank", "8", "--json"))
+    # 32 blocks of q and o 4096 x 4096, k and v 1024 x 4096
+    assert (other["model"], other["methods"][1]["trainable"]) == ("Mistral-7B", 32 * 8 * 2 * (8192 + 5120))
+    assert "Mistral-7B" in run(capsys, "--figures", "--model", "Mistral-7B")
     assert "Qwen/Qwen2.5-7B" in run(capsys, "--list-models")
     assert {"Llama-3-70B", "GPT-3"} <= {m["name"] for m in json.loads(run(capsys, "--list-models", "--json"))}
 

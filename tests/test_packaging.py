@@ -99,6 +99,23 @@ def test_importing_loads_nothing_heavy_that_torch_does_not():
     assert "lora_core" in loaded and loaded & HEAVY == set()
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_importing_takes_a_refused_import_for_an_absent_library(cuda):
+    """Some tools block a library by a finder that raises."""
+    code = """
+import importlib.abc, sys, torch
+class Refusing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("triton", "numba"):
+            raise ImportError(f"{name} is not to be imported")
+sys.meta_path.insert(0, Refusing())
+"""
+    code += "torch.cuda.is_available = lambda: True\n" * cuda
+    code += "import lora_core as lc; from lora_core import backends\n"
+    code += "print(lc.quantize_nf4(torch.randn(512, 600)).dequantize().shape, backends.kernels_can_run())"
+    assert run(code, cwd=ROOT).strip() == "torch.Size([512, 600]) False"
+
+
 def test_suite_leaves_out_and_counts_what_needs_an_absent_library(tmp_path):
     """A file that imports it is named, a test that needs it deselected."""
     (tmp_path / "sitecustomize.py").write_text(

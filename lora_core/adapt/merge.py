@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapt.mergeable import mergeable_layers, merged_weight
-from lora_core.adapt.switch import active_names, chosen_names
+from lora_core.adapt.switch import active_names, chosen_names, refuse_rivals
 from lora_core.adapt.walk import (
     adapter_layers,
     merged_names,
@@ -87,8 +87,9 @@ def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = 
     Returns:
         The error of each layer, and the memory that unmerging needs.
     Raises:
-        AdapterError: if there is no such adapter, one is merged already or disabled, or a base weight cannot take it:
-            tied to another module, without values, or used in ways that a sum of weights does not follow.
+        AdapterError: if there is no such adapter, one is merged already or disabled, two of these train one module as
+            a whole, or a base weight cannot take it: tied to another module, without values, or used in ways that a sum
+            of weights does not follow.
         NonFiniteError: if a merged weight would hold NaN or infinity; the model is left as it was.
     """
     return _merge(model, adapter_names, keep_backup=True)
@@ -187,4 +188,5 @@ def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple
     if not names:
         raise AdapterError("merge_adapter: no adapter is active; name one, or call set_adapter(model, name) first")
     require_adapters(model, names)
+    refuse_rivals(model, names)
     return names

@@ -27,11 +27,13 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
         model: a model with adapters.
         adapter_name: a name, or several whose updates are added; an empty list runs the base model.
     Raises:
-        AdapterError: if there is no such adapter, one is merged, or adapters are disabled for a while.
+        AdapterError: if there is no such adapter, one is merged, adapters are disabled for a while, or two of these
+            train one module as a whole.
     """
     names = chosen_names(adapter_name)
     require_adapters(model, names)
     require_editable(model, "switch adapters")
+    refuse_rivals(model, names)
     activate(model, names)
 
 
@@ -59,6 +61,17 @@ def chosen_names(given: str | Sequence[str]) -> tuple[str, ...]:
     if twice:
         raise AdapterError(f"adapter {twice[0]!r} is named twice in {list(given)}: name each once")
     return tuple(given)
+
+
+def refuse_rivals(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise AdapterError if several of these adapters train one module as a whole: only one's copy could run."""
+    for where, module in trainable_copies(model).items():
+        rivals = [name for name in names if name in module.copies]
+        if len(rivals) > 1:
+            raise AdapterError(
+                f"adapters {rivals[0]!r} and {rivals[1]!r} each have a copy of {where!r}, in modules_to_save, of which "
+                "only one can run: choose one of them"
+            )
 
 
 def active_names(model: nn.Module) -> tuple[str, ...]:

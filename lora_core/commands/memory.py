@@ -27,7 +27,8 @@ def memory(
     checkpointing: Annotated[bool, typer.Option(help="Run each block again in the backward pass.")] = False,
     gpu_gb: Annotated[float | None, typer.Option(help="A card's memory in GB of 10^9 bytes: does it fit?")] = None,
     figures: Annotated[
-        bool, typer.Option("--figures", help="Show often quoted figures beside the right ones.")
+        bool,
+        typer.Option("--figures", help="Show often quoted figures, and the methods on --model at --rank."),
     ] = False,
     list_models: Annotated[bool, typer.Option("--list-models", help="Show the known models.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
@@ -37,7 +38,8 @@ def memory(
     from lora_core.plan import show
 
     if figures:
-        _print_json(_figures()) if as_json else show.show_figures()
+        shape = _shape(model)
+        _print_json(_figures(shape, rank)) if as_json else show.show_figures(shape, rank)
         return
     if list_models:
         _print_json(_models()) if as_json else show.show_models()
@@ -74,18 +76,23 @@ def _targets(text: str) -> str | list[str]:
     return text if text in ("all-linear", "attention") else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _plan(model: str, methods: tuple[str, ...], settings: dict[str, Any]) -> list[Any]:
+def _shape(model: str) -> Any:
     import os
     from pathlib import Path
 
     from lora_core.plan.catalogue import find_shape, is_known
     from lora_core.plan.config_file import read_shape
-    from lora_core.plan.memory import plan_memory
-    from lora_core.plan.setup import Setup
 
     # a name that cannot be a path, too long or empty, does not exist either
     is_path = os.path.exists(model) or (not is_known(model) and (os.sep in model or model.endswith(".json")))
-    shape = read_shape(Path(model)) if is_path else find_shape(model)
+    return read_shape(Path(model)) if is_path else find_shape(model)
+
+
+def _plan(model: str, methods: tuple[str, ...], settings: dict[str, Any]) -> list[Any]:
+    from lora_core.plan.memory import plan_memory
+    from lora_core.plan.setup import Setup
+
+    shape = _shape(model)
     shape.check_sequence(settings["sequence"])
     return [plan_memory(shape, Setup(method=method, **settings)) for method in methods]
 
@@ -114,17 +121,16 @@ def _as_data(plans: list[Any], fits: list[Any]) -> dict[str, Any]:
     return {"model": dataclasses.asdict(plans[0].shape), "parameters": plans[0].shape.parameters, "plans": data}
 
 
-def _figures() -> dict[str, Any]:
+def _figures(shape: Any, rank: int) -> dict[str, Any]:
     import dataclasses
 
-    from lora_core.plan.catalogue import find_shape
     from lora_core.plan.compare import compare_methods
     from lora_core.plan.figures import figures
 
-    compared = compare_methods(find_shape("Llama-2-7B"))
     return {
         "figures": [dataclasses.asdict(figure) for figure in figures()],
-        "methods": [dataclasses.asdict(method) for method in compared],
+        "model": shape.name,
+        "methods": [dataclasses.asdict(method) for method in compare_methods(shape, rank)],
     }
 
 

@@ -28,7 +28,7 @@ class TrainableCopy(nn.Module):
         self.trainable: dict[str, bool] = {}
         self.configs: dict[str, Any] = {}
         self.merged: Merged | None = None
-        # what activate was given last, and of that the first that has a copy
+        # what activate was given last, and of that the one that has a copy
         self.chosen: tuple[str, ...] = ()
         self.active: str | None = None
         self.enabled = True
@@ -57,7 +57,7 @@ class TrainableCopy(nn.Module):
             self.active = None
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Run the copy of the first of these adapters that has one; make it trainable if it is to be trained."""
+        """Run the copy of the one of these adapters that has one; make it trainable if it is to be trained."""
         self.chosen = names
         self.active = next((n for n in names if n in self.copies), None)
         self.original.requires_grad_(False)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lora_core.plan.catalogue import SHAPES, find_shape
+from lora_core.plan.catalogue import SHAPES
 from lora_core.plan.compare import compare_methods
 from lora_core.plan.figures import figures
 from lora_core.plan.fit import SEARCH_END, Fit
 from lora_core.plan.memory import MemoryPlan
+from lora_core.plan.shape import ModelShape
 from lora_core.terminal import Column, print_table, print_text
 
 GIGA = 10**9
@@ -65,9 +66,9 @@ def _most(size: int) -> str:
     return f"{size:,}" if size < SEARCH_END else f"over {SEARCH_END:,}"
 
 
-def show_figures() -> None:
-    """Print the quoted figures and the comparison of methods."""
-    quoted, compared = figures(), compare_methods(find_shape("Llama-2-7B"))
+def show_figures(shape: ModelShape, rank: int) -> None:
+    """Print the quoted figures, and the methods side by side on a model of this shape."""
+    quoted, compared = figures(), compare_methods(shape, rank)
     console = Console()
     rows = [
         (
@@ -93,7 +94,7 @@ def show_figures() -> None:
         (c.method, f"{c.trainable:,}", f"{100 * c.share:.3f} %", c.overhead, c.stability, c.quality) for c in compared
     ]
     columns = [
-        Column("Llama-2-7B", "prose"),
+        Column(shape.name, "prose"),
         Column("trained", "number"),
         Column("share", "number"),
         Column("left at inference", "prose"),

@@ -21,9 +21,8 @@ def load_for(name: str, elements: int) -> Any:
 @functools.cache
 def load(name: str) -> Any:
     """Return a module of this folder, or None where Numba is not installed or does not run."""
-    if importlib.util.find_spec("numba") is None:
-        return None
     try:
-        return importlib.import_module(f"{__name__}.{name}")
-    except ImportError:  # a Numba that does not go with this NumPy, without its compiler, or switched off
+        return importlib.import_module(f"{__name__}.{name}") if importlib.util.find_spec("numba") else None
+    # a Numba that does not go with this NumPy, without its compiler, switched off, or refused by who watches imports
+    except (ImportError, ValueError):
         return None

@@ -1,5 +1,7 @@
 """The CPU's float32 products by either library, and the LoRA layers made of them."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from lora_bounds import check_backward, check_forward
 from strategies import dropouts, linear_operands, ranks, seeds, sizes, values
 from tolerance import assert_within_rounding
 
+from lora_core.cpu import low_rank
 from lora_core.cpu import product as products
 from lora_core.cpu.lora_linear import lora_linear, lora_linear_backward
 
@@ -16,19 +19,15 @@ SEED = torch.tensor([2**40 + 77])
 libraries = st.sampled_from(LIBRARIES)
 
 
-class Using:
-    """Makes products run by one library, whatever the processor and the size."""
-
-    def __init__(self, library):
-        self.library = library
-
-    def __enter__(self):
-        self.before = products.onednn_is_faster, products.LEAST_OPERATIONS
-        products.onednn_is_faster = lambda: self.library == "onednn"
-        products.LEAST_OPERATIONS = 1
-
-    def __exit__(self, *exception):
-        products.onednn_is_faster, products.LEAST_OPERATIONS = self.before
+@contextlib.contextmanager
+def using(library):
+    """Make products run by one library, whatever processor and size, and dB as of few columns or of many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "onednn_is_faster", lambda: library == "onednn")
+        patch.setattr(products, "LEAST_OPERATIONS", 1)
+        patch.setattr(products, "LEAST_OF_SMALL", 1)
+        patch.setattr(low_rank, "MANY", 0 if library == "onednn" else 2**20)
+        yield
 
 
 def matrix(m, n, seed, layout):
@@ -46,7 +45,7 @@ layouts = st.sampled_from(["rows", "columns", "gaps"])
 def test_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, of_bias, with_bias, library, seed):
     a, b = matrix(m, k, seed, of_a), matrix(n, k, seed + 1, of_b)
     bias = matrix(1, n, seed + 2, of_bias)[0] if with_bias else torch.zeros(n)
-    with Using(library):
+    with using(library):
         y = products.product(a, b, bias if with_bias else None)
     assert y.dtype == torch.float32
     assert_within_rounding(y, lambda a, b, bias: a @ b.T + bias, a, b, bias, depth=k + 1)
@@ -56,7 +55,7 @@ def test_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, of_bias, 
 def test_add_product_is_the_formula_by_either_library(m, n, k, of_b, of_y, library, seed):
     a, b, y = matrix(m, k, seed, "rows"), matrix(n, k, seed + 1, of_b), matrix(m, n, seed + 2, of_y)
     before = y.clone()
-    with Using(library):
+    with using(library):
         total = products.add_product(y, a, b)
     assert_within_rounding(total, lambda y, a, b: y + a @ b.T, before, a, b, depth=k + 1)
 
@@ -66,7 +65,7 @@ def test_lora_linear_on_the_cpu_is_the_formula_by_either_library(m, n, k, r, wit
     x, weight, bias, lora_a, lora_b = linear_operands(m, n, k, r, torch.float32, torch.float32, seed)
     operands = (x, weight, bias if with_bias else None, lora_a, lora_b, 0.5, dropout, SEED)
     d_y, d_hidden = (values(m * c, torch.float32, 1.0, seed + c).view(m, c) for c in (n, r))
-    with Using(library):
+    with using(library):
         y, hidden = lora_linear(*operands)
         rest = (x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
         grads = lora_linear_backward(d_y, d_hidden, *rest, (True,) * 5)
@@ -80,6 +79,9 @@ def test_onednn_runs_what_is_large_and_dense_and_only_where_it_is_allowed(monkey
     large, small = torch.ones(256, 256), torch.ones(16, 16)
     assert products._by_onednn(large, large) and products._by_onednn(large, large.T)
     assert not products._by_onednn(small, small)
+    # a call costs more than it saves on a small matrix of as many operations as are enough with a large one
+    few, wide = torch.ones(16, 512), torch.ones(1024, 512)
+    assert not products._by_onednn(few, torch.ones(512, 512)) and products._by_onednn(few, wide)
     assert not products._by_onednn(large.double(), large.double())
     assert not products._by_onednn(large.repeat(1, 2)[:, ::2], large)
     with monkeypatch.context() as without:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lora_core.cpu.processor import cpuinfo
 
-# a call of oneDNN costs some 11 us more than one of MKL: below so many operations that is more than it saves
-LEAST_OPERATIONS = 4_000_000
+# a call of oneDNN costs some 11 us more than one of MKL, and some 60 where nothing of it is in the caches: below so
+# many operations that is more than it saves; below so many, too, where b has fewer elements than SMALL
+LEAST_OPERATIONS, LEAST_OF_SMALL, SMALL = 4_000_000, 32_000_000, 2**19
 INTEL = "GenuineIntel"
 
 
@@ -58,10 +59,14 @@ def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    elements = b.numel()
+    operations = 2 * len(a) * elements
+    # most calls with few rows end here
+    if operations < LEAST_OPERATIONS or (elements < SMALL and operations < LEAST_OF_SMALL):
+        return False
     return (
         onednn_is_faster()
         and a.dtype == torch.float32
-        and 2 * a.shape[0] * a.shape[1] * b.shape[0] >= LEAST_OPERATIONS
         and _is_dense(a)
         and _is_dense(b)
         and bool(torch.backends.mkldnn.enabled)

@@ -27,7 +27,7 @@ from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.reach import left_to_reference, near
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tile import dot, meet, round_to, widen
-from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds
 from lora_core.ops.dora_norm import nf4_op, op
 from lora_core.ops.eager import register
 from lora_core.ops.packed import Packed
@@ -196,7 +196,7 @@ def _norms(
     n, (r, k), low = lora_b.shape[0], lora_a.shape, lora_a.dtype
     kind = _kind(like, w, lora_a, lora_b)
     block_n, block_k = _tile(kind, low)
-    block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
+    block_r = least_that_holds(r, BLOCK_R[low])
     grid_n, grid_r = triton.cdiv(n, block_n), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(like.device, grid_n * grid_r, k, SHORTEST)
     k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), block_k) * block_k

@@ -22,14 +22,13 @@ from lora_core.kernels.groups import (
     BLOCK_R,
     Groups,
     begin_of_group,
-    block_r,
     options,
     rank_chunks,
     rank_offsets,
     types,
 )
 from lora_core.kernels.tile import dot, meet, round_to
-from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds
 
 # ranks of a program where elements are loaded one by one, which could not feed the products of a large tile
 LOOSE_R = {torch.float32: (16,), torch.float16: (16, 32), torch.bfloat16: (16, 32)}
@@ -139,7 +138,7 @@ def launch_gather_gradient(
         return
     low = t.dtype
     taken = _form(t, d, scaling is not None, out)
-    ranks_of_program = block_r(ranks, _ranks(taken, low))
+    ranks_of_program = least_that_holds(max(ranks), _ranks(taken, low))
     chunks = rank_chunks(tuple(ranks), ranks_of_program, t.device)
     with torch.cuda.device_of(t):
         taken[(len(chunks), triton.cdiv(d.shape[1], BLOCK_C[low]))](

@@ -22,14 +22,13 @@ from lora_core.kernels.groups import (
     BLOCK_M,
     BLOCK_R,
     Groups,
-    block_r,
     options,
     rank_offsets,
     tile_of_group,
     types,
 )
 from lora_core.kernels.tile import dot, meet, round_to, widen
-from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds
 
 # of elements that are loaded one by one, what keeps every configuration in registers: columns of a step, warps, and
 # steps whose loads are in flight
@@ -162,7 +161,7 @@ def launch_gather_shrink(
     if not out.numel():
         return
     low = p.dtype
-    ranks_of_program = block_r(ranks, BLOCK_R[low])
+    ranks_of_program = least_that_holds(max(ranks), BLOCK_R[low])
     taken = _form(x, p, scaling is not None, add)
     with torch.cuda.device_of(x):
         taken[(found.tiles, triton.cdiv(max(ranks), ranks_of_program))](

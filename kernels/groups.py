@@ -110,11 +110,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def block_r(ranks: Sequence[int], choice: Sequence[int]) -> int:
-    """Return the ranks of a program for adapters of these ranks: the fewest of the choice that do, or the most."""
-    return next((b for b in choice if max(ranks) <= b), choice[-1])
-
-
 @triton.jit
 def tile_of_group(order_ptr, starts_ptr, tile_ends_ptr, s_ends_ptr, offsets_ptr, G, BLOCK_M: tl.constexpr):
     """Group, rows, whether there are such, where theirs of S begin, first rank and number of ranks of a tile."""

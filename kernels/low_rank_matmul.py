@@ -25,7 +25,7 @@ from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wide_loads
 from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
-from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds
 from lora_core.reference.dropout import threshold
 
 # rows of tiles whose columns are walked together, so that tiles at work share W in the cache
@@ -269,7 +269,7 @@ def launch_low_rank_matmul(
     taken = _FORMS[kind]
     tilings, steps = _tilings(taken, x.dtype), _steps(taken, lora_b.dtype)
     tiling = next((t for t in tilings if m <= t.m), tilings[-1])
-    block_r = next((b for b in steps if r <= b), steps[-1])
+    block_r = least_that_holds(r, steps)
     log_launch("low_rank_matmul", f"loads of {'16 bytes' if taken.addresses else 'single elements'}", hidden)
     with torch.cuda.device_of(x):
         taken[(triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n),)](

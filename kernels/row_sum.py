@@ -28,7 +28,7 @@ from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, keep, meet, round_to, widen
-from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds
 from lora_core.reference.dropout import threshold
 
 # columns of a program, rows of a step and ranks of a program, by the dtype of T and B; fewer rows and ranks where
@@ -230,7 +230,7 @@ def launch_row_sum(
     (m, c), r = d.shape, t.shape[1]
     low, kind = t.dtype, _kind(d, t, hidden_of)
     ranks = _ranks(low, kind)
-    block_r = next((x for x in ranks if r <= x), ranks[-1]) if hidden_of is None else ranks[0]
+    block_r = least_that_holds(r, ranks) if hidden_of is None else ranks[0]
     # without ranks there are column sums still
     grid_c, grid_r = triton.cdiv(c, BLOCK_C[low]), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(d.device, grid_c * grid_r, m, SHORTEST)

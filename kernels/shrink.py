@@ -25,7 +25,7 @@ from lora_core.kernels.processors import splits_to_fill
 from lora_core.kernels.split_sum import launch_split_sum
 from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, keep, meet, round_to
-from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant
+from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds
 from lora_core.reference.dropout import threshold
 
 # rows of a tile, by the rows there are: 64 are the least that wgmma takes, and more than tensor cores can be fed with
@@ -172,9 +172,8 @@ def launch_shrink(
     (m, k), r = x.shape, lora_a.shape[0]
     low = lora_a.dtype
     taken = _form(x, lora_a, dropout)
-    rows = _rows(taken, low)
-    block_m = next((b for b in rows if m <= b), rows[-1])
-    block_r = next((b for b in BLOCK_R[low] if r <= b), BLOCK_R[low][-1])
+    block_m = least_that_holds(m, _rows(taken, low))
+    block_r = least_that_holds(r, BLOCK_R[low])
     tiles = triton.cdiv(m, block_m) * triton.cdiv(r, block_r)
     splits = splits or splits_to_fill(x.device, tiles, k, SHORTEST)
     k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), BLOCK_K[low]) * BLOCK_K[low]

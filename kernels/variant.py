@@ -1,6 +1,6 @@
 """What a kernel can be launched with: enough to compile it without a GPU, and to count what came out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,3 +70,8 @@ class Variant:
     def aligned(self) -> frozenset[str]:
         """Arguments that are multiples of 16."""
         return frozenset((*self.form.aligned, *self.form.addresses))
+
+
+def least_that_holds(size: int, choice: Sequence[int]) -> int:
+    """Return the first of some rising block sizes that holds so many elements, or the last."""
+    return next((block for block in choice if size <= block), choice[-1])

@@ -92,8 +92,8 @@ def check(rows: list[dict]) -> None:
 
 def _loaded(row: dict, instruction: str) -> int:
     """Return the bytes that the loads of this name load in a thread, but for indices, of 8 bytes each."""
-    sizes = {(instruction, bits): int(bits.lstrip("US")) // 8 for bits in ("8", "U8", "S8", "U16", "S16", "32", "128")}
-    return sum(sizes.get(tuple(name.split(".")), 0) * count for name, count in row["accesses"].items())
+    widths = ((name.split("."), count) for name, count in row["accesses"].items())
+    return sum(int(bits.lstrip("US")) // 8 * n for (name, bits), n in widths if name == instruction and bits != "64")
 
 
 def _is_lean(kernel: str, words: list[str]) -> bool:

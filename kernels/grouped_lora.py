@@ -58,18 +58,15 @@ def launch_grouped_lora_backward(
     scaling: Tensor,
     hidden: Tensor,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward; operands and results as the op has them, empty where needs says that none is wanted."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Run the backward; operands and results as the op has them, None where needs says that none is wanted."""
     need_x, need_a, need_b = needs
     if left_to_reference("grouped_lora_backward", d_y, lora_a, lora_b, sides=(len(ranks),)):
-        wide = reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
-        d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in wide)
-        return d_x, d_lora_a, d_lora_b
+        return reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
     log_launch("grouped_lora_backward", "kernels", scaling, hidden, d_hidden)
     found, scaling, hidden = groups(adapter, ranks), scaling.contiguous(), hidden.contiguous()
     d_hidden = None if d_hidden is None else d_hidden.contiguous()
-    # a tensor each: an operation may not return one twice
-    d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) for _ in range(3))
+    d_x = d_lora_a = d_lora_b = None
     if need_x or need_a:
         d_s = lora_a.new_empty(len(d_y) * max(ranks, default=0))
         launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_s, d_hidden)

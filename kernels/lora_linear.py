@@ -66,8 +66,8 @@ def launch_lora_linear_backward(
     seed: Tensor | None,
     needs: Sequence[bool],
     path: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the backward; operands and results as the op has them, empty where needs says that none is wanted.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Run the backward; operands and results as the op has them, None where needs says that none is wanted.
 
     Args:
         path: "fused" or "library"; by default what was measured to be faster.
@@ -90,11 +90,7 @@ def launch_lora_linear_backward(
             d_x = low_rank_linear(grad, weight.T, None, d_s, lora_a.T, 1 / (1 - dropout), dropout, seed, path)
         if need_weight and flat is not None:
             d_weight = grad.T @ flat
-    d_x = None if d_x is None else d_x.view(*d_y.shape[:-1], rows)
-    d_x, d_weight, d_bias, d_lora_a, d_lora_b = (
-        d_y.new_empty(0) if g is None else g for g in (d_x, d_weight, d_bias, d_lora_a, d_lora_b)
-    )
-    return d_x, d_weight, d_bias, d_lora_a, d_lora_b
+    return None if d_x is None else d_x.view(*d_y.shape[:-1], rows), d_weight, d_bias, d_lora_a, d_lora_b
 
 
 register(op, "cuda", launch_lora_linear)

@@ -84,8 +84,8 @@ def launch_lora_linears_backward(
     need_x: bool,
     need_pairs: bool,
     path: str | None = None,
-) -> list[Tensor]:
-    """Run the backward; operands and results as the op has them, empty where none is wanted.
+) -> Sequence[Tensor | None]:
+    """Run the backward; operands and results as the op has them, None or left out where none is wanted.
 
     Args:
         path: "fused" or "library"; by default what was measured to be faster.
@@ -114,8 +114,8 @@ def launch_lora_linears_backward(
         )
     ]
     d_ss = [d_s for d_s, *_ in found if d_s is not None]
-    # a tensor each: an operation may not return one twice
-    d_x, d_lora_a, d_lora_bs = d_ys[0].new_empty(0), d_ys[0].new_empty(0), []
+    d_x = d_lora_a = None
+    d_lora_bs: list[Tensor] = []
     if need_pairs and flat is not None:
         d_lora_bs = [d_b for *_, d_b in found if d_b is not None]
         if masked:
@@ -128,7 +128,7 @@ def launch_lora_linears_backward(
             together = (torch.cat(d_ss, 1), torch.cat(tuple(lora_as)), 0.0, None)
             ups = [together, *((d_s[:, :0], a[:0], 0.0, None) for d_s, a, *_ in ups[1:])]
         total = _input_gradient(grads, unflatten(tensors, formats), ups, path)
-        d_x = d_x if total is None else total.view(*lead, lora_as[0].shape[1])
+        d_x = None if total is None else total.view(*lead, lora_as[0].shape[1])
     return [d_x, d_lora_a, *d_lora_bs]
 
 

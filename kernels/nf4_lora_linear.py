@@ -119,8 +119,8 @@ def launch_nf4_lora_linear_backward(
     needs: Sequence[bool],
     path: str | None = None,
     panel_bytes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the backward; operands and results as the op has them, empty where needs says that none is wanted.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Run the backward; operands and results as the op has them, None where needs says that none is wanted.
 
     Args:
         path, panel_bytes: as in launch_nf4_lora_linear.
@@ -142,7 +142,6 @@ def launch_nf4_lora_linear_backward(
     if need_x and d_s is not None:
         d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path, panel_bytes=panel_bytes)
         d_x = d_x.view(*d_y.shape[:-1], rows)
-    d_x, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in (d_x, d_bias, d_lora_a, d_lora_b))
     return d_x, d_bias, d_lora_a, d_lora_b
 
 

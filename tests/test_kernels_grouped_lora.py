@@ -135,7 +135,7 @@ def test_grouped_lora_backward_kernels_make_just_what_is_needed(needs):
     grads = launch_grouped_lora_backward(base, None, x, *rest, hidden, needs)
     every = launch_grouped_lora_backward(base, None, x, *rest, hidden, (True,) * 3)
     for got, whole, need in zip(grads, every, needs, strict=True):
-        assert torch.equal(got, whole) if need else got.numel() == 0
+        assert torch.equal(got, whole) if need else got is None
 
 
 @pytest.mark.parametrize(("n", "k", "first"), [(40, 70, 0), (48, 64, 2)], ids=["all", "adapters"])

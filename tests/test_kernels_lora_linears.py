@@ -64,9 +64,9 @@ def test_lora_linears_backward_kernels_match_the_formula(m, k, shapes, dtypes, p
     check_backward_of_several(d_x, pairs, d_ys, checked, x)
     # one without the other: dS may be summed in another order then
     only_x, *nothing = launch_lora_linears_backward(*arguments, True, False, path)
-    assert sum(t.numel() for t in nothing) == 0
+    assert nothing == [None]
     nothing, d_lora_a, *d_lora_bs = launch_lora_linears_backward(*arguments, False, True, path)
-    assert nothing.numel() == 0
+    assert nothing is None
     check_backward_of_several(only_x, list(zip(d_lora_a.split(ranks), d_lora_bs, strict=True)), d_ys, checked, x)
 
 

@@ -43,13 +43,13 @@ def lora_linear_backward(
     dropout: float,
     seed: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return what the reference returns, up to rounding."""
     columns, rows = weight.shape
     flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
-    grads = gradients(grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
-    d_x, d_weight, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in grads)
-    return d_x.view(*d_y.shape[:-1], rows) if needs[0] else d_x, d_weight, d_bias, d_lora_a, d_lora_b
+    d_x, *others = gradients(grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
+    d_weight, d_bias, d_lora_a, d_lora_b = others
+    return None if d_x is None else d_x.view(*d_y.shape[:-1], rows), d_weight, d_bias, d_lora_a, d_lora_b
 
 
 def gradients(

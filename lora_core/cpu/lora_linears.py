@@ -46,7 +46,7 @@ def lora_linears_backward(
     seeds: Sequence[Tensor],
     need_x: bool,
     need_pairs: bool,
-) -> list[Tensor]:
+) -> Sequence[Tensor | None]:
     """Return what the reference returns, up to rounding."""
     adapters = (lora_as, lora_bs, hidden, scalings, dropouts)
     if not runs_here(d_ys[0], lora_as[0]):
@@ -55,9 +55,8 @@ def lora_linears_backward(
     flat = None if x is None else x.reshape(-1, x.shape[-1])
     rows = [g.reshape(-1, g.shape[-1]) for g in d_ys]
     d_x, d_lora_a, d_lora_bs = _backward(rows, flat, weights, *adapters, ops.absent(seeds), need_x, need_pairs)
-    empty = d_ys[0].new_empty
-    d_x = empty(0) if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
-    return [d_x, empty(0) if d_lora_a is None else d_lora_a, *d_lora_bs]
+    d_x = None if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
+    return [d_x, d_lora_a, *d_lora_bs]
 
 
 def _forward(

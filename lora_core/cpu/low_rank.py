@@ -6,7 +6,8 @@ from torch import Tensor
 from lora_core.cpu.product import product
 from lora_core.reference.dropout import dropout as drop
 
-# columns of dL/dy: at 256 to 1408 of them MKL's product took 0.5 to 1.15 times what the other took, at 4096 up to 1.8
+# columns of x or dL/dy: at 256 to 1408 of them MKL's product took 0.5 to 1.15 times what the other took, at 4096 up to
+# 1.8
 MANY = 2048
 
 
@@ -32,14 +33,20 @@ def hidden_gradient(d_y: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
 
 def a_gradient(d_s: Tensor, x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """Return dA = dS^T drop(x)."""
-    return product(d_s.T, drop(x, dropout, seed).T)
+    return _rows_summed(drop(x, dropout, seed), d_s).T.contiguous()
 
 
 def b_gradient(d_y: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    """Return dB = s G^T S; of many columns of G made as s S^T G, whose few rows oneDNN likes better."""
-    if d_y.shape[1] > MANY:
-        return product(hidden.T, d_y.T).mul_(scaling).T.contiguous()
-    return torch.mm(d_y.T, hidden).mul_(scaling)
+    """Return dB = s G^T S."""
+    return _rows_summed(d_y, hidden).mul_(scaling).contiguous()
+
+
+def _rows_summed(wide: Tensor, narrow: Tensor) -> Tensor:
+    """Return wide^T narrow, in any strides.
+
+    Of many columns made as the transpose of narrow^T wide, whose few rows oneDNN likes better.
+    """
+    return product(narrow.T, wide.T).T if wide.shape[1] > MANY else torch.mm(wide.T, narrow)
 
 
 def add_low_rank(d_x: Tensor, d_s: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:

@@ -63,7 +63,7 @@ def nf4_lora_linear_backward(
     dropout: float,
     seed: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return what the reference returns, up to rounding."""
     need_x, need_bias, need_a, need_b = needs
     columns, rows = shape
@@ -71,9 +71,10 @@ def nf4_lora_linear_backward(
     weight = w.dense(d_y.dtype) if need_x else None
     flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
     wanted = (need_x, False, need_bias, need_a, need_b)
-    grads = gradients(grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted)
-    d_x, _, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in grads)
-    return d_x.view(*d_y.shape[:-1], rows) if need_x else d_x, d_bias, d_lora_a, d_lora_b
+    d_x, _, d_bias, d_lora_a, d_lora_b = gradients(
+        grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
+    )
+    return None if d_x is None else d_x.view(*d_y.shape[:-1], rows), d_bias, d_lora_a, d_lora_b
 
 
 register(op, "cpu", nf4_lora_linear)

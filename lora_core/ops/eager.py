@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core.ops.checks import autocast_on, outside_autocast
+
 # types of arguments, other than lists, that do not handle operations themselves
 _DEAF = frozenset({Tensor, torch.nn.Parameter, torch.Size, torch.dtype, tuple, float, int, bool, types.NoneType})
 # what runs an operation on a type of device
@@ -19,13 +21,31 @@ _implementations: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
 def register(operation: Any, device_type: str, implementation: Callable[..., Any]) -> None:
-    """Let this function run the operation on this type of device, called by the dispatcher or past it."""
-    operation.register_kernel(device_type)(implementation)
+    """Let this function run the operation on this type of device, called by the dispatcher or past it.
+
+    In place of a result that nobody wants it returns None; the dispatcher, which takes none, gets an empty tensor.
+    """
+
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        made = implementation(*args, **kwargs)
+        if isinstance(made, Tensor):
+            return made
+        # a tensor each: an operation may not return one twice
+        return type(made)(_first(args).new_empty(0) if t is None else t for t in made)
+
+    operation.register_kernel(device_type)(heard)
     _implementations[operation, device_type] = implementation
 
 
 def call(operation: Any, *args: Any) -> Any:
-    """Return operation(*args), past the dispatcher if nobody listens: not autograd, either."""
+    """Return operation(*args), past the dispatcher if nobody listens: not autograd, either.
+
+    Outside autocast: a backward computes in the dtypes of its forward.
+    """
+    first = _first(args)
+    if autocast_on(first):
+        with outside_autocast(first):
+            return call(operation, *args)
     run = None if torch.is_grad_enabled() else _unheard(operation, args)
     return operation(*args) if run is None else run(*args)
 
@@ -43,7 +63,7 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
 
     def forward(ctx: Any, *args: Any) -> Any:
         made = _implementations[operation, args[0].device.type](*args)
-        output = type(made)(_own(t) for t in made)
+        output = type(made)(map(_own, made))
         save(ctx, args, output)
         return output
 
@@ -86,6 +106,12 @@ def _own(result: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(result, result.shape) if result._is_view() else result
 
 
+def _first(args: Sequence[Any]) -> Tensor:
+    """Return the first tensor, which every operation takes first, perhaps in a list."""
+    tensor: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return tensor
+
+
 def _is_list(value: Any) -> bool:
     """Say whether this is a list of tensors; an empty list is a constant."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
@@ -114,8 +140,7 @@ def _unheard(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None
         return None
     if not _DEAF.issuperset(map(type, args)) and not all(map(_is_deaf, args)):
         return None
-    first = args[0][0] if type(args[0]) is list else args[0]
-    return _implementations.get((operation, first.device.type))
+    return _implementations.get((operation, _first(args).device.type))
 
 
 def _is_deaf(value: Any) -> bool:

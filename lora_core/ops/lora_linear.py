@@ -117,10 +117,7 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
     if d_y is None:
         d_y = weight.new_zeros(*ctx.lead, weight.shape[0])
     needs = ctx.needs_input_grad[:5]
-    with outside_autocast(d_y):
-        grads = call(
-            backward_op, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs
-        )
+    grads = call(backward_op, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *wanted, None, None, None
 

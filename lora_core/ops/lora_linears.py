@@ -180,8 +180,7 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
             hidden = torch.cat([part for i, part in enumerate(hidden.split(ranks, 1)) if i in used], 1)
         d_ys, *adapter = ([of[i] for i in used] for of in (grads, lora_as, lora_bs, ctx.scalings, ctx.dropouts, seeds))
         needs = (ctx.need_x, ctx.need_pairs)
-        with outside_autocast(hidden):
-            found = call(backward_op, d_ys, x, *packed, *adapter[:2], hidden, *adapter[2:], *needs)
+        found = call(backward_op, d_ys, x, *packed, *adapter[:2], hidden, *adapter[2:], *needs)
         d_x = found[0] if ctx.need_x else None
         if ctx.need_pairs:
             for i, d_a, d_b in zip(used, found[1].split([ranks[i] for i in used]), found[2:], strict=True):

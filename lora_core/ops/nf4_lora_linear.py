@@ -160,8 +160,7 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
     if d_y is None:
         d_y = hidden.new_zeros(*ctx.lead, ctx.format[0][0])
     adapter = (lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed)
-    with outside_autocast(d_y):
-        grads = call(backward_op, d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
+    grads = call(backward_op, d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
     d_x, d_bias, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, *[None] * 7, d_bias, d_lora_a, d_lora_b, None, None, None
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import machine, record, shapes
+from benchmarks import heap, machine, record, shapes
 from benchmarks.case import Case, Check
 from benchmarks.measure import measure, sizes
 from benchmarks.peers import told, why_none
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
     if suite == "gpu" and not _has_gpu():
         sys.stderr.write(f"{program}: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
         return FAILED
+    if suite == "cpu":
+        heap.keep_freed_memory()
     if options.sweep:
         jobs = [(op, shape) for op, shape in shapes.sweep(options.sweep, suite) if op in (options.op or [op])]
     else:

@@ -55,13 +55,13 @@ class Provider:
         name: "lora_core", "bitsandbytes", "peft", "torch", ...; the first provider of a case is this library.
         run: one sample; without arguments, or taking what `prepare` returns.
         prepare: run before every sample, not timed.
-        measure_memory: what to run for the peak memory, where that is not `run`.
+        measure_memory: makes what to run for the peak memory, where that is not `run`; what it makes counts.
     """
 
     name: str
     run: Callable[..., Any]
     prepare: Callable[[], Any] | None = None
-    measure_memory: Callable[[], Any] | None = None
+    measure_memory: Callable[[], Callable[[], Any]] | None = None
 
     def fresh(self) -> Callable[[], Any]:
         """Return the work of one sample as a function without arguments."""

@@ -4,13 +4,17 @@ import functools
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-COPY_BYTES = 256 * 2**20
-MATMUL_SIZE = 2048
+from benchmarks.case import Provider
+from benchmarks.timing import clock_of
+
+# bytes copied, of which as many are read as written, and the side of a square product: on a GPU what takes so long that
+# launching it does not count
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 TRIES = 5
 ROOT = Path(__file__).resolve().parent.parent
 # what benchmarks write: it changes while they run, and nothing that is measured
@@ -90,14 +94,14 @@ def rates(device: str, dtype: str) -> tuple[float, float]:
     """
     import torch
 
-    source = torch.zeros(COPY_BYTES // 2, dtype=torch.uint8, device=device)
+    kind = torch.device(device).type
+    moved, size = COPY_BYTES[kind], MATMUL_SIZE[kind]
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=getattr(torch, dtype), device=device)
-    multiply = products(torch.device(device).type)
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
-    copy_s = _best(lambda: target.copy_(source), synchronize)
-    matmul_s = min(_best(functools.partial(run, a, a), synchronize) for run in multiply.values())
-    return COPY_BYTES / copy_s, 2 * MATMUL_SIZE**3 / matmul_s
+    a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+    copy_s = _best(lambda: target.copy_(source), kind)
+    matmul_s = min(_best(functools.partial(run, a, a), kind) for run in products(kind).values())
+    return moved / copy_s, 2 * size**3 / matmul_s
 
 
 def products(device_type: str) -> dict[str, Callable[[Any, Any], Any]]:
@@ -119,16 +123,7 @@ def floor_ms(device: str, dtype: str, bytes_moved: int | None, flops: int | None
     return 1e3 * max((bytes_moved or 0) / bytes_a_second, (flops or 0) / flops_a_second)
 
 
-def _best(run: Callable[[], Any], synchronize: Callable[[], None]) -> float:
-    seconds = []
-    for _ in range(TRIES):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def _nothing() -> None:
-    pass
+def _best(run: Callable[[], Any], kind: str) -> float:
+    """Return the seconds of the fastest of a few tries, by the device's own clock where it has one."""
+    clock, provider = clock_of(kind), Provider("torch", run)
+    return min(clock(provider, None) for _ in range(TRIES)) / 1e3

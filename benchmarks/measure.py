@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from benchmarks import machine, record
 from benchmarks.case import YARDSTICKS, Case, Check, Provider
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import peak_bytes, peak_bytes_of
 from benchmarks.peers import told
 from benchmarks.table import claim_lines, table
 from benchmarks.timing import AGAIN, ProviderError, interleave
@@ -37,7 +37,9 @@ def measure(case: Case, options: argparse.Namespace, progress: Any) -> bool:
         try:
             checks[provider.name] = case.check(provider.name)
             if checks[provider.name].passed:
-                peaks[provider.name] = peak_bytes(provider.measure_memory or provider.fresh(), options.device)
+                build = provider.measure_memory
+                peak = peak_bytes_of(build, options.device) if build else peak_bytes(provider.fresh(), options.device)
+                peaks[provider.name] = peak
         except Exception as error:
             raised[provider.name] = told(error)
         progress.advance(task, 2)

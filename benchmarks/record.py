@@ -1,4 +1,8 @@
-"""One measurement, and the only way to write it: append-only JSON lines, never without a passing check."""
+"""One measurement, and the only way to write it: append-only JSON lines, never without a passing check.
+
+Rows are not changed. Those that turn out to have measured something else than they say are taken out, by a commit that
+names them and the reason.
+"""
 
 import json
 import math

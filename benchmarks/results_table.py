@@ -1,9 +1,10 @@
 """Write what was measured into docs/performance.md and README.md: `python -m benchmarks.results_table`.
 
 The newest run of every comparison in benchmarks/results, in README.md of some operations on the machine measured last,
-between two markers: our median, the best rival's, their ratio with the spread inside which it says nothing, and the
-peak memory of both. What this library takes no part in is listed for scale, and where it failed its check that is said.
-A device's rows stand together, as numbers of two machines are not compared.
+between two markers: our median (of a step of a model, with the tokens it takes a second), the best rival's, their ratio
+with the spread inside which it says nothing, and the peak memory of both. What this library takes no part in is listed
+for scale, and where it failed its check that is said. A device's rows stand together, as numbers of two machines are
+not compared.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from benchmarks.markers import rewrite, row
 from benchmarks.record import RESULTS, Record
 from benchmarks.series import newest, of_suites, of_the_last_machine, ours_of, rivals_of, takes_part
-from benchmarks.table import compare
+from benchmarks.table import compare, tokens_a_second
 from benchmarks.timing import WIDEST_SPREAD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,14 +74,19 @@ def _line(run: list[Record]) -> str:
         said = "failed its check" if takes_part(first) else "not this library"
         return row([what, shape, "", others, said, ", ".join(map(_mib, rivals))])
     if not rivals:
-        return row([what, shape, _ms(mine), "", "", _mib(mine)])
+        return row([what, shape, _own(mine), "", "", _mib(mine)])
     best = rivals[0]
     ratio, within, word = compare(run, mine.provider, best.provider)
     speed = f"{ratio:.2f}x, {word} within {within:.0%}"
     if within > WIDEST_SPREAD:
         speed = f"not measurable here (spread {within:.0%})"
     memory = f"{_mib(mine)} against {_mib(best)}"
-    return row([what, shape, _ms(mine), f"{_ms(best)} ({best.provider})", speed, memory])
+    return row([what, shape, _own(mine), f"{_ms(best)} ({best.provider})", speed, memory])
+
+
+def _own(r: Record) -> str:
+    rate = tokens_a_second(r)
+    return f"{_ms(r)} ({rate} tokens/s)" if rate else _ms(r)
 
 
 def _ms(r: Record) -> str:

@@ -43,7 +43,8 @@ SWEEPS = {
     "M": ("lora_linear", [4**i for i in range(8)], [4**i for i in range(8)], {"N": 512, "K": 512, "R": 16}),
     "R": ("lora_linear", [2**i for i in range(9)], [2**i for i in range(9)], {"M": 512, "N": 512, "K": 512}),
     "G": ("grouped_lora", [4**i for i in range(5)], [4**i for i in range(5)], {"M": 256, "N": 512, "K": 512, "R": 8}),
-    "K": ("training_step", [64, 128, 256, 512, 1024, 2048], [256, 512, 1024, 2048, 4096, 8192], {"M": 256, "R": 16}),
+    # a million parameters at 128; as many as a machine holds, as what does not fit is listed and left
+    "K": ("training_step", [2**i for i in range(6, 12)], [2**i for i in range(7, 15)], {"M": 256, "R": 16}),
 }
 # on a GPU a layer is that of Llama-3-8B
 GPU_LAYER = {"N": 4096, "K": 4096}
@@ -74,14 +75,19 @@ def _among(shape: dict[str, int], others: Iterable[dict[str, int]]) -> bool:
     return any(shape.items() <= other.items() for other in others)
 
 
-# what a comparison takes however small it is, in multiplications of a matrix product: building, checking, 15 rounds
-LEAST_COST = 2**27
+# what a comparison takes however small it is, in multiplications of a matrix product: building, checking, 15 rounds;
+# and at most, as rounds end after some seconds
+LEAST_COST, MOST_COST = 2**27, 2**33
 
 
 def cost(shape: dict[str, int]) -> int:
-    """Return how much longer one shape takes than another, roughly: M N K, where a model's N is its K."""
+    """Return how much longer one shape takes than another, roughly: M N K, where a model's N is its K.
+
+    K alone is a number of bytes.
+    """
     k = shape.get("K", 1)
-    return LEAST_COST + shape.get("M", 1) * shape.get("N", k) * k
+    work = k if shape.keys() == {"K"} else shape.get("M", 1) * shape.get("N", k) * k
+    return min(LEAST_COST + work, MOST_COST)
 
 
 # Llama-2-7B; source: its config.json

@@ -5,11 +5,16 @@ from typing import Any
 
 from benchmarks.case import YARDSTICKS, Claim, is_rival
 from benchmarks.record import Record
-from benchmarks.timing import AGAIN, spread, verdict
+from benchmarks.timing import AGAIN, WIDEST_SPREAD, spread, verdict
+
+# operations that are a step of a model, on M tokens
+STEPS = ("training_step", "generation_step")
 
 
 def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
     """Return a rich table: provider, median, ratio to the best rival, memory, share of the floor, error.
+
+    Of a model's step, how many tokens it takes a second as well.
 
     Args:
         records: the rows of one comparison.
@@ -25,7 +30,9 @@ def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
         title = " ".join(t for t in (first.op, first.mode, sizes, first.dtype, note) if t)
     view = Table(title=title, title_justify="left")
     view.add_column("provider")
-    for name in ("median ms", "p20-p80 ms", "best rival / this", "peak MiB", "floor / this", "max error"):
+    columns = ["median ms", "p20-p80 ms", "best rival / this", "peak MiB", "floor / this", "max error"]
+    steps = first is not None and first.op in STEPS
+    for name in [*columns, "tokens/s"] if steps else columns:
         view.add_column(name, justify="right")
     for row in records:
         if row.provider.endswith(AGAIN):
@@ -38,8 +45,14 @@ def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
             "-" if row.peak_mib is None else f"{row.peak_mib:.1f}",
             "-" if row.floor_ms is None else f"{row.floor_ms / row.median_ms:.0%}",
             f"{row.max_error:.2g}",
+            *([tokens_a_second(row)] if steps else []),
         )
     return view
+
+
+def tokens_a_second(row: Record) -> str:
+    """Return how many tokens a second a step takes, or ""."""
+    return f"{1e3 * row.shape['M'] / row.median_ms:,.0f}" if row.op in STEPS and row.median_ms else ""
 
 
 def best_rival(records: Iterable[Record], ours: str) -> Record | None:
@@ -75,11 +88,14 @@ def _against_best(row: Record, records: Sequence[Record], ours: str) -> str:
     best = best_rival(records, ours)
     if best is None:
         return "-"
-    ratio = f"{best.median_ms / row.median_ms:.2f}"
-    if row.provider != ours:
-        return ratio
-    _, within, word = compare(records, ours, best.provider)
-    return f"{ratio} ({word}, spread {within:.1%})"
+    if row is best:
+        return "1.00"
+    return said(*compare(records, row.provider, best.provider))
+
+
+def said(ratio: float, within: float, word: str) -> str:
+    """Return in words what compare returns: no ratio where the spread says that it could be any."""
+    return f"not measurable (spread {within:.0%})" if within > WIDEST_SPREAD else f"{ratio:.2f} ({word}, {within:.1%})"
 
 
 def _outcomes(claim: Claim, records: Sequence[Record], ours: str) -> Iterable[tuple[str, bool]]:
@@ -95,11 +111,16 @@ def _outcomes(claim: Claim, records: Sequence[Record], ours: str) -> Iterable[tu
         return
     theirs = rows[claim.against]
     ratio, within, word = compare(records, ours, claim.against)
+    measurable = within <= WIDEST_SPREAD
     measured = f"{ratio:.2f} times its speed, {word} within {within:.1%}"
+    if not measurable:
+        measured = f"not measurable here, spread {within:.0%}"
     if claim.no_slower:
-        yield f"no slower than {claim.against}: {measured}", word != "slower"
+        yield f"no slower than {claim.against}: {measured}", measurable and word != "slower"
     if claim.speed is not None:
-        yield f"at least {claim.speed:g} times as fast as {claim.against}: {measured}", ratio >= claim.speed
+        reaches = ", which reaches below" if measurable and ratio >= claim.speed > ratio / (1 + within) else ""
+        aim = f"at least {claim.speed:g} times as fast as {claim.against}"
+        yield f"{aim}: {measured}{reaches}", measurable and ratio >= claim.speed
     if claim.no_larger and mine.peak_mib is not None and theirs.peak_mib is not None:
         sizes = f"{mine.peak_mib:.1f} MiB against {theirs.peak_mib:.1f} MiB"
         yield f"no larger in peak memory than {claim.against}: {sizes}", mine.peak_mib <= theirs.peak_mib

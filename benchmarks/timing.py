@@ -5,10 +5,12 @@ every provider see the same changes. Our provider runs in two slots; how far its
 samples scatter, is the spread inside which a ratio says nothing.
 """
 
+import functools
+import math
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ P20_TO_P80_SIGMAS = 1.683
 MEDIAN_ERROR = 1.2533
 # a ratio whose spread is above this says nothing at all: either may be twice as fast
 WIDEST_SPREAD = 1.0
-# two-sided 95%
-CONFIDENCE_SIGMAS = 1.96
+# of differences that scatter alone makes, so many are inside the spread
+CONFIDENCE = 0.95
 
 # more than the last-level cache of any GPU, and of a processor that does not say how large its own is
 FLUSH_BYTES = 256 * 2**20
@@ -81,22 +83,33 @@ def median_error(median_ms: float, p20_ms: float, p80_ms: float, samples: int) -
 
 
 def spread(ours: Any, rival: Any, again: Any | None = None) -> float:
-    """Return the relative difference of two medians below which they count as equal.
+    """Return the relative difference of two medians below which they count as equal; infinite for a single sample.
 
-    The larger of the 95% interval of their ratio, from each one's scatter, and our provider's difference from itself.
+    The larger of the 95% interval of their ratio, from each one's scatter, which few samples know the less (Student's
+    t), and our provider's difference from itself.
 
     Args:
         ours: a Timing or Record, as the others are.
         rival: what it is compared with.
         again: the second slot of `ours`.
     """
-    errors = []
-    for t in (ours, rival):
-        count = t.samples if isinstance(getattr(t, "samples", None), int) else len(t.samples_ms)
-        errors.append(median_error(t.median_ms, t.p20_ms, t.p80_ms, count))
-    scatter = CONFIDENCE_SIGMAS * sum(e * e for e in errors) ** 0.5
-    from_itself = abs(again.median_ms / ours.median_ms - 1) if again is not None and ours.median_ms else 0.0
-    return max(scatter, from_itself)
+    counts = [t.samples if isinstance(getattr(t, "samples", None), int) else len(t.samples_ms) for t in (ours, rival)]
+    if min(counts) < 2:
+        return math.inf
+    errors = [median_error(t.median_ms, t.p20_ms, t.p80_ms, n) for t, n in zip((ours, rival), counts, strict=True)]
+    scatter = _sigmas(min(counts)) * sum(e * e for e in errors) ** 0.5
+    if again is None or not ours.median_ms or not again.median_ms:
+        return scatter
+    from_itself = again.median_ms / ours.median_ms
+    return max(scatter, max(from_itself, 1 / from_itself) - 1)
+
+
+@functools.cache
+def _sigmas(samples: int) -> float:
+    """Return how many standard errors of so many samples CONFIDENCE takes."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, samples - 1))
 
 
 def verdict(ours_ms: float, rival_ms: float, within: float) -> str:
@@ -153,7 +166,7 @@ def interleave(
     if flush_bytes is None:
         flush_bytes = enough_to_flush(device)
     buffer = torch.zeros(flush_bytes, dtype=torch.uint8, device=device) if flush_bytes else None
-    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    clock = clock_of(device)
 
     def sample(provider: Provider, buffer: Any) -> float:
         try:
@@ -169,6 +182,14 @@ def interleave(
         for name in order:
             taken[name].append(sample(slots[name], buffer))
         yield {name: Timing(tuple(ms), warmup_ms[name.removesuffix(AGAIN)]) for name, ms in taken.items()}
+
+
+def clock_of(device: str) -> Callable[[Provider, Any], float]:
+    """Return what takes one sample of a provider on this device, in ms: on CUDA by the device's own events.
+
+    It is given the provider, and what is written before it, or None.
+    """
+    return _cuda_ms if device.startswith("cuda") else _cpu_ms
 
 
 def _cpu_ms(provider: Provider, buffer: Any) -> float:

@@ -159,6 +159,43 @@ def test_a_layer_1_percent_off_does_not_pass_its_check(mode):
     assert compare("right").passed and not compare("wrong").passed
 
 
+WRONG = {
+    "1% more of the update": (2.02, 1.0, 0),
+    "no update": (0.0, 1.0, 0),
+    "no bias": (2.0, 0.0, 0),
+    "a tile of columns": (2.0, 1.0, 32),
+}
+
+
+@pytest.mark.parametrize("mode", modes.MODES)
+@pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 512, 512, 8), (16, 1024, 1024, 64), (64, 512, 1024, 256)], ids=str)
+def test_a_wrong_layer_does_not_pass_its_check_in_half_precision(mode, m, n, k, r):
+    """Rounding allows one element more there than an update or a bias is; all of them together it does not."""
+    g = torch.Generator().manual_seed(r)
+    x, d_y = (torch.randn(m, size, generator=g).bfloat16() for size in (k, n))
+    weight, bias, lora_a, lora_b = (
+        (torch.randn(s, generator=g) / k**0.5).bfloat16() for s in ((n, k), (n,), (r, k), (n, r))
+    )
+    leaves = tuple(t.requires_grad_() for t in (x, lora_a, lora_b))
+
+    def layer(scaling, of_bias, lost):
+        def run(x, a, b):
+            y = x @ weight.T + of_bias * bias + scaling * ((x @ a.T) @ b.T)
+            return torch.cat([y[:, :lost] * 0, y[:, lost:]], 1) if lost else y
+
+        return run
+
+    operands = (x, weight, bias, *leaves[1:], 2.0)
+    layers = {"right": (2.0, 1.0, 0), **WRONG}
+    works = {name: Work(layer(*how), leaves, modes.lora_truth, operands, m + n + k + r) for name, how in layers.items()}
+    compare = modes.check(works, mode, d_y)
+    found = compare("right")
+    assert found.passed, found.reason
+    for name in WRONG:
+        # no gradient depends on a bias
+        assert not compare(name).passed or (name == "no bias" and mode != "fwd"), name
+
+
 def test_compiled_layers_are_compiled_for_every_shape(monkeypatch):
     """PyTorch runs a function uncompiled after eight graphs: four shapes, with gradients and without."""
     graphs, compile = [], torch.compile

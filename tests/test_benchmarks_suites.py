@@ -50,7 +50,7 @@ def test_sweeps_vary_one_dimension(name):
 
 def test_large_shapes_count_for_more_of_a_suite_than_small_ones():
     small, large = {"M": 1, "N": 512, "K": 512, "R": 16}, {"M": 8192, "N": 28672, "K": 8192, "R": 16}
-    assert shapes.cost(large) > 1000 * shapes.cost(small)
+    assert shapes.cost(large) > 30 * shapes.cost(small)
     assert shapes.cost({"M": 1024, "K": 1024}) > 4 * shapes.cost({"M": 1024, "K": 256})
     assert 0 < shapes.cost({"R": 16}) <= shapes.cost({"N": 4096, "K": 4096})
 

@@ -1,17 +1,21 @@
 """Timing, memory and verdicts of the benchmarks, on work whose cost is known."""
 
+import dataclasses
+import io
+import re
 import time
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_benchmarks_record import row
 
-from benchmarks import shapes, timing
+from benchmarks import run, shapes, timing
 from benchmarks.case import Case, Check, Claim, Provider
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import peak_bytes, peak_bytes_of
 from benchmarks.record import Record, read
-from benchmarks.table import claim_lines, compare
+from benchmarks.table import claim_lines, compare, table
 from benchmarks.timing import AGAIN, Timing, interleave, median_error, quantile, spread, verdict
 
 MIB = 2**20
@@ -25,6 +29,12 @@ def last(rounds):
 def record_of(provider, median, scatter=0.0, samples=16, peak=1.0):
     low, high = median * (1 - scatter), median * (1 + scatter)
     return Record(**row(provider=provider, median_ms=median, p20_ms=low, p80_ms=high, samples=samples, peak_mib=peak))
+
+
+def drawn(view):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view)
+    return console.file.getvalue()
 
 
 def test_benchmark_timing_recovers_a_known_ratio():
@@ -119,9 +129,55 @@ def test_benchmark_spread_takes_scatter_and_self_difference():
     noisy = record_of("rival", 110.0, scatter=0.3)
     assert spread(quiet, rival) == 0
     assert spread(quiet, rival, record_of("lora_core" + AGAIN, 120.0)) == pytest.approx(0.2)
+    # a second slot that was faster says as much as one that was slower
+    assert spread(quiet, rival, record_of("lora_core" + AGAIN, 50.0)) == pytest.approx(1.0)
     assert spread(quiet, noisy) > 0.1
     as_timing = Timing((100.0,) * 16, 0.0)
     assert spread(as_timing, noisy) == spread(quiet, noisy)
+
+
+@pytest.mark.parametrize("count", [5, 15])
+def test_benchmark_verdict_on_equal_providers_is_a_tie_as_often_as_it_says(count):
+    """Percentiles of five samples lie within them, and call one comparison in twelve what it is not."""
+    rng, wrong = np.random.default_rng(count), 0
+    for _ in range(2000):
+        ours, rival = (Timing(tuple(rng.normal(100, 5, count)), 0.0) for _ in range(2))
+        wrong += verdict(ours.median_ms, rival.median_ms, spread(ours, rival)) != "tie"
+    assert wrong / 2000 < 0.1
+
+
+def test_benchmark_verdict_takes_more_than_a_sample():
+    one = Timing((100.0,), 0.0)
+    assert spread(one, Timing((300.0,), 0.0)) == float("inf")
+    rows = [record_of(name, ms, samples=1) for name, ms in (("lora_core", 100.0), ("rival", 300.0))]
+    lines, held = claim_lines([Claim("rival", speed=2.0)], rows, "lora_core")
+    assert not held and "not measurable here" in lines[0]
+
+
+def test_benchmark_table_gives_every_ratio_its_spread_and_steps_their_tokens():
+    rows = [record_of("lora_core", 100.0), record_of("slow", 150.0, scatter=0.2), record_of("rival", 110.0)]
+    text = drawn(table(rows, "lora_core"))
+    assert "1.10 (faster, 0.0%)" in text and "tokens/s" not in text
+    assert re.search(r"0\.73 \((slower|tie), \d+\.\d%\)", text)
+    step = [dataclasses.replace(r, op="training_step", shape={"M": 1024, "K": 256}) for r in rows]
+    assert "10,240" in drawn(table(step, "lora_core"))
+    wide = [rows[0], record_of("rival", 700.0, scatter=0.3, samples=2)]
+    assert "not measurable" in drawn(table(wide, "lora_core"))
+
+
+def test_benchmark_claim_says_where_its_spread_reaches_below():
+    rows = [record_of("lora_core", 100.0, scatter=0.2), record_of("rival", 205.0)]
+    lines, held = claim_lines([Claim("rival", speed=2.0)], rows, "lora_core")
+    assert held and lines[0].endswith("which reaches below")
+
+
+def test_benchmark_costs_leave_no_job_the_whole_of_a_suite():
+    """The time left is told by them: a copy of 2^27 bytes is no product of that size."""
+    for suite in ("cpu", "gpu"):
+        jobs = [shape for op in run.case_names() for shape in run.shapes_of(op, None, suite)]
+        costs = [shapes.cost(shape) for shape in jobs]
+        assert max(costs) < sum(costs) / 3
+    assert shapes.cost({"K": 2**27}) < 2 * shapes.cost({"M": 1, "K": 1})
 
 
 def test_benchmark_comparison_uses_the_second_slot():
@@ -174,9 +230,20 @@ def test_benchmark_memory_counts_the_backward():
     assert 2 * MIB <= peak <= 4 * MIB
 
 
-def test_benchmark_memory_refuses_an_unknown_device():
+def test_benchmark_memory_of_what_is_built_counts_what_it_keeps_and_not_what_building_took():
+    def build():
+        torch.ones(32 * MIB, dtype=torch.uint8)
+        kept = torch.ones(4 * MIB, dtype=torch.uint8)
+        return lambda: kept + torch.ones(2 * MIB, dtype=torch.uint8)[:1]
+
+    # 4 kept; 2 and the sum's 4 above it
+    assert 10 * MIB <= peak_bytes_of(build) < 10 * MIB + MIB // 16
+
+
+@pytest.mark.parametrize("measure", [peak_bytes, peak_bytes_of])
+def test_benchmark_memory_refuses_an_unknown_device(measure):
     with pytest.raises(ValueError, match="want 'cpu' or 'cuda'"):
-        peak_bytes(lambda: None, "meta")
+        measure(lambda: lambda: None, "meta")
 
 
 def test_benchmark_shapes_are_parsed_or_refused():
@@ -199,8 +266,6 @@ def planted_case(worst):
 
 
 def test_benchmark_run_records_every_sound_provider(tmp_path, monkeypatch, capsys):
-    from benchmarks import run
-
     monkeypatch.setattr(run, "case_names", lambda: ["planted"])
     monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
     monkeypatch.setattr(run, "cases_of", lambda *_: iter([planted_case(0.0)]))
@@ -212,8 +277,6 @@ def test_benchmark_run_records_every_sound_provider(tmp_path, monkeypatch, capsy
 
 
 def test_benchmark_run_neither_times_nor_records_a_wrong_result(tmp_path, monkeypatch, capsys):
-    from benchmarks import run
-
     monkeypatch.setattr(run, "case_names", lambda: ["planted"])
     monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
     monkeypatch.setattr(run, "cases_of", lambda *_: iter([planted_case(0.5)]))

@@ -83,11 +83,15 @@ class Work:
         """Return one step of a model of its own."""
         return _step(self.build(), self.tokens, self.optimizer and self.optimizer())
 
-    def several_steps(self) -> None:
-        """Build the model and train it past the point where AdamW has its states."""
+    def several_steps(self) -> Callable[[], None]:
+        """Return what trains a model of its own past the point where AdamW has its states."""
         step = self.step()
-        for _ in range(STEPS_FOR_MEMORY):
-            step()
+
+        def run() -> None:
+            for _ in range(STEPS_FOR_MEMORY):
+                step()
+
+        return run
 
 
 class FrozenWork(Work):

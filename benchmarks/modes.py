@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import record
 from benchmarks.case import Check, Provider
 from benchmarks.rounding import within_rounding
 
-MODES = ("fwd", "bwd", "fwdbwd")
+MODES = record.MODES
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import ALIGNMENT, begins_aligned, form
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.tables import levels
 from lora_core.kernels.variant import Variant
 from lora_core.ops.absmax_dequantize import op

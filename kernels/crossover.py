@@ -8,28 +8,19 @@ slower than the plain way.
 
 import functools
 import json
-import logging
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lora_core.kernels.form import ALIGNMENT
+from lora_core.kernels.log import log
 
 SHIPPED = Path(__file__).with_name("crossover.json")
 VARIABLE = "LORA_CORE_CROSSOVER"
 PATHS = ("fused", "library")
-log = logging.getLogger("lora_core.kernels")
-
-
-def log_launch(name: str, path: str, *copied: Tensor | None) -> None:
-    """Say at level DEBUG which path an operation takes, and whether it has to copy any of these tensors first."""
-    if log.isEnabledFor(logging.DEBUG):
-        copies = sum(t is not None and not t.is_contiguous() for t in copied)
-        log.debug("%s: %s%s", name, path, f", copies {copies} operands" if copies else "")
 
 
 @dataclass(frozen=True)
@@ -70,10 +61,19 @@ def _are_multiples_of_16(*sizes: int) -> bool:
     return not any(size % ALIGNMENT for size in sizes)
 
 
+def load(path: Path) -> tuple[Measurement, ...]:
+    """Return what a file holds.
+
+    Raises:
+        OSError, ValueError, TypeError: if it cannot be opened, is no JSON, or its rows are no measurements.
+    """
+    return tuple(Measurement(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+
+
 def read(path: Path) -> tuple[Measurement, ...]:
     """Return what a file holds; nothing, and a warning in the log, where it cannot be read."""
     try:
-        return tuple(Measurement(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+        return load(path)
     except (OSError, ValueError, TypeError) as error:
         log.warning("%s holds no measurements (%s): the library's matrix product runs", path, error)
         return ()

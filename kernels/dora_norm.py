@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import begins_aligned, form, in_wide_loads
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.nf4_levels import SHUFFLED
 from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, as_read, nf4_tile, per_scale, reading
 from lora_core.kernels.processors import splits_to_fill

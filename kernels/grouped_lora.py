@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.gather_expand import launch_gather_expand
 from lora_core.kernels.gather_gradient import launch_gather_gradient
 from lora_core.kernels.gather_shrink import launch_gather_shrink
 from lora_core.kernels.groups import groups
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
 from lora_core.ops.grouped_lora import backward_op, op

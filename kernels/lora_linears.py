@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log
+from lora_core.kernels.log import log
 from lora_core.kernels.low_rank import a_gradient, low_rank_gradients, low_rank_linear, path_of, skinny_product
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
 from lora_core.kernels.reach import left_to_reference, near

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.kernels import row_sum
-from lora_core.kernels.crossover import device_name, faster_path, log, log_launch
+from lora_core.kernels.crossover import device_name, faster_path
+from lora_core.kernels.log import log, log_launch
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.row_sum import launch_row_sum
 from lora_core.kernels.shrink import launch_shrink

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import ALIGNMENT, Form, begins_aligned, form, in_wide_loads
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.tables import seed_or_none
 from lora_core.kernels.tile import dot, low_rank_start, round_to, widen
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import ALIGNMENT, form
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.nf4_levels import SHUFFLED
 from lora_core.kernels.nf4_tile import ELEMENTS, argument_types, arguments, nf4_tile, per_scale, reading
 from lora_core.kernels.tile import round_to

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import begins_aligned, form
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.nf4_levels import SHUFFLED, levels_of_words
 from lora_core.kernels.nf4_tile import NESTED_BLOCK, as_read
 from lora_core.kernels.tables import levels

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log, log_launch
+from lora_core.kernels.log import log, log_launch
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
 from lora_core.kernels.low_rank import low_rank_gradients, low_rank_linear, low_rank_part, path_of, skinny_product
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import begins_aligned, form
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.tables import thresholds
 from lora_core.kernels.tile import nearest_code, widen
 from lora_core.kernels.variant import TYPES, Variant

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.absmax_dequantize import launch_absmax_dequantize
-from lora_core.kernels.crossover import log_launch
 from lora_core.kernels.form import ALIGNMENT, begins_aligned
+from lora_core.kernels.log import log_launch
 from lora_core.kernels.nf4_levels import levels_of_words
 from lora_core.kernels.tables import levels
 from lora_core.ops.packed import Packed

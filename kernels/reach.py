@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from lora_core.kernels.crossover import log_launch
+from lora_core.kernels.log import log_launch
 
 # tokens, or a stride, at most
 LARGEST = 2**30 - 1

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import shapes
+from benchmarks import options
 from benchmarks.case import CheckError, Provider
 from benchmarks.rounding import within_rounding
 from benchmarks.timing import interleave
@@ -30,37 +30,56 @@ DTYPES = ("bfloat16", "float16")
 SCALING = 2.0
 
 
+class KeptError(ValueError):
+    """A file of measurements cannot be read, so must not be written."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write, and print a line for each shape; return 2 where there is nothing to measure on."""
+    """Measure, write, and print a line for each shape; return 2 where there is nothing to measure on, or to write."""
     import torch
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.crossover", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu under TRITON_INTERPRET=1 to try the tool out")
-    parser.add_argument("--shape", type=shapes.parse, action="append", help="M=512,N=4096,K=4096,R=16; repeat for more")
-    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--output", type=Path, help="the file to write; by default the one the library reads")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    given = _given(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("benchmarks.crossover: there is no GPU here to measure on\n")
         return 2
-    if options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if given.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         sys.stderr.write("benchmarks.crossover: set TRITON_INTERPRET=1 to run kernels on a CPU\n")
         return 2
     from lora_core.kernels import crossover
 
-    output = options.output or Path(os.environ.get(crossover.VARIABLE) or crossover.SHIPPED)
-    found = []
-    for dtype, shape in itertools.product(options.dtype or DTYPES, options.shape or every_shape()):
-        row = measure(dtype, shape, options.device, options.samples)
-        found.append(row)
-        print(
-            f"{dtype} M={row.m} N={row.n} K={row.k} R={row.r}: fused {row.fused_ms:.4g} ms, "
-            f"library {row.library_ms:.4g} ms: {row.faster}",
-            flush=True,
-        )
-        write(output, found)
+    output = given.output or Path(os.environ.get(crossover.VARIABLE) or crossover.SHIPPED)
+    found: list[Any] = []
+    try:
+        # before anything is measured that could not be written
+        kept(output)
+        for dtype, shape in itertools.product(given.dtype or DTYPES, given.shape or every_shape()):
+            row = measure(dtype, shape, given.device, given.samples)
+            found.append(row)
+            print(
+                f"{dtype} M={row.m} N={row.n} K={row.k} R={row.r}: fused {row.fused_ms:.4g} ms, "
+                f"library {row.library_ms:.4g} ms: {row.faster}",
+                flush=True,
+            )
+            write(output, found)
+    except KeptError as error:
+        sys.stderr.write(f"benchmarks.crossover: {error}\n")
+        return 2
     return 0
+
+
+def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.crossover", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu under TRITON_INTERPRET=1 to try the tool out")
+    parser.add_argument("--shape", type=options.shape, action="append", help="M=512,N=4096,K=4096,R=16; repeatable")
+    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--samples", type=options.count, default=SAMPLES)
+    parser.add_argument("--output", type=Path, help="the file to write; by default the one the library reads")
+    given = parser.parse_args(arguments)
+    for shape in given.shape or ():
+        lacks = options.lacking(shape, "MNKR")
+        if lacks:
+            parser.error(f"--shape {options.written(shape)} lacks {lacks}: want M=512,N=4096,K=4096,R=16")
+    return given
 
 
 def every_shape() -> list[dict[str, int]]:
@@ -97,14 +116,38 @@ def measure(dtype: str, shape: dict[str, int], device: str, samples: int) -> Any
     return Measurement(device_name(x.device), dtype, m, n, k, r, **times)
 
 
+def kept(path: Path) -> tuple[Any, ...]:
+    """Return the measurements that a file holds; none where there is no such file yet.
+
+    Raises:
+        KeptError: if it cannot be read, as writing it would lose what it holds, or if its folder is missing.
+    """
+    from lora_core.kernels.crossover import load
+
+    try:
+        if path.exists():
+            return load(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise KeptError(
+            f"{path} cannot be read ({error}), and writing it would lose what it holds: mend or move it, or give "
+            "another --output"
+        ) from error
+    if not path.absolute().parent.is_dir():
+        raise KeptError(f"{path}: there is no folder {path.parent}: make it, or give another --output")
+    return ()
+
+
 def write(path: Path, found: list[Any]) -> None:
-    """Put these measurements in a file, in place of what it had for the same device, dtype and sizes."""
-    from lora_core.kernels.crossover import read
+    """Put these measurements in a file, in place of what it had for the same device, dtype and sizes.
+
+    Raises:
+        KeptError: as kept does.
+    """
 
     def about(row: Any) -> tuple[Any, ...]:
         return row.device, row.dtype, row.n, row.k, row.r, row.m
 
-    rows = {about(row): row for row in (*(read(path) if path.exists() else ()), *found)}
+    rows = {about(row): row for row in (*kept(path), *found)}
     lines = [json.dumps(dataclasses.asdict(rows[key])) for key in sorted(rows)]
     text = "[\n" + ",\n".join(lines) + "\n]\n"
     unfinished = path.with_suffix(".unfinished")

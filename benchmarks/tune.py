@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from benchmarks import options
 from benchmarks.case import Provider
 from benchmarks.peers import told
 from benchmarks.timing import ProviderError, interleave
@@ -184,19 +185,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="append", choices=PARTS, help="repeat for more; all by default")
-    parser.add_argument("--weight", action="append", type=int, nargs=2, metavar=("N", "K"), help="repeat for more")
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--weight", action="append", type=options.count, nargs=2, metavar=("N", "K"), help="repeat for more"
+    )
+    parser.add_argument("--samples", type=options.count, default=SAMPLES)
+    given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.stderr.write("benchmarks.tune: there is no GPU here to measure on\n")
         return 2
     torch.manual_seed(0)
-    for part, (n, k) in itertools.product(options.part or PARTS, options.weight or WEIGHTS):
+    for part, (n, k) in itertools.product(given.part or PARTS, given.weight or WEIGHTS):
         for title, truth, runs in PARTS[part](n, k, "cuda"):
             print(title, flush=True)
             sound = [Provider(name, run) for name, run in runs.items() if _sound(name, run, truth)]
             try:
-                *_, timings = interleave(sound, options.samples, "cuda")
+                *_, timings = interleave(sound, given.samples, "cuda")
             except ProviderError as error:
                 print(f"  {error.name} raised: {told(error.__cause__ or error)}")
                 continue

@@ -8,7 +8,7 @@ do: "gpu" where there is one, else "cpu"; "static" needs neither and predicts fr
 """
 
 import argparse
-import dataclasses
+import contextlib
 import gc
 import importlib
 import os
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import heap, machine, record, shapes
+from benchmarks import asked, heap, machine, options, record, shapes
 from benchmarks.case import Case, Check
 from benchmarks.measure import measure, sizes
 from benchmarks.peers import told, why_none
@@ -31,6 +31,8 @@ SAMPLES = 15
 TABLE_COLUMNS = 120
 FAILED = 1
 SUITES = ("cpu", "gpu", "static")
+# a benchmark and a shape of it
+Job = tuple[str, dict[str, int]]
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -49,49 +51,82 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
         arguments: of the command line; by default those of the process.
         program: what the messages call it.
     """
-    options = _parser(program).parse_args(arguments)
+    parser = _parser(program)
+    given = parser.parse_args(arguments)
     # the profiler that counts memory prints trace points otherwise; the hub is not asked for anything
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    suite = given.suite or ("gpu" if _has_gpu() else "cpu")
+    try:
+        if suite == "static":
+            from benchmarks import static
+
+            return static.main(asked.of_static(given, parser, case_names()), program)
+        if suite == "gpu" and not _has_gpu():
+            sys.stderr.write(f"{program}: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
+            return FAILED
+        if suite == "cpu":
+            heap.keep_freed_memory()
+        given.device = "cuda" if suite == "gpu" else "cpu"
+        given.results = given.results or record.RESULTS
+        jobs = _jobs(given, suite)
+        if given.mode or given.provider:
+            asked.require_cases(_cheapest(jobs, given.device), given.mode, given.provider)
+            _release(given.device)
+    except asked.AskedError as error:
+        parser.error(str(error))
+    return _measured(jobs, given, suite)
+
+
+def _measured(jobs: Sequence[Job], given: argparse.Namespace, suite: str) -> int:
+    """Measure, print and record; return 0, or 1 as main does."""
     # a pipe or file has no width of its own; the table needs this much
     console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
-    suite = options.suite or ("gpu" if _has_gpu() else "cpu")
-    if suite == "static":
-        from benchmarks import static
-
-        return static.main(
-            [part for name in static.kernels_of(options.op or []) for part in ("--kernel", name)], program
-        )
-    options.device = "cuda" if suite == "gpu" else "cpu"
-    if suite == "gpu" and not _has_gpu():
-        sys.stderr.write(f"{program}: the gpu suite needs a CUDA device; none is here. --suite cpu runs without\n")
-        return FAILED
-    if suite == "cpu":
-        heap.keep_freed_memory()
-    if options.sweep:
-        jobs = [(op, shape) for op, shape in shapes.sweep(options.sweep, suite) if op in (options.op or [op])]
-    else:
-        jobs = [(op, shape) for op in options.op or case_names() for shape in shapes_of(op, options.shape, suite)]
-    options.where = machine.describe(options.device)
+    given.where = machine.describe(given.device)
     sound, raised = True, []
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         # by cost, not by count: else the time left is that of the small shapes
         whole = progress.add_task(f"{suite} suite", total=sum(shapes.cost(shape) for _, shape in jobs))
         for op, shape in jobs:
             try:
-                for case in cases_of(op, shape, options.device):
-                    if options.mode is None or case.mode == options.mode:
-                        sound &= measure(_chosen(case, options.provider), options, progress)
+                for case in cases_of(op, shape, given.device):
+                    # one without providers says why
+                    if given.mode in (None, case.mode) or not case.providers:
+                        sound &= measure(asked.chosen(case, given.provider), given, progress)
             except Exception as error:
                 raised.append(f"{op} {sizes(shape)}: {told(error)}")
                 console.print(f"[red]raised:[/red] {escape(raised[-1])}\n")
-            _release(options.device)
+            _release(given.device)
             progress.advance(whole, shapes.cost(shape))
     if raised:
         console.print(f"[red]{len(raised)} of {len(jobs)} raised and were left:[/red]")
         for line in raised:
             console.print(f"  {escape(line)}")
     return 0 if sound and not raised else FAILED
+
+
+def _jobs(given: argparse.Namespace, suite: str) -> list[Job]:
+    """Return each benchmark and shape asked for.
+
+    Raises:
+        AskedError: if they do not go together.
+    """
+    if given.sweep:
+        asked.require_swept(given.op or (), given.shape, given.sweep)
+        return shapes.sweep(given.sweep, suite)
+    ops = given.op or case_names()
+    asked.require_sizes(ops, given.shape or (), lambda op: shapes_of(op, None, "cpu")[0])
+    return [(op, shape) for op in ops for shape in shapes_of(op, given.shape, suite)]
+
+
+def _cheapest(jobs: Sequence[Job], device: str) -> Iterator[Case]:
+    """Yield the comparisons of one shape of each benchmark, and of each set of sizes; those that raise do so later."""
+    chosen: dict[tuple[str, frozenset[str]], dict[str, int]] = {}
+    for op, shape in sorted(jobs, key=lambda job: shapes.cost(job[1])):
+        chosen.setdefault((op, frozenset(shape)), shape)
+    for (op, _), shape in chosen.items():
+        with contextlib.suppress(Exception):
+            yield from cases_of(op, shape, device)
 
 
 def _release(device: str) -> None:
@@ -101,15 +136,6 @@ def _release(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-def _chosen(case: Case, providers: Sequence[str] | None) -> Case:
-    """Return the case with these providers only, its first, and the claims about them."""
-    if providers is None:
-        return case
-    kept = [p for i, p in enumerate(case.providers) if i == 0 or p.name in providers]
-    claims = tuple(c for c in case.claims if not c.against or c.against in {p.name for p in kept})
-    return dataclasses.replace(case, providers=kept, claims=claims)
 
 
 def _has_gpu() -> bool:
@@ -144,20 +170,6 @@ def _never(name: str) -> Check:
     raise LookupError(f"there is no provider {name}")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; want a whole number of at least 1")
-    return int(text)
-
-
-def _shape(text: str) -> dict[str, int]:
-    """Return shapes.parse(text), whose reason argparse prints only as an error of its own."""
-    try:
-        return shapes.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -165,16 +177,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--suite", choices=SUITES, help="which shapes and device; by default what this machine can do")
     parser.add_argument(
-        "--shape", action="append", type=_shape, help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K); repeatable"
+        "--shape", action="append", type=options.shape, help="M=1024,N=512,K=512,R=16 or 4096x4096 (N x K); repeatable"
     )
     parser.add_argument(
         "--sweep", choices=shapes.SWEEPS, help="instead: how the cost grows with tokens M, rank R, adapters G, model K"
     )
     parser.add_argument("--provider", action="append", help="measure these only, and this library; repeat for more")
     parser.add_argument("--mode", choices=record.MODES, help="forward, backward or both; all by default")
-    parser.add_argument("--samples", type=_count, default=SAMPLES, help="rounds of interleaved samples, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the samples")
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder the rows are appended in")
+    parser.add_argument("--samples", type=options.count, default=SAMPLES, help="rounds of interleaved samples, at most")
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the order of the samples")
+    parser.add_argument("--results", type=options.folder, help="folder the rows are appended in")
     return parser
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_benchmarks_timing import planted_case
 
-from benchmarks import llama, modes, peers, run
+from benchmarks import asked, llama, modes, peers, run
 from benchmarks.cases import lora_linear, training_step
 from benchmarks.modes import Work
 from benchmarks.peers import Peer
@@ -79,10 +79,10 @@ def test_a_missing_provider_is_listed_with_its_reason(tmp_path, monkeypatch, cap
     assert "not measured: somebody: is not installed" in " ".join(capsys.readouterr().out.split())
 
 
-def test_chosen_providers_keep_this_library_and_their_claims(tmp_path):
+def test_chosen_providers_keep_this_library_and_their_claims():
     case = planted_case(0.0)
-    assert [p.name for p in run._chosen(case, ["nobody"]).providers] == ["lora_core"]
-    assert [p.name for p in run._chosen(case, ["rival"]).providers] == ["lora_core", "rival"]
+    assert [p.name for p in asked.chosen(case, ["nobody"]).providers] == ["lora_core"]
+    assert [p.name for p in asked.chosen(case, ["rival"]).providers] == ["lora_core", "rival"]
 
 
 def test_peers_that_cannot_run_are_given_a_reason(monkeypatch):

@@ -1,7 +1,7 @@
 """Draw what is on record: `python -m benchmarks.plot` writes pictures beside the records, a set for each device.
 
-bars      our speed over the best rival's, comparison by comparison, with the spread inside which it says nothing; what
-          has a spread above 100% is left out
+bars      our speed over the best rival's, comparison by comparison (benchmarks/bars.py); an operation with more of
+          them than a picture holds has one of its own
 roofline  operations a second over operations a byte, under the copy and matmul rates measured on that device
 scaling   time over tokens, rank, adapters and model size, with the exponent of the upper half of the sizes
 """
@@ -9,23 +9,22 @@ scaling   time over tokens, rank, adapters and model size, with the exponent of 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import options
+from benchmarks.bars import alone, bars
 from benchmarks.case import YARDSTICKS
+from benchmarks.colours import COLOURS, GRID, INK, MARKERS
 from benchmarks.fit import exponent
 from benchmarks.record import RESULTS, Record
-from benchmarks.series import OURS, newest, of_suites, ours_of, rivals_of
+from benchmarks.series import OURS, newest
 from benchmarks.shapes import ordered
-from benchmarks.table import compare
-from benchmarks.timing import AGAIN, WIDEST_SPREAD
+from benchmarks.timing import AGAIN
 
 PICTURES = Path(__file__).parent / "pictures"
-# Okabe and Ito's colours, told apart by colour-blind readers too
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-INK, GRID = "#1b1f24", "#d5dae0"
 PIXELS_PER_INCH = 120
 # what a sweep varies: the operation, the dimension, and how its axis is called
 SWEEPS = (
@@ -41,25 +40,42 @@ Run = list[Record]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw every picture the records allow, and say where."""
+    """Draw every picture the records allow, and say where; return 1 where they allow none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder to draw into")
-    options = parser.parse_args(arguments)
-    found = list(newest(options.results).values())
-    options.pictures.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--pictures", type=options.folder, default=PICTURES, help="folder to draw into")
+    given = parser.parse_args(arguments)
+    found = list(newest(given.results).values())
+    drawn = 0
     for device in sorted({run[0].device for run in found}):
         own = [run for run in found if run[0].device == device]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        for kind, draw in {"bars": bars, "roofline": roofline, "scaling": scaling}.items():
+        for kind, draw, shown in _kinds(own):
             figure = _figure()
-            if draw(figure, own):
+            if draw(figure, shown):
                 figure.suptitle(f"{device}, PyTorch {own[0][0].torch}", fontsize=9, x=0.01, ha="left")
-                path = options.pictures / f"{kind}-{name}.png"
+                given.pictures.mkdir(parents=True, exist_ok=True)
+                path = given.pictures / f"{kind}-{name}.png"
                 # no date or version in the file: equal records give equal bytes
                 figure.savefig(path, dpi=PIXELS_PER_INCH, metadata={"Software": None})
                 print(path)
-    return 0
+                drawn += 1
+    if not drawn:
+        sys.stderr.write(
+            f"benchmarks.plot: nothing to draw in {given.results}, which holds {len(found)} comparisons: measure some "
+            "by python -m benchmarks.run, or name the folder of its records by --results\n"
+        )
+    return 0 if drawn else 1
+
+
+def _kinds(own: list[Run]) -> Iterator[tuple[str, Callable[[Any, list[Run]], bool], list[Run]]]:
+    """Yield the pictures of a device: what each is called, what draws it, and the runs it shows."""
+    large = alone(own)
+    yield "bars", partial(bars, elsewhere=large), [run for run in own if run[0].op not in large]
+    for op in large:
+        yield f"bars-{op}", bars, [run for run in own if run[0].op == op]
+    yield "roofline", roofline, own
+    yield "scaling", scaling, own
 
 
 def _figure() -> Any:
@@ -71,43 +87,6 @@ def _figure() -> Any:
     return figure
 
 
-def bars(figure: Any, found: list[Run], ink: str = INK, grid: str = GRID) -> bool:
-    """Draw our speed over the best rival's, lines in these colours; return whether there was anything to draw."""
-    lines = []
-    for run in sorted(of_suites(found), key=lambda run: (*_kind_of_work(run[0]), *run[0].shape.values())):
-        mine, rivals = ours_of(run), rivals_of(run)
-        if mine is not None and rivals:
-            best = min(rivals, key=lambda r: r.median_ms)
-            ratio, within, word = compare(run, mine.provider, best.provider)
-            if within > WIDEST_SPREAD:
-                continue
-            shape = " ".join(f"{k}={v}" for k, v in mine.shape.items())
-            four_bit = " NF4" if mine.block_size and not mine.op.startswith("nf4") else ""
-            lines.append((f"{mine.op}{four_bit} {mine.mode} {shape}, against {best.provider}", ratio, within, word))
-    if not lines:
-        return False
-    figure.set_size_inches(10, 1.2 + 0.24 * len(lines))
-    axes = figure.add_subplot()
-    colours = {"faster": COLOURS[0], "slower": COLOURS[1], "tie": "#9aa3ad"}
-    places = range(len(lines))[::-1]
-    for place, (_, ratio, within, word) in zip(places, lines, strict=True):
-        axes.barh(place, ratio - 1, left=1, color=colours[word], height=0.7)
-        axes.plot([ratio / (1 + within), ratio * (1 + within)], [place, place], color=ink, linewidth=1)
-    axes.axvline(1, color=ink, linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_yticks(places, [label for label, *_ in lines], fontsize=7)
-    axes.set_ylim(-0.7, len(lines) - 0.3)
-    axes.set_xlabel("speed over the best rival's; the line is the spread, grey a tie")
-    axes.grid(axis="x", color=grid, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return True
-
-
-def _kind_of_work(row: Record) -> tuple[str, str, int]:
-    return row.op, row.mode, row.block_size or 0
-
-
 def roofline(figure: Any, found: list[Run]) -> bool:
     """Draw operations a second over operations a byte; return whether the device's rates are on record."""
     roofs = [min(run, key=lambda r: r.median_ms) for run in found if run[0].op == "roof"]
@@ -115,7 +94,10 @@ def roofline(figure: Any, found: list[Run]) -> bool:
     peaks = {r.dtype: r.flops / r.median_ms / 1e6 for r in roofs if r.flops}
     # what a yardstick does is other work, whose operations and bytes are not these
     points = [
-        r for run in found for r in run if r.flops and r.bytes_moved and r.op != "roof" and r.provider not in YARDSTICKS
+        r
+        for run in found
+        for r in run
+        if r.flops and r.bytes_moved and r.op != "roof" and not (r.provider in YARDSTICKS or r.provider.endswith(AGAIN))
     ]
     dtypes = sorted({r.dtype for r in points} & set(peaks))
     if copy is None or not dtypes:
@@ -167,12 +149,15 @@ def scaling(figure: Any, found: list[Run]) -> bool:
         axes = figure.add_subplot(rows, min(len(panels), 2), place + 1)
         all_sizes = sorted({size for points in chosen.values() for size, _ in points})
         upper = all_sizes[len(all_sizes) // 2 :]
+        title = None
         for provider, points in sorted(chosen.items()):
             points = sorted(points)
             fitted = [point for point in points if point[0] in upper]
             # of a curve that ends earlier it would be that of another range
-            whole = len(fitted) == len(upper) >= FEWEST_FITTED
-            label = f"{provider}: ~ {exponent(*zip(*fitted, strict=True)):.2f}" if whole else provider
+            label = provider
+            if len(fitted) == len(upper) >= FEWEST_FITTED:
+                label = f"{provider}: ~ {exponent(*zip(*fitted, strict=True)):.2f}"
+                title = f"exponent from {upper[0]:g} on"
             number = providers.index(provider) % len(COLOURS)
             style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
             axes.plot(*zip(*points, strict=True), label=label, **style)
@@ -181,7 +166,7 @@ def scaling(figure: Any, found: list[Run]) -> bool:
         axes.set_xlabel(axis)
         axes.set_ylabel("ms")
         axes.grid(color=GRID, linewidth=0.6)
-        axes.legend(fontsize=7, title=f"exponent from {upper[0]:g} on", title_fontsize=7)
+        axes.legend(fontsize=7, title=title, title_fontsize=7)
     return True
 
 

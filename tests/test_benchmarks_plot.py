@@ -3,7 +3,7 @@
 import pytest
 from test_benchmarks_tables import rows, write
 
-from benchmarks import plot
+from benchmarks import bars, plot
 from benchmarks.fit import exponent
 
 
@@ -89,6 +89,75 @@ def test_bars_leave_out_what_says_nothing_and_what_is_not_this_librarys(tmp_path
     assert plot.bars(drawn, [told, noise, failed]) and len(drawn.axes[0].patches) == 1
 
 
-def test_plot_without_records_draws_nothing(tmp_path):
-    assert plot.main(["--results", str(tmp_path), "--pictures", str(tmp_path / "p")]) == 0
-    assert list((tmp_path / "p").iterdir()) == []
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_plot_without_records_draws_nothing_and_says_so(folder, tmp_path, capsys):
+    assert plot.main(["--results", str(tmp_path / folder), "--pictures", str(tmp_path / "p")]) == 1
+    assert f"nothing to draw in {tmp_path / folder}, which holds 0 comparisons" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_roofline_draws_no_second_slot(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    recorded(tmp_path)
+    shape = {"M": 1, "N": 8, "K": 8, "R": 2}
+    write(tmp_path, *rows(1.0, 2.0, 0.5, 1.1, op="lora_linear", dtype="float32", flops=1000, shape=shape))
+    drawn = figure()
+    assert plot.roofline(drawn, list(plot.newest(tmp_path).values()))
+    points = sum(len(drawn_as.get_offsets()) for drawn_as in drawn.axes[0].collections)
+    # five comparisons of this library and one rival
+    assert points == 10
+
+
+def test_a_panel_without_exponents_has_no_title_of_them(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    recorded(tmp_path)
+    drawn = figure()
+    assert plot.scaling(drawn, list(plot.newest(tmp_path).values()))
+    legend = drawn.axes[0].get_legend()
+    assert {text.get_text() for text in legend.get_texts()} == {"lora_core", "bitsandbytes", "matmul"}
+    assert legend.get_title().get_text() == ""
+
+
+def many(op, count, rank):
+    """As many comparisons of one rank."""
+    sizes = [{"M": m, "N": 8, "K": 8, "R": rank} for m in range(3, 3 + count)]
+    return [rows(2.0, 2.5, 1.0, 2.1, op=op, shape=shape) for shape in sizes]
+
+
+def test_bars_of_one_picture_are_limited_and_those_of_rank_16_come_first(monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(bars, "MOST", 6)
+    drawn = figure()
+    assert plot.bars(drawn, many("dora_norm", 3, 64) + many("dora_norm", 4, 16))
+    labels = [text.get_text() for text in drawn.axes[0].get_yticklabels()]
+    assert [sum(f"R={rank}," in label for label in labels) for rank in (16, 64)] == [4, 2]
+    assert "6 of 7 comparisons: R=16 first" in drawn.axes[0].get_xlabel()
+    drawn = figure()
+    assert plot.bars(drawn, many("dora_norm", 12, 16))
+    labels = [text.get_text() for text in drawn.axes[0].get_yticklabels()]
+    assert [label.split(" ")[3] for label in labels] == [f"M={m}" for m in range(3, 15, 2)]
+    drawn = figure()
+    assert plot.bars(drawn, many("dora_norm", 6, 16)) and "comparisons" not in drawn.axes[0].get_xlabel()
+
+
+def test_an_operation_with_too_many_bars_has_a_picture_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bars, "MOST", 3)
+    for run in many("dora_norm", 4, 16) + many("inject", 3, 16):
+        write(tmp_path / "results", *run)
+    shown = {}
+    monkeypatch.setattr(plot, "bars", lambda _, found, elsewhere=(): shown.update({found[0][0].op: list(elsewhere)}))
+    plot.main(["--results", str(tmp_path / "results"), "--pictures", str(tmp_path / "p")])
+    assert shown == {"inject": ["dora_norm"], "dora_norm": []}
+    monkeypatch.undo()
+    monkeypatch.setattr(bars, "MOST", 3)
+    assert plot.main(["--results", str(tmp_path / "results"), "--pictures", str(tmp_path / "p")]) == 0
+    names = sorted(path.name for path in (tmp_path / "p").glob("bars*"))
+    assert names == [f"bars-{name}a-processor-2-threads.png" for name in ("", "dora_norm-")]
+
+
+def test_bars_name_the_operations_drawn_elsewhere():
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = figure()
+    assert plot.bars(drawn, many("dora_norm", 1, 16), elsewhere=["lora_linear"])
+    assert "in pictures of their own: lora_linear" in drawn.axes[0].get_xlabel()

@@ -9,6 +9,7 @@ not compared.
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ FILES = {
 }
 COMMAND = "python -m benchmarks.results_table"
 HEAD = ["what", "shape", "ours, ms", "best rival, ms", "speed", "peak memory, MiB"]
+# of an operation that a device has more comparisons of than MOST, those of these sizes are listed
+MOST, LISTED = 40, {"M": (1, 16, 4096), "R": (16,)}
 GPU_PLACE = "Measured on a GPU: not measured yet. `python -m benchmarks.run --suite gpu` fills this in."
 
 
@@ -54,10 +57,19 @@ def table(folder: Path = RESULTS, ops: Sequence[str] | None = None) -> str:
         said = ", ".join(f"PyTorch {torch} on Python {python}" for torch, python in versions)
         unsaved = sum(run[0].dirty for run in own)
         changed = f" {unsaved} of {len(own)} comparisons were measured with uncommitted changes." if unsaved else ""
-        parts += [f"{device}; {said}.{changed}", "", row(HEAD), row(["---"] * len(HEAD)), *map(_line, own), ""]
+        counts = Counter(run[0].op for run in own)
+        shown = [run for run in own if counts[run[0].op] <= MOST or _is_listed(run[0].shape)]
+        if len(shown) < len(own):
+            changed += f" {len(shown)} of {len(own)} comparisons are listed, all lie in benchmarks/results."
+        parts += [f"{device}; {said}.{changed}", "", row(HEAD), row(["---"] * len(HEAD)), *map(_line, shown), ""]
     if not any(run[0].cuda for run in found):
         parts.append(GPU_PLACE)
     return "\n".join(parts).rstrip()
+
+
+def _is_listed(shape: dict[str, int]) -> bool:
+    """Say whether a shape is among those listed of an operation with many comparisons."""
+    return all(shape.get(name, among[0]) in among for name, among in LISTED.items())
 
 
 def _order(first: Record) -> tuple[object, ...]:

@@ -108,6 +108,15 @@ def test_results_table_says_how_much_was_measured_with_uncommitted_changes(tmp_p
     assert "1 of 2 comparisons were measured with uncommitted changes" in results_table.table(tmp_path)
 
 
+def test_results_table_lists_a_part_of_what_a_device_has_very_many_comparisons_of(tmp_path):
+    few = [rows(1.0, 2.0, op="dora_norm", shape={"N": n, "K": 2}) for n in range(1, 4)]
+    many = [rows(1.0, 2.0, shape={"M": m, "N": n, "K": 2, "R": 16}) for m in (1, 2) for n in range(1, 25)]
+    write(tmp_path, *(row for found in (*few, *many) for row in found))
+    text = results_table.table(tmp_path)
+    assert text.count("| 1 |") == 3 + 24 and "M=2" not in text
+    assert "27 of 51 comparisons are listed, all lie in benchmarks/results" in text
+
+
 def test_results_table_keeps_devices_apart_and_says_what_no_gpu_measured(tmp_path):
     write(tmp_path, *rows(1.0, 2.0), *rows(5.0, 2.0, device="another, 4 threads"))
     text = results_table.table(tmp_path)

@@ -22,7 +22,7 @@ AHEAD = {("nf4_lora_linear", "bwd"): ("reference", "compiled")}
 
 
 def is_rival(op: str, mode: str, provider: str, ours: str) -> bool:
-    """Say whether a provider does the same work as this library, and is none of its paths."""
+    """Say whether a provider does the same work as this library, and is none of its paths, "lora_core fused" say."""
     return provider.split(" ")[0] != ours and provider not in (*YARDSTICKS, *AHEAD.get((op, mode), ()))
 
 
@@ -73,10 +73,10 @@ class Claim:
     """What a case has to show, for the first provider; what is left at None is not claimed.
 
     Args:
-        against: the rival it is about.
-        no_slower: the median is no larger than the rival's, or a tie.
-        speed: the rival's median over ours is at least this.
-        no_larger: the peak memory is no larger than the rival's.
+        against: the other provider it is about, a rival or another path of this library.
+        no_slower: the median is no larger than the other's, or a tie.
+        speed: the other's median over ours is at least this.
+        no_larger: the peak memory is no larger than the other's.
         limit_ms: the median is below this.
     """
 

@@ -1,11 +1,13 @@
 """A layer's forward, its backward, or both, as the work of a provider; and whether its result is right."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import record
 from benchmarks.case import Check, Provider
+from benchmarks.peers import Peer, told
 from benchmarks.rounding import within_rounding
 
 MODES = record.MODES
@@ -46,6 +48,23 @@ def compiled(layer: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(layer, dynamic=False)
+
+
+def compiled_peer(layer: Callable[..., Any], device: str) -> Peer:
+    """Return a layer under torch.compile as a provider that not every machine can run."""
+    return Peer((), lambda: compiled(layer), unfit=why_uncompiled(device))
+
+
+@functools.cache
+def why_uncompiled(device: str) -> str:
+    """Return why torch.compile cannot be used on this device, as without a C++ compiler, or "" if it can."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        return f"torch.compile does not work here: {told(error)}"
+    return ""
 
 
 def providers(works: Mapping[str, Work], mode: str, d_y: Any) -> list[Provider]:

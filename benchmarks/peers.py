@@ -9,15 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """A provider that takes packages this project does without.
+    """A provider that takes packages this project does without, or a machine that not everybody has.
 
     Args:
         needs: import names of all packages it takes; `pip install` calls them the same.
         make: returns its work, once they are there.
+        unfit: why it cannot run here, whatever is installed; empty where it can.
     """
 
     needs: tuple[str, ...]
     make: Callable[[], Any]
+    unfit: str = ""
 
 
 @functools.cache
@@ -49,12 +51,12 @@ def providers(ours: Mapping[str, Any], peers: Mapping[str, Peer]) -> tuple[dict[
     """Return the work by provider, and why each provider that cannot be built is left out.
 
     Args:
-        ours: this project's, and PyTorch's: they run everywhere.
-        peers: the others', by the provider's name.
+        ours: this project's, and PyTorch's that run everywhere.
+        peers: the others, by the provider's name.
     """
     works, missing = dict(ours), {}
     for name, peer in peers.items():
-        reason = why_none(peer.needs)
+        reason = peer.unfit or why_none(peer.needs)
         if reason is None:
             try:
                 works[name] = peer.make()

@@ -1,8 +1,9 @@
 """A LoRA linear layer: forward, backward with gradients of x, A and B, and both. bfloat16 on a GPU, float32 on a CPU.
 
-Beside it PEFT's layer, the formula in plain PyTorch as written ("reference") and under torch.compile ("compiled"), and
-for scale the frozen product alone ("matmul"). On a GPU the forward runs by either path of the kernels too, with
-the fused product and with a library's ("lora_core fused", "lora_core library"), without the operation around them.
+Beside it PEFT's layer, on a GPU unsloth's, the formula in plain PyTorch as written ("reference") and under
+torch.compile ("compiled"), and for scale the frozen product alone ("matmul"). On a GPU the forward runs by either path
+of the kernels too, with the fused product and with a library's ("lora_core fused", "lora_core library"), without the
+operation around them.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,13 +37,19 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     )
     leaves = (x.requires_grad_(), nn.Parameter(lora_a), nn.Parameter(lora_b))
     operands = (x, weight, bias, *leaves[1:], SCALING)
-    compiled = modes.compiled(reference.lora_linear)
+
+    def written(x: Any, a: Any, b: Any) -> Any:
+        return reference.lora_linear(x, weight, bias, a, b, SCALING)
+
     ours: dict[str, Callable[..., Any]] = {
         "lora_core": lambda x, a, b: lc.lora_linear(x, weight, bias, a, b, SCALING),
-        "reference": lambda x, a, b: reference.lora_linear(x, weight, bias, a, b, SCALING),
-        "compiled": lambda x, a, b: compiled(x, weight, bias, a, b, SCALING),
+        "reference": written,
     }
-    peers = {"peft": Peer(("peft",), lambda: on_x(peft_layer(linear_of(weight, bias), leaves[1:], SCALING)))}
+    peers = {
+        "compiled": modes.compiled_peer(written, device),
+        "peft": Peer(("peft",), lambda: on_x(peft_layer(linear_of(weight, bias), leaves[1:], SCALING))),
+        "unsloth": unsloth_peer(lambda: (weight, None), bias, device),
+    }
     layers, missing = providers(ours, peers)
     works = {name: Work(run, leaves, modes.lora_truth, operands, m + n + k + r) for name, run in layers.items()}
     works["matmul"] = Work(
@@ -55,7 +62,6 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     for mode in modes.MODES:
         # a path is forced on the forward alone
         those = {**works, **forced} if mode == "fwd" else works
-        moved = x.numel() + weight.numel() + m * n
         yield Case(
             op="lora_linear",
             mode=mode,
@@ -64,7 +70,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
             block_size=None,
             providers=modes.providers(those, mode, d_y),
             check=modes.check(those, mode, d_y),
-            bytes_moved=dtype.itemsize * moved * (2 if mode == "fwdbwd" else 1),
+            bytes_moved=dtype.itemsize * (n * k + moved_beside_weights(shape, mode) + bias_moved(shape, mode)),
             flops=flops(shape, mode),
             claims=tuple(Claim(against=name, no_slower=True) for name in ("reference", "peft")),
             note="bias",
@@ -83,11 +89,55 @@ def forced_paths(weight: Any, bias: Any) -> dict[str, Callable[..., Any]]:
     return {f"lora_core {path}": by(path) for path in PATHS}
 
 
-def flops(shape: dict[str, int], mode: str) -> int:
-    """Operations of a LoRA layer: forward; backward without dW, but with dA and dB."""
+def moved_beside_weights(shape: dict[str, int], mode: str, layers: int = 1) -> int:
+    """Elements that layers of one x read and write at least, besides W and the bias, each once.
+
+    Forward x, A, B and y; backward dL/dy, x, A, B and the gradients of these three. Both together read x, A and B once,
+    as a cache may hold them.
+    """
     m, n, k, r = (shape[name] for name in "MNKR")
-    forward, backward = 2 * m * (n * k + r * (n + k)), 2 * m * (n * k + 2 * r * (n + k))
-    return {"fwd": forward, "bwd": backward, "fwdbwd": forward + backward}[mode]
+    pairs, y = layers * r * (n + k), layers * m * n
+    forward, backward = y, y + m * k + pairs
+    return m * k + pairs + {"fwd": forward, "bwd": backward, "fwdbwd": forward + backward}[mode]
+
+
+def bias_moved(shape: dict[str, int], mode: str) -> int:
+    """Elements of a frozen bias that are read: a backward does without."""
+    return 0 if mode == "bwd" else shape["N"]
+
+
+def flops(shape: dict[str, int], mode: str) -> int:
+    """Operations of a LoRA layer, at least: forward; backward without dW, but with dA and dB.
+
+    By the cheapest of three ways: products of low rank; W + s B A made first, which x and dL/dy are multiplied with;
+    that, and dA and dB of the dense gradient of W. A backward is given what its forward has of low rank, S.
+    """
+    m, n, k, r = (shape[name] for name in "MNKR")
+    product, low, merge = m * n * k, m * r * (n + k), n * k * r
+    ways = {
+        "fwd": (product + low, product + merge),
+        "bwd": (product + 2 * low, product + merge + low + m * r * n, 2 * product + 3 * merge),
+        "fwdbwd": (2 * product + 3 * low, 2 * product + merge + 2 * low, 3 * product + 3 * merge),
+    }
+    return 2 * min(ways[mode])
+
+
+def unsloth_peer(held: Callable[[], tuple[Any, Any]], bias: Any, device: str) -> Peer:
+    """Return unsloth's LoRA product, which has no bias and takes a batch of sequences.
+
+    Args:
+        held: returns W and its QuantState of bitsandbytes', or None for a dense W.
+        bias: shape [N].
+        device: of all of them; unsloth does not start without a GPU.
+    """
+
+    def layer() -> Callable[..., Any]:
+        from unsloth.kernels.fast_lora import LoRA_W
+
+        weight, state = held()
+        return lambda x, a, b: LoRA_W.apply(x[None], weight, state, a, b, SCALING)[0] + bias
+
+    return Peer(("unsloth",), layer, unfit="needs a GPU" if device == "cpu" else "")
 
 
 def on_x(layer: Callable[[Any], Any]) -> Callable[..., Any]:

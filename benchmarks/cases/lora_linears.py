@@ -1,7 +1,8 @@
 """Query, key and value of one x, as LoRA linear layers that read it once, beside the same layers one by one.
 
-W is [N, K] in each of the three; their outputs are put side by side. bfloat16 on a GPU, float32 on a CPU. The backward
-has gradients of x and of every A and B.
+W is [N, K] in each of the three; their outputs are put side by side. Forward, backward with gradients of x and of every
+A and B, and both. bfloat16 on a GPU, float32 on a CPU. One by one they are this library's ("lora_core one by one"), the
+formula in plain PyTorch as written ("torch") and, all three as one, under torch.compile ("compiled").
 """
 
 from collections.abc import Callable, Iterator
@@ -10,18 +11,21 @@ from typing import Any
 
 from benchmarks import modes
 from benchmarks.case import Case, Claim
-from benchmarks.cases.lora_linear import SCALING, flops
+from benchmarks.cases.lora_linear import SCALING, flops, moved_beside_weights
 from benchmarks.modes import Work
+from benchmarks.peers import providers
 from benchmarks.shapes import SMALL_LINEAR
 
 SHAPES = (SMALL_LINEAR,)
 GPU_SHAPES = tuple({"M": m, "N": 4096, "K": 4096, "R": 16} for m in (1, 16, 512, 4096, 8192))
 
 LAYERS = 3
+# a path of this library, and none of its rivals
+ONE_BY_ONE = "lora_core one by one"
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
-    """Yield the forward and forward with backward for M tokens, three W [N, K] and rank R."""
+    """Yield one comparison a mode, for M tokens, three W [N, K] and rank R."""
     import torch
 
     import lora_core as lc
@@ -45,16 +49,18 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         pieces = zip(weights, pairs[:LAYERS], pairs[LAYERS:], strict=True)
         return torch.cat([layer(x, w, a, b) for w, a, b in pieces], 1)
 
+    written = partial(alone, lambda x, w, a, b: reference.lora_linear(x, w, None, a, b, SCALING))
     models: dict[str, Callable[..., Any]] = {
         "lora_core": together,
-        "lora_linear": partial(alone, lambda x, w, a, b: lc.lora_linear(x, w, None, a, b, SCALING)),
-        "torch": partial(alone, lambda x, w, a, b: reference.lora_linear(x, w, None, a, b, SCALING)),
+        ONE_BY_ONE: partial(alone, lambda x, w, a, b: lc.lora_linear(x, w, None, a, b, SCALING)),
+        "torch": written,
     }
+    layers, missing = providers(models, {"compiled": modes.compiled_peer(written, device)})
     operands = (x, *weights, *leaves[1:])
-    works = {name: Work(model, leaves, _truth, operands, LAYERS * (m + n) + k + r) for name, model in models.items()}
+    works = {name: Work(layer, leaves, _truth, operands, LAYERS * (m + n) + k + r) for name, layer in layers.items()}
     d_ys = torch.randn(m, LAYERS * n, device=device).to(dtype)
     for mode in modes.MODES:
-        moved = x.numel() + LAYERS * (weights[0].numel() + m * n)
+        moved = LAYERS * n * k + moved_beside_weights(shape, mode, LAYERS)
         yield Case(
             op="lora_linears",
             mode=mode,
@@ -63,10 +69,11 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
             block_size=None,
             providers=modes.providers(works, mode, d_ys),
             check=modes.check(works, mode, d_ys),
-            bytes_moved=dtype.itemsize * moved * (2 if mode == "fwdbwd" else 1),
+            bytes_moved=dtype.itemsize * moved,
             flops=LAYERS * flops(shape, mode),
-            claims=(Claim(against="lora_linear", no_slower=True), Claim(against="torch", no_slower=True)),
+            claims=tuple(Claim(against=name, no_slower=True) for name in (ONE_BY_ONE, "torch")),
             note=f"{LAYERS} layers",
+            missing=missing,
         )
 
 

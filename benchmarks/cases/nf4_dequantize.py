@@ -1,16 +1,15 @@
 """Dequantising an NF4 weight with double-quantised scales to bf16. The shape is N x K.
 
-Beside it bitsandbytes, torchao (a format of its own), plain PyTorch ("reference"), and for scale a copy of the
-dense weight's size ("copy").
+Beside it bitsandbytes, torchao (a format of its own), plain PyTorch ("reference") and the same under torch.compile
+("compiled"), and for scale a copy of the dense weight's size ("copy").
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import peers
+from benchmarks import modes, peers
 from benchmarks.case import Case, Check, Claim, Provider
-from benchmarks.cases.nf4_lora_linear import torchao_weight
+from benchmarks.cases.nf4_lora_linear import packed_bytes, torchao_weight
 from benchmarks.llama import bitsandbytes_weight
 from benchmarks.peers import Peer
 from benchmarks.shapes import GPU_WEIGHTS, SQUARE_4096
@@ -34,10 +33,15 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     weight = torch.randn(shape["N"], shape["K"], device=device, dtype=torch.bfloat16)
     ours = lc.quantize_nf4(weight, block_size=BLOCK_SIZE)
     fields = (ours.codes, ours.absmax, ours.nested_absmax, ours.nested_offset, ours.shape, weight.dtype, BLOCK_SIZE)
-    truth = reference.nf4.nf4_dequantize(*fields)
     n = weight.numel()
-    plain = {"lora_core": ours.dequantize, "reference": lambda: reference.nf4.nf4_dequantize(*fields)}
+
+    def written() -> Any:
+        return reference.nf4.nf4_dequantize(*fields)
+
+    truth = written()
+    plain = {"lora_core": ours.dequantize, "reference": written}
     rivals = {
+        "compiled": modes.compiled_peer(written, device),
         "bitsandbytes": Peer(("bitsandbytes",), lambda: _bitsandbytes(ours)),
         "torchao": Peer(("torchao",), lambda: torchao_weight(weight).get_original_weight),
     }
@@ -53,8 +57,8 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         check=lambda name: (
             own_format(runs[name](), weight, truth) if name == "torchao" else _check(runs[name](), truth)
         ),
-        # codes, scales' codes and second scales read; weights written
-        bytes_moved=n // 2 + n // BLOCK_SIZE + 4 * math.ceil(n / BLOCK_SIZE / 256) + 2 * n,
+        # the packed weight read, the dense one written
+        bytes_moved=packed_bytes(n) + 2 * n,
         claims=(
             Claim(against="bitsandbytes", no_slower=True) if device == "cpu" else Claim("bitsandbytes", speed=1.5),
         ),

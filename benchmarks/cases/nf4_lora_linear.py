@@ -1,16 +1,25 @@
 """LoRA on a frozen NF4 weight with double-quantised scales: forward, backward (x, A and B), and both.
 
 bfloat16 on a GPU, float32 on a CPU. Beside it bitsandbytes' 4-bit product with two products for the adapter, PEFT's
-layer on bitsandbytes' Linear4bit, torchao's NF4 tensor likewise, the formula in plain PyTorch as written ("reference")
-and under torch.compile ("compiled"), and for scale the product with a dense weight ("matmul").
+layer on bitsandbytes' Linear4bit, torchao's NF4 tensor likewise, on a GPU unsloth's layer, the formula in plain PyTorch
+as written ("reference") and under torch.compile ("compiled"), and for scale the product with a dense weight ("matmul").
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import modes
 from benchmarks.case import AHEAD, Case, Claim
-from benchmarks.cases.lora_linear import SCALING, flops, on_x, peft_layer
+from benchmarks.cases.lora_linear import (
+    SCALING,
+    bias_moved,
+    flops,
+    moved_beside_weights,
+    on_x,
+    peft_layer,
+    unsloth_peer,
+)
 from benchmarks.llama import bitsandbytes_weight, linear4bit
 from benchmarks.modes import Work
 from benchmarks.peers import Peer, providers
@@ -51,14 +60,15 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     ours = {
         "lora_core": lambda x, a, b: lc.nf4_lora_linear(x, q, bias, a, b, SCALING),
         "reference": written,
-        "compiled": modes.compiled(written),
     }
     peers = {
+        "compiled": modes.compiled_peer(written, device),
         "bitsandbytes": Peer(("bitsandbytes",), lambda: _bitsandbytes(q, bias)),
         "peft on bitsandbytes": Peer(
             ("peft", "bitsandbytes"), lambda: on_x(peft_layer(linear4bit(q, dtype, bias), leaves[1:], SCALING))
         ),
         "torchao": Peer(("torchao",), lambda: _torchao(weight, bias)),
+        "unsloth": unsloth_peer(lambda: bitsandbytes_weight(q), bias, device),
     }
     layers, missing = providers(ours, peers)
     works = {
@@ -78,8 +88,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     for mode in modes.MODES:
         ahead = AHEAD.get(("nf4_lora_linear", mode), ())
         compared = {name: work for name, work in works.items() if name not in ahead}
-        # codes, scales and second scales read, for either direction
-        moved = n * k // 2 + n * k // BLOCK_SIZE + dtype.itemsize * m * (n + k)
+        moved = moved_beside_weights(shape, mode) + bias_moved(shape, mode)
         yield Case(
             op="nf4_lora_linear",
             mode=mode,
@@ -88,12 +97,18 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
             block_size=BLOCK_SIZE,
             providers=modes.providers(compared, mode, d_y),
             check=modes.check(compared, mode, d_y),
-            bytes_moved=moved * (2 if mode == "fwdbwd" else 1),
+            bytes_moved=packed_bytes(n * k) + dtype.itemsize * moved,
             flops=flops(shape, mode),
             claims=tuple(Claim(against=name, no_slower=True) for name in ("bitsandbytes", "peft on bitsandbytes")),
             note="double quantised, bias",
             missing=missing | dict.fromkeys(ahead, "its forward keeps W dense, which a backward alone would not show"),
         )
+
+
+def packed_bytes(elements: int) -> int:
+    """Bytes of an NF4 weight: codes, scales' codes, second scales in float32."""
+    scales = math.ceil(elements / BLOCK_SIZE)
+    return math.ceil(elements / 2) + scales + 4 * math.ceil(scales / NESTED_BLOCK_SIZE)
 
 
 def _bitsandbytes(q: Any, bias: Any) -> Callable[..., Any]:

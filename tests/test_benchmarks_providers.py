@@ -2,12 +2,14 @@
 
 import dataclasses
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 from test_benchmarks_timing import planted_case
 
 from benchmarks import asked, llama, modes, peers, run
+from benchmarks.case import is_rival
 from benchmarks.cases import lora_linear, training_step
 from benchmarks.modes import Work
 from benchmarks.peers import Peer
@@ -16,6 +18,15 @@ from benchmarks.rounding import within_rounding
 from benchmarks.timing import AGAIN
 from lora_core.kernels import low_rank
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
+
+SMALL = {"M": 8, "N": 16, "K": 64, "R": 4, "G": 3}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile takes seconds a graph: it returns what it is given, and is taken to work."""
+    monkeypatch.setattr(torch, "compile", lambda layer, **_: layer)
+    monkeypatch.setattr(modes, "why_uncompiled", lambda device: "")
 
 
 @pytest.mark.parametrize("op", ["training_step", "generation_step", "fuse"])
@@ -54,20 +65,89 @@ def test_frozen_base_multiplies_what_the_base_of_a_model_with_adapters_does():
     assert products == 2 * layers - 3
 
 
-def test_a_backward_that_holds_the_weight_dense_is_listed_with_the_reason():
+def test_a_backward_that_holds_the_weight_dense_is_listed_with_the_reason(uncompiled):
     case = next(run.cases_of("nf4_lora_linear", {"M": 4, "N": 16, "K": 64, "R": 4}, "cpu"))
     backward = next(c for c in run.cases_of("nf4_lora_linear", case.shape, "cpu") if c.mode == "bwd")
     assert {"reference", "compiled"} <= backward.missing.keys()
     assert not {"reference", "compiled"} & {p.name for p in backward.providers}
 
 
-@pytest.mark.parametrize("op", ["grouped_lora", "dora_norm"])
-def test_every_provider_of_a_case_passes_its_check(op):
-    shape = {"M": 8, "N": 16, "K": 64, "R": 4, "G": 3}
-    found = list(run.cases_of(op, shape, "cpu"))
-    assert len({(case.mode, case.block_size) for case in found}) == {"grouped_lora": 3, "dora_norm": 2}[op]
+@pytest.mark.parametrize(
+    ("op", "count", "rivals"),
+    [
+        ("grouped_lora", 3, {"torch", "torch masked", "compiled"}),
+        ("dora_norm", 2, {"torch", "compiled", "compiled algebra"}),
+        ("lora_linears", 3, {"torch", "compiled"}),
+        ("nf4_dequantize", 1, {"reference", "compiled"}),
+        ("nf4_quantize", 1, {"reference"}),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_every_provider_of_a_case_passes_its_check(op, count, rivals, device, uncompiled):
+    """In float32 on the CPU, and as "another device" in bfloat16, as on a GPU."""
+    found = list(run.cases_of(op, SMALL, device))
+    assert len({(case.mode, case.block_size) for case in found}) == count
     for case in found:
-        assert all(case.check(p.name).passed for p in case.providers), (case.mode, case.block_size)
+        names = [p.name for p in case.providers]
+        assert rivals <= {name for name in names if is_rival(op, case.mode, name, names[0])}
+        for name in names:
+            outcome = case.check(name)
+            assert outcome.passed, (case.mode, case.block_size, name, outcome.reason)
+
+
+def test_layers_of_this_library_one_by_one_are_no_rival(uncompiled):
+    case = next(run.cases_of("lora_linears", SMALL, "cpu"))
+    names = [p.name for p in case.providers]
+    assert [n for n in names if is_rival("lora_linears", "fwd", n, "lora_core")] == ["torch", "compiled"]
+    assert case.claims[0].against in names and case.claims[0].against not in ("torch", "compiled")
+
+
+@pytest.mark.parametrize(
+    "op", ["lora_linear", "nf4_lora_linear", "lora_linears", "grouped_lora", "dora_norm", "nf4_dequantize"]
+)
+def test_without_a_compiler_compiled_layers_are_listed_with_the_reason(op, monkeypatch):
+    """As inductor raises where there is no C++ compiler: not when a layer is compiled, but when it first runs."""
+
+    def compile(layer, **_):
+        def run_it(*_):
+            raise RuntimeError("no C++ compiler")
+
+        return run_it
+
+    modes.why_uncompiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", compile)
+    try:
+        for case in run.cases_of(op, SMALL, "cpu"):
+            left_out = "keeps W dense" if (case.op, case.mode) == ("nf4_lora_linear", "bwd") else "no C++ compiler"
+            assert left_out in case.missing["compiled"]
+            assert not [p.name for p in case.providers if p.name.startswith("compiled")]
+    finally:
+        modes.why_uncompiled.cache_clear()
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "nf4_lora_linear"])
+def test_unsloth_is_listed_without_a_gpu(op, uncompiled):
+    assert all(case.missing["unsloth"] == "needs a GPU" for case in run.cases_of(op, SMALL, "cpu"))
+
+
+def test_unsloth_is_given_sequences_and_a_scaling_and_the_bias_is_added(monkeypatch):
+    """Its function as unsloth/kernels/fast_lora.py has it."""
+
+    class Product:
+        @staticmethod
+        def apply(x, w, state, a, b, s):
+            batch, length, _ = x.shape
+            assert state == "state"
+            return (x @ w.T + s * (x @ a.T) @ b.T).view(batch, length, -1)
+
+    for name in ("unsloth", "unsloth.kernels", "unsloth.kernels.fast_lora"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["unsloth.kernels.fast_lora"].LoRA_W = Product
+    x, weight, bias, lora_a, lora_b = (torch.randn(s).double() for s in ((5, 20), (7, 20), (7,), (3, 20), (7, 3)))
+    peer = lora_linear.unsloth_peer(lambda: (weight, "state"), bias, "cuda")
+    assert peer.needs == ("unsloth",) and not peer.unfit
+    truth = modes.lora_truth(x, weight, bias, lora_a, lora_b, lora_linear.SCALING, None)
+    assert torch.allclose(peer.make()(x, lora_a, lora_b), truth, rtol=1e-12, atol=1e-12)
 
 
 def test_a_missing_provider_is_listed_with_its_reason(tmp_path, monkeypatch, capsys):
@@ -96,12 +176,14 @@ def test_peers_that_cannot_run_are_given_a_reason(monkeypatch):
         "peft": Peer(("peft",), lambda: max),
         "peft on bitsandbytes": Peer(("peft", "bitsandbytes"), lambda: max),
         "broken": Peer((), lambda: [][0]),
+        "unfit": Peer(("torch",), lambda: max, "needs a GPU"),
     }
     works, missing = peers.providers({"lora_core": len}, rivals)
     assert works == {"lora_core": len, "peft": max}
-    assert list(missing) == ["torchao", "peft on bitsandbytes", "broken"]
+    assert list(missing) == ["torchao", "peft on bitsandbytes", "broken", "unfit"]
     assert "pip install bitsandbytes" in missing["peft on bitsandbytes"]
     assert missing["broken"] == "cannot be built here: IndexError: list index out of range"
+    assert missing["unfit"] == "needs a GPU"
     peers.why_missing.cache_clear()
 
 
@@ -204,6 +286,7 @@ def test_compiled_layers_are_compiled_for_every_shape(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
+    monkeypatch.setattr(modes, "why_uncompiled", lambda device: "")
     monkeypatch.setattr(torch, "compile", lambda layer, **options: compile(layer, backend=backend, **options))
     for m in range(2, 8):
         before = len(graphs)

@@ -46,6 +46,7 @@ LINEAR, PACKED, PANELS, COLUMNS, NF4, DECODE = (
 LOW_RANK, LEVELS, EAGER = "kernels/low_rank.py", "kernels/nf4_levels.py", "lora_core/ops/eager.py"
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
 LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
+CPU_GROUPED = "lora_core/cpu/grouped_lora.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
 COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
@@ -104,6 +105,8 @@ IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
 IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
 IN_CPU_PICK = "test_cpu_pick.py::test_pick_takes_the_entry_that_each_lane_names"
 IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
+IN_CPU_GROUPED = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_keeps_an_infinite"
+IN_CPU_GROUPED_BACKWARD = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_gradients"
 IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
 IN_ADD_PRODUCT = "test_cpu_product.py::test_add_product_is"
 IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
@@ -273,6 +276,8 @@ MUTATIONS = (
     Mutation(EAGER, "if autocast_on(first):", "if False:", IN_AUTOCAST),
     Mutation("lora_core/adapt/bypassed.py", "return frozenset(read - called)", "return frozenset()", IN_BYPASSED),
     Mutation(CPU, "mul_(scaling).contiguous()", "contiguous()", IN_CPU),
+    Mutation(CPU_GROUPED, "if _is_finite(y):", "if True:", IN_CPU_GROUPED),
+    Mutation(CPU_GROUPED, "index_copy_(0, order, by_adapter)", "copy_(by_adapter)", IN_CPU_GROUPED_BACKWARD),
     Mutation(CPU_PRODUCT, 'b, dense, "none"', 'b, None, "none"', IN_PRODUCT),
     Mutation(CPU_PRODUCT, 'b, None, "add")', 'b, None, "mul")', IN_ADD_PRODUCT),
     Mutation(FUSED, ".weight, layer.scaling[name]", ".weight, layer.scaling[name] * 1.01", IN_FUSE),

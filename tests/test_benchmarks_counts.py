@@ -60,7 +60,7 @@ def test_operations_of_a_layer_are_those_of_the_cheapest_way():
 
 def test_a_mixed_batch_counts_rows_with_an_adapter_and_adapters_with_rows():
     shape = {"M": 8, "N": 16, "K": 64, "R": 4, "G": 9}
-    # rows 3 and 7 have none; the others adapters 0, 1, 2, 4, 5, 6 of ranks 4, 2, 1, 2, 1, 4, of 9 of ranks 21 in all
+    # rows 3 and 7 have none; the others adapters 0 to 5 of ranks 4, 2, 1, 4, 2, 1, of 9 of ranks 21 in all
     own, present, all_ranks = 6, 14, 21
     products = 2 * (16 + 64) * present
     found = {c.mode: c for c in cases_of("grouped_lora", shape, "cpu")}
@@ -88,3 +88,12 @@ def test_bytes_of_a_norm_count_the_adapter_and_the_norms():
     # 512 scales, two second-level ones
     assert four_bit.bytes_moved == 64 * 512 // 2 + 512 + 2 * 4 + rest
     assert dora_norm.BLOCK_SIZE == nf4_lora_linear.BLOCK_SIZE
+
+
+@pytest.mark.parametrize("adapters", [1, 4, 15, 16, 64])
+def test_every_adapter_of_a_mixed_batch_has_rows(adapters, monkeypatch):
+    """A sweep over adapters counts those that it names."""
+    seen = []
+    monkeypatch.setattr(grouped_lora, "least", lambda shape, ranks, adapter, mode: seen.append(adapter) or (0, 0))
+    next(grouped_lora.cases({"M": 256, "N": 8, "K": 8, "R": 2, "G": adapters}, "cpu"))
+    assert set(seen[0]) == set(range(-1, adapters)) and seen[0].count(-1) == 64

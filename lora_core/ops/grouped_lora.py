@@ -20,7 +20,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import listened
+from lora_core.ops.eager import call, differentiable, listened
 from lora_core.quant.blockwise import has_values
 from lora_core.reference import grouped as reference
 
@@ -103,13 +103,12 @@ def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore
     x, lora_a, lora_b, adapter, scaling, hidden = ctx.saved_tensors
     if d_y is None:
         d_y = hidden.new_zeros(ctx.rows, lora_b.shape[0])
-    with outside_autocast(d_y):
-        grads = backward_op(d_y, d_hidden, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
+    grads = call(backward_op, d_y, d_hidden, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
     d_x, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, d_y if ctx.need_base else None, d_lora_a, d_lora_b, None, None, None
 
 
-op.register_autograd(_backward, setup_context=_save)
+_run = differentiable(op, _save, _backward)
 
 
 def grouped_lora(
@@ -156,7 +155,7 @@ def grouped_lora(
     flat, rows = x.reshape(-1, x.shape[-1]), adapter.reshape(-1)
     flat_base = None if base is None else base.reshape(-1, shape[-1])
     with outside_autocast(x):
-        y, _ = op(flat, flat_base, lora_a, lora_b, ranks, rows, scaling)
+        y, _ = _run(flat, flat_base, lora_a, lora_b, ranks, rows, scaling)
     return y.view(shape)
 
 
@@ -194,6 +193,6 @@ def _check(
     # on a GPU asking would wait for it; whoever traces or transforms has no answer
     if adapter.device.type != "cpu" or listened() or not has_values(adapter):
         return
-    low, high = adapter.min().item(), adapter.max().item()
+    low, high = (t.item() for t in adapter.aminmax())
     if low < -1 or high >= len(ranks):
         raise ConfigError(f"{name}: adapters from {low} to {high}; want -1 for none, or below {len(ranks)}")

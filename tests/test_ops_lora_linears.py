@@ -1,15 +1,19 @@
 """lora_core::lora_linears: what several layers give alone, their gradients, compilation, refusals."""
 
+import weakref
+
 import pytest
 import torch
 from lora_bounds import check_backward_of_several, check_forward
 from strategies import linear_operands
 
 import lora_core as lc
+from lora_core.cpu import lora_linears as cpu
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.ops.lora_linears import Layer, lora_linears, op
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.packed import Packed, flatten, unflatten
+from lora_core.reference import lora_linears as reference
 
 COLUMNS = 32
 SHAPES = ((7, 3), (9, 2), (6, 16))
@@ -218,3 +222,27 @@ def test_lora_linears_refuse_no_layers_and_pairs_of_two_dtypes():
     mixed = [*layers(torch.bfloat16)[:1], *layers(torch.bfloat16, torch.float32)[1:2]]
     with pytest.raises(lc.DtypeError, match="one dtype.*bfloat16.*float32"):
         lora_linears(inputs(torch.bfloat16), mixed)
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [(reference.forward, reference.backward), (cpu._forward, cpu._backward)],
+    ids=["reference", "cpu"],
+)
+def test_one_dequantised_weight_is_alive_at_a_time(forward, backward):
+    made, x, d_ys = [], torch.randn(5, 8), [torch.randn(5, n) for n in (6, 7, 4)]
+
+    def weights():
+        for d_y in d_ys:
+            assert not any(w() is not None for w in made)
+            w = torch.randn(d_y.shape[1], 8)
+            made.append(weakref.ref(w))
+            yield w
+            del w
+
+    lora_as, lora_bs = [torch.randn(2, 8)] * 3, [torch.randn(d_y.shape[1], 2) for d_y in d_ys]
+    rest = ([0.5] * 3, [0.0] * 3, [None] * 3)
+    ys, hidden = forward(x, weights(), [None] * 3, lora_as, lora_bs, *rest)
+    made.clear()
+    d_x, *_ = backward(d_ys, x, weights(), lora_as, lora_bs, hidden, *rest, True, True)
+    assert len(ys) == len(made) == 3 and d_x.shape == x.shape

@@ -1,5 +1,6 @@
 """lora_core::lora_linears on the CPU: the reference's formulas with the faster library's products."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -75,8 +76,8 @@ def _forward(
     else:
         hidden = shrink(x, torch.cat(tuple(lora_as)))
     parts = hidden.split([len(a) for a in lora_as], 1)
-    layers = zip(weights, biases, parts, lora_bs, scalings, strict=True)
-    return [expand(x, *layer) for layer in layers], hidden
+    # unlike a loop, map has let one weight go when it takes the next
+    return list(map(functools.partial(expand, x), weights, biases, parts, lora_bs, scalings)), hidden
 
 
 def _backward(
@@ -105,8 +106,9 @@ def _backward(
         else:
             d_lora_a = a_gradient(d_s, x)
     if need_x:
-        for g, w in zip(d_ys, weights, strict=True):
-            d_x = product(g, w.T) if d_x is None else add_product(d_x, g, w.T)
+        each = iter(weights)
+        for g in d_ys:
+            d_x = product(g, next(each).T) if d_x is None else add_product(d_x, g, next(each).T)
     if d_x is not None:
         if any(dropouts):
             for d, a, mask in zip(parts, lora_as, masks, strict=True):

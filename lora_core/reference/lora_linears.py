@@ -17,6 +17,7 @@ mask of its own, x_i = drop_i(x): then S_i and dL/dA_i read x once for each laye
 Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3, for each layer.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -40,7 +41,7 @@ def forward(
 
     Args:
         x: shape [M, K].
-        weights: every W_i, shape [N_i, K]; taken one after the other.
+        weights: every W_i, shape [N_i, K]; taken one after the other, and let go.
         biases, lora_as, lora_bs, scalings, dropouts, seeds: of every layer, as in reference.lora.lora_linear.
     """
     if any(dropouts):
@@ -49,8 +50,8 @@ def forward(
     else:
         hidden = lora.shrink(x, torch.cat(tuple(lora_as)))
     parts = hidden.split([len(a) for a in lora_as], 1)
-    layers = zip(weights, biases, parts, lora_bs, scalings, strict=True)
-    return [lora.expand(x, w, bias, s, b, scaling) for w, bias, s, b, scaling in layers], hidden
+    # unlike a loop, map has let one weight go when it takes the next
+    return list(map(functools.partial(lora.expand, x), weights, biases, parts, lora_bs, scalings)), hidden
 
 
 def backward(
@@ -91,8 +92,9 @@ def backward(
         else:
             d_lora_a = d_s.T @ low_x
     if need_x:
-        for g, w in zip(d_ys, weights, strict=True):
-            d_x = g @ w if d_x is None else d_x.addmm_(g, w)
+        each = iter(weights)
+        for g in d_ys:
+            d_x = g @ next(each) if d_x is None else d_x.addmm_(g, next(each))
     if d_x is not None:
         dtype = torch.promote_types(d_x.dtype, d_s.dtype)
         wide = d_x.to(dtype)

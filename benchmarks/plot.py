@@ -158,8 +158,9 @@ def scaling(figure: Any, found: list[Run]) -> bool:
             if len(fitted) == len(upper) >= FEWEST_FITTED:
                 label = f"{provider}: ~ {exponent(*zip(*fitted, strict=True)):.2f}"
                 title = f"exponent from {upper[0]:g} on"
-            number = providers.index(provider) % len(COLOURS)
-            style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
+            turn, number = divmod(providers.index(provider), len(COLOURS))
+            # in the next turn of colours each goes with another marker
+            style = {"color": COLOURS[number], "marker": MARKERS[(number + turn) % len(MARKERS)], "markersize": 4}
             axes.plot(*zip(*points, strict=True), label=label, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

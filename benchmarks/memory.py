@@ -7,7 +7,7 @@ from typing import Any
 
 
 def peak_bytes_of(build: Callable[[], Callable[[], Any]], device: str = "cpu") -> int:
-    """Return what is held after building, and the peak above it while what was built runs.
+    """Return what tensors that building made hold, and the peak above it while what was built runs.
 
     Args:
         build: makes the work; what it takes and lets go does not count.
@@ -39,24 +39,37 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
         run()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
-    return _traced(run)[0] if torch.device(device).type == "cpu" else _refuse(device)
+    return _traced_peak(run) if torch.device(device).type == "cpu" else _refuse(device)
 
 
 def _held_bytes(run: Callable[[], Any], device: str) -> int:
-    """Return how many bytes more are held after run than before."""
+    """Return the bytes of the tensors that are there after run, and were not before."""
     import torch
 
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        run()
-        gc.collect()
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.memory_allocated(device)) - before
-    return _traced(run)[1] if torch.device(device).type == "cpu" else _refuse(device)
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return _refuse(device)
+    before = _storages(kind)
+    run()
+    return sum(size for place, size in _storages(kind).items() if place not in before)
 
 
-def _traced(run: Callable[[], Any]) -> tuple[int, int]:
-    """Return the peak of bytes, with run's result alive, and what is held in the end without it."""
+def _storages(kind: str) -> dict[int, int]:
+    """Return where the memory of every tensor on this type of device begins, and its bytes."""
+    import torch
+
+    gc.collect()
+    found = {}
+    for t in gc.get_objects():
+        # those that handle operations themselves may have no memory of their own
+        plain = issubclass(type(t), torch.Tensor) and type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        if plain and t.device.type == kind and t.layout == torch.strided:
+            storage = t.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _traced_peak(run: Callable[[], Any]) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     tracemalloc.start()
@@ -67,17 +80,15 @@ def _traced(run: Callable[[], Any]) -> tuple[int, int]:
             # the result stays alive until the profile ends, so that it counts
             result = run()
             _, python_peak = tracemalloc.get_traced_memory()
-            del result
-            gc.collect()
-            python_held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    del result
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = torch_peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         torch_peak = max(torch_peak, held)
-    return torch_peak + python_peak - before, held + python_held - before
+    return torch_peak + python_peak - before
 
 
 def _refuse(device: str) -> int:

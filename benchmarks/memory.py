@@ -7,7 +7,7 @@ from typing import Any
 
 
 def peak_bytes_of(build: Callable[[], Callable[[], Any]], device: str = "cpu") -> int:
-    """Return what tensors that building made hold, and the peak above it while what was built runs.
+    """Return what building leaves held, and the peak above it while what was built runs.
 
     Args:
         build: makes the work; what it takes and lets go does not count.
@@ -43,15 +43,22 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
 
 
 def _held_bytes(run: Callable[[], Any], device: str) -> int:
-    """Return the bytes of the tensors that are there after run, and were not before."""
+    """Return the bytes of tensors that are there after run and were not before, on a CPU with Python's objects."""
     import torch
 
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         return _refuse(device)
     before = _storages(kind)
-    run()
-    return sum(size for place, size in _storages(kind).items() if place not in before)
+    tracemalloc.start()
+    try:
+        run()
+        after = _storages(kind)
+        objects, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    tensors = sum(size for place, size in after.items() if place not in before)
+    return tensors + (objects if kind == "cpu" else 0)
 
 
 def _storages(kind: str) -> dict[int, int]:

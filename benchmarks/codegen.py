@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,15 @@ def counted(name: str, variant: Any, built: Any, text: str, arch: int) -> Compil
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print one JSON line, or the machine code, for every configuration and architecture."""
+def interpreted(variants: Iterable[Any]) -> bool:
+    """Say whether Triton interprets one of these here, so that it cannot be compiled."""
     from triton.runtime.interpreter import InterpretedFunction
 
+    return any(isinstance(variant.kernel, InterpretedFunction) for variant in variants)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one JSON line, or the machine code, for every configuration and architecture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", action="append", choices=kernel_names(), help="repeat for more; all by default")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="all by default")
@@ -130,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name in options.kernel or kernel_names():
         chosen = [v for v in variants_of(name) if not options.variant or v.name in options.variant]
-        if any(isinstance(variant.kernel, InterpretedFunction) for variant in chosen):
+        if interpreted(chosen):
             sys.stderr.write("benchmarks.codegen: unset TRITON_INTERPRET, which keeps kernels from being compiled\n")
             return 2
         for arch in options.arch or ARCHITECTURES:

@@ -105,12 +105,13 @@ def measure(dtype: str, shape: dict[str, int], device: str, samples: int) -> Any
     )
     runs = {p: partial(launch_lora_linear, x, weight, None, lora_a, lora_b, SCALING, 0.0, None, p) for p in PATHS}
     wide = [t.double() for t in (x, weight, lora_a, lora_b)]
-    truth, magnitude = (x @ w.T + SCALING * x @ a.T @ b.T for x, w, a, b in (wide, [t.abs() for t in wide]))
+    parts, of_magnitude = ((x @ w.T, SCALING * x @ a.T @ b.T) for x, w, a, b in (wide, [t.abs() for t in wide]))
+    truth, magnitude = sum(parts), sum(of_magnitude)
     for path, run in runs.items():
-        check = within_rounding(run()[0], truth, magnitude, k + r + 2, roundings=3)
+        check = within_rounding(run()[0], truth, magnitude, k + r + 2, roundings=3, parts=parts)
         if not check.passed:
             raise CheckError(f"{path} path, {dtype} {shape}: {check.reason}")
-    del truth, magnitude, wide
+    del truth, magnitude, parts, of_magnitude, wide
     *_, timings = interleave([Provider(path, run) for path, run in runs.items()], samples, device)
     times = {f"{path}_ms": timings[path].median_ms for path in PATHS}
     return Measurement(device_name(x.device), dtype, m, n, k, r, **times)

@@ -13,9 +13,8 @@ def peak_bytes_of(build: Callable[[], Callable[[], Any]], device: str = "cpu") -
         build: makes the work; what it takes and lets go does not count.
         device: "cpu" or a CUDA device.
     """
-    built: list[Callable[[], Any]] = []
-    held = _held_bytes(lambda: built.append(build()), device)
-    return held + peak_bytes(built[0], device)
+    run, held = _held(build, device)
+    return held + peak_bytes(run, device)
 
 
 def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
@@ -42,23 +41,23 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
     return _traced_peak(run) if torch.device(device).type == "cpu" else _refuse(device)
 
 
-def _held_bytes(run: Callable[[], Any], device: str) -> int:
-    """Return the bytes of tensors that are there after run and were not before, on a CPU with Python's objects."""
+def _held(build: Callable[[], Any], device: str) -> tuple[Any, int]:
+    """Return what is built, and the bytes of tensors that were not there before, on a CPU with Python's objects."""
     import torch
 
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
-        return _refuse(device)
+        _refuse(device)
     before = _storages(kind)
     tracemalloc.start()
     try:
-        run()
+        built = build()
         after = _storages(kind)
         objects, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     tensors = sum(size for place, size in after.items() if place not in before)
-    return tensors + (objects if kind == "cpu" else 0)
+    return built, tensors + (objects if kind == "cpu" else 0)
 
 
 def _storages(kind: str) -> dict[int, int]:

@@ -93,24 +93,28 @@ def check(works: Mapping[str, Work], mode: str, d_y: Any) -> Callable[[str], Che
     """Return what compares a provider's result in this mode with the truth; of several tensors the worst counts."""
     given = None if mode == "fwd" else d_y
     # the providers of one case have it in common, and it takes longer than they do
-    kept: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    kept: dict[tuple[Any, ...], list[tuple[Any, Any, list[Any]]]] = {}
 
-    def expected(work: Work) -> list[tuple[Any, ...]]:
+    def expected(work: Work) -> list[tuple[Any, Any, list[Any]]]:
+        """Return of each result the truth, its magnitude and its parts."""
         key = (work.truth, *map(id, work.operands))
         if key not in kept:
             kept.clear()
-            kept[key] = [_true(work, work.operands, given, absolute) for absolute in (False, True)]
-            kept[key] += [_true(work, operands, given) for operands in _without_each(work.operands)]
+            truths, magnitudes = (_true(work, work.operands, given, absolute) for absolute in (False, True))
+            lacking = [_true(work, operands, given) for operands in _without_each(work.operands)]
+            kept[key] = [
+                (truth, magnitude, [truth - less for less in without])
+                for truth, magnitude, *without in zip(truths, magnitudes, *lacking, strict=True)
+            ]
         return kept[key]
 
     def compare(name: str) -> Check:
         work = works[name]
         made = _provider(name, work, mode, d_y).fresh()()
         results = (made,) if given is None else made
-        truths, magnitudes, *lacking = expected(work)
         found = [
-            within_rounding(got, truth, magnitude, work.products, ROUNDINGS, [truth - less for less in without])
-            for got, truth, magnitude, *without in zip(results, truths, magnitudes, *lacking, strict=True)
+            within_rounding(got, truth, magnitude, work.products, ROUNDINGS, parts)
+            for got, (truth, magnitude, parts) in zip(results, expected(work), strict=True)
         ]
         return max(found, key=lambda c: (not c.passed, c.max_error))
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.codegen import kernel_names, variants_of
+from benchmarks.codegen import interpreted, kernel_names, variants_of
 from benchmarks.device import H200, Device
 from benchmarks.markers import rewrite, row
 from benchmarks.predict import Prediction, predict
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, program: str = COMMAND) -> int:
     unknown = [name for name in options.kernel or [] if name not in names]
     if unknown:
         parser.error(f"{', '.join(unknown)}: no kernel, and nothing to predict; want one of {', '.join(names)}")
-    if _interpreted():
+    if interpreted(variants_of(names[0])):
         sys.stderr.write(f"{program}: unset TRITON_INTERPRET, which keeps kernels from being compiled\n")
         return 2
     found = [p for kernel in options.kernel or names for p in predict(kernel)]
@@ -69,13 +69,6 @@ def main(arguments: Sequence[str] | None = None, program: str = COMMAND) -> int:
     if committed:
         rewrite(PERFORMANCE, COMMAND, table(found))
     return 0
-
-
-def _interpreted() -> bool:
-    """Say whether Triton interprets kernels here."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    return isinstance(variants_of(kernel_names()[0])[0].kernel, InterpretedFunction)
 
 
 def kernels_of(operations: Iterable[str]) -> list[str]:

@@ -237,7 +237,7 @@ def predicting(monkeypatch, folder: Path) -> Path:
     monkeypatch.setattr(static, "PERFORMANCE", page)
     monkeypatch.setattr(static, "RESULTS", folder)
     monkeypatch.setattr(static, "COMMITTED", folder / "static")
-    monkeypatch.setattr(static, "_interpreted", lambda: False)
+    monkeypatch.setattr(static, "interpreted", lambda variants: False)
     monkeypatch.setattr(
         static,
         "predict",

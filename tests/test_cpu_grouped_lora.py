@@ -18,12 +18,6 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(cases, "DEVICE", "cpu")
 
 
-def made(*args, **changes):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "DEVICE", "cpu")
-        return cases.operands(*args, **changes)
-
-
 def counted(monkeypatch):
     """The reference's functions, and how often they were called."""
     calls = []
@@ -35,7 +29,7 @@ def counted(monkeypatch):
 
 @given(cases.tokens, cases.columns, cases.columns, cases.several_ranks, st.booleans(), seeds)
 def test_cpu_mixed_batch_matches_the_formula_row_by_row(m, n, k, ranks, base, seed):
-    args = made(m, n, k, ranks, FLOAT32, seed, base=base)
+    args = cases.operands(m, n, k, ranks, FLOAT32, seed, base=base)
     assert cpu._pays(args[0], args[2], args[3], ranks)
     y, hidden = cpu.grouped_lora(*args)
     cases.check_forward(y, hidden, args)
@@ -43,7 +37,7 @@ def test_cpu_mixed_batch_matches_the_formula_row_by_row(m, n, k, ranks, base, se
 
 @given(cases.tokens, cases.columns, cases.columns, cases.several_ranks, st.booleans(), seeds)
 def test_cpu_mixed_batch_gradients_match_the_formula(m, n, k, ranks, through, seed):
-    args = made(m, n, k, ranks, FLOAT32, seed)
+    args = cases.operands(m, n, k, ranks, FLOAT32, seed)
     d_y, x, rest = args[1], args[0], args[2:]
     _, hidden = reference.forward(*args)
     d_hidden = torch.where(hidden != 0, torch.randn(hidden.shape), 0.0) if through else None
@@ -52,7 +46,7 @@ def test_cpu_mixed_batch_gradients_match_the_formula(m, n, k, ranks, through, se
 
 
 def test_cpu_mixed_batch_makes_just_the_gradients_that_are_needed():
-    args = made(20, 9, 33, [4, 0, 17], FLOAT32, 0)
+    args = cases.operands(20, 9, 33, [4, 0, 17], FLOAT32, 0)
     _, hidden = cpu.grouped_lora(*args)
     every = cpu.grouped_lora_backward(args[1], None, args[0], *args[2:], hidden, (True,) * 3)
     for i in range(3):
@@ -64,7 +58,7 @@ def test_cpu_mixed_batch_makes_just_the_gradients_that_are_needed():
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("what", ["lora_a", "lora_b", "scaling"])
 def test_cpu_mixed_batch_keeps_an_infinite_adapter_from_the_rows_of_others(bad, what, monkeypatch):
-    args = list(made(12, 6, 7, [2, 3], FLOAT32, 0))
+    args = list(cases.operands(12, 6, 7, [2, 3], FLOAT32, 0))
     args[5] = torch.tensor([0, 1, -1] * 4)
     place = {"lora_a": 2, "lora_b": 3, "scaling": 6}[what]
     args[place] = args[place].clone()
@@ -79,11 +73,11 @@ def test_cpu_mixed_batch_keeps_an_infinite_adapter_from_the_rows_of_others(bad, 
 
 def test_cpu_mixed_batch_goes_from_adapter_to_adapter_where_one_product_is_too_large(monkeypatch):
     calls = counted(monkeypatch)
-    small, large = made(4, 8, 8, [1, 2], FLOAT32, 0), made(512, 512, 512, [64] * 4, FLOAT32, 0)
+    small, large = cases.operands(4, 8, 8, [1, 2], FLOAT32, 0), cases.operands(512, 512, 512, [64] * 4, FLOAT32, 0)
     cpu.grouped_lora(*small)
     assert calls == []
     _, hidden = cpu.grouped_lora(*large)
     cpu.grouped_lora_backward(large[1], None, large[0], *large[2:], hidden, (True,) * 3)
     assert calls == ["forward", "backward"]
-    cpu.grouped_lora(*made(4, 8, 8, [1, 2], (torch.bfloat16,) * 2, 0))
+    cpu.grouped_lora(*cases.operands(4, 8, 8, [1, 2], (torch.bfloat16,) * 2, 0))
     assert calls[-1] == "forward" and len(calls) == 3

@@ -29,7 +29,6 @@ SHAPES = (*SMALL_LINEARS, *FEW_TOKENS)
 GPU_SHAPES = LLAMA_3_LINEARS
 
 BLOCK_SIZE = 64
-NESTED_BLOCK_SIZE = 256
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
@@ -107,6 +106,8 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
 
 def packed_bytes(elements: int) -> int:
     """Bytes of an NF4 weight: codes, scales' codes, second scales in float32."""
+    from lora_core.quant.double import NESTED_BLOCK_SIZE
+
     scales = math.ceil(elements / BLOCK_SIZE)
     return math.ceil(elements / 2) + scales + 4 * math.ceil(scales / NESTED_BLOCK_SIZE)
 
@@ -137,6 +138,8 @@ def _torchao(weight: Any, bias: Any) -> Callable[..., Any]:
 def torchao_weight(weight: Any) -> Any:
     """Return torchao's NF4 tensor of a weight; its scales are 8-bit integers of its own kind."""
     from torchao.quantization import to_nf4
+
+    from lora_core.quant.double import NESTED_BLOCK_SIZE
 
     return to_nf4(weight.detach(), BLOCK_SIZE, NESTED_BLOCK_SIZE)
 

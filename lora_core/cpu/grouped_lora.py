@@ -54,38 +54,22 @@ def grouped_lora_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return what the reference returns, up to rounding."""
-    if _pays(d_y, lora_a, lora_b, ranks):
-        grads = _gradients(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
-        if all(g is None or _is_finite(g) for g in grads):
-            return grads
-    return reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
-
-
-def _gradients(
-    d_y: Tensor,
-    d_hidden: Tensor | None,
-    x: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    ranks: Sequence[int],
-    adapter: Tensor,
-    scaling: Tensor,
-    hidden: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_a, need_b = needs
-    of_rank, own = _own(ranks, adapter)
-    factors = scaling[of_rank]
-    d_x = d_lora_a = d_lora_b = None
-    if need_x or need_a:
-        d_s = torch.where(own, d_y @ lora_b * factors, 0)
-        if d_hidden is not None:
-            d_s = d_s + _unstored(d_hidden, own, adapter)
-        d_x = d_s @ lora_a if need_x else None
-        d_lora_a = d_s.T @ x if need_a and x is not None else None
-    if need_b:
-        d_lora_b = d_y.T @ torch.where(own, _unstored(hidden, own, adapter) * factors, 0)
-    return d_x, d_lora_a, d_lora_b
+    if _pays(d_y, lora_a, lora_b, ranks):
+        of_rank, own = _own(ranks, adapter)
+        factors = scaling[of_rank]
+        d_x = d_lora_a = d_lora_b = None
+        if need_x or need_a:
+            d_s = torch.where(own, d_y @ lora_b * factors, 0)
+            if d_hidden is not None:
+                d_s = d_s + _unstored(d_hidden, own, adapter)
+            d_x = d_s @ lora_a if need_x else None
+            d_lora_a = d_s.T @ x if need_a and x is not None else None
+        if need_b:
+            d_lora_b = d_y.T @ torch.where(own, _unstored(hidden, own, adapter) * factors, 0)
+        if all(g is None or _is_finite(g) for g in (d_x, d_lora_a, d_lora_b)):
+            return d_x, d_lora_a, d_lora_b
+    return reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
 
 
 def _pays(rows: Tensor, lora_a: Tensor, lora_b: Tensor, ranks: Sequence[int]) -> bool:

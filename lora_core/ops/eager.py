@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.ops.checks import autocast_on, outside_autocast
+from lora_core.ops.checks import outside_autocast
 
 # types of arguments, other than lists, that do not handle operations themselves
 _DEAF = frozenset({Tensor, torch.nn.Parameter, torch.Size, torch.dtype, tuple, float, int, bool, types.NoneType})
@@ -28,13 +28,16 @@ def register(operation: Any, device_type: str, implementation: Callable[..., Any
 
     def heard(*args: Any, **kwargs: Any) -> Any:
         made = implementation(*args, **kwargs)
-        if isinstance(made, Tensor):
-            return made
-        # a tensor each: an operation may not return one twice
-        return type(made)(_first(args).new_empty(0) if t is None else t for t in made)
+        return made if isinstance(made, Tensor) else present(_first(args), made)
 
     operation.register_kernel(device_type)(heard)
     _implementations[operation, device_type] = implementation
+
+
+def present(like: Tensor, made: Any) -> Any:
+    """Return the results of an operation with an empty tensor, of the device and dtype of `like`, in place of None."""
+    # a tensor each: an operation may not return one twice
+    return type(made)(like.new_empty(0) if t is None else t for t in made)
 
 
 def call(operation: Any, *args: Any) -> Any:
@@ -42,12 +45,9 @@ def call(operation: Any, *args: Any) -> Any:
 
     Outside autocast: a backward computes in the dtypes of its forward.
     """
-    first = _first(args)
-    if autocast_on(first):
-        with outside_autocast(first):
-            return call(operation, *args)
-    run = None if torch.is_grad_enabled() else _unheard(operation, args)
-    return operation(*args) if run is None else run(*args)
+    with outside_autocast(_first(args)):
+        run = None if torch.is_grad_enabled() else _unheard(operation, args)
+        return operation(*args) if run is None else run(*args)
 
 
 def differentiable(operation: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable, listened
+from lora_core.ops.eager import call, differentiable, listened, present
 from lora_core.quant.blockwise import has_values
 from lora_core.reference import grouped as reference
 
@@ -64,9 +64,9 @@ def backward_op(
     hidden: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
-    d_x, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in grads)
-    return d_x, d_lora_a, d_lora_b
+    grads: tuple[Tensor, Tensor, Tensor]
+    grads = present(d_y, reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs))
+    return grads
 
 
 @backward_op.register_fake

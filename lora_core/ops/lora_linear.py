@@ -20,7 +20,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable
+from lora_core.ops.eager import call, differentiable, present
 from lora_core.ops.ready import ready
 from lora_core.reference import lora as reference
 
@@ -72,11 +72,12 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     columns, rows = weight.shape
     flat = None if x is None else x.reshape(-1, rows)
-    grads = reference.backward(
+    d_x, *others = reference.backward(
         d_y.reshape(-1, columns), d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
     )
-    d_x, d_weight, d_bias, d_lora_a, d_lora_b = (d_y.new_empty(0) if g is None else g for g in grads)
-    return d_x.view(*d_y.shape[:-1], rows) if needs[0] else d_x, d_weight, d_bias, d_lora_a, d_lora_b
+    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    grads = present(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
+    return grads
 
 
 @backward_op.register_fake

@@ -23,7 +23,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable
+from lora_core.ops.eager import call, differentiable, present
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
 from lora_core.reference import lora_linears as reference
 
@@ -112,9 +112,9 @@ def backward(
     d_x, d_lora_a, d_lora_bs = reference.backward(
         rows, flat, weights, lora_as, lora_bs, hidden, scalings, dropouts, absent(seeds), need_x, need_pairs
     )
-    empty = d_ys[0].new_empty
-    d_x = empty(0) if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
-    return [d_x, empty(0) if d_lora_a is None else d_lora_a, *d_lora_bs]
+    d_x = None if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
+    grads: list[Tensor] = present(d_ys[0], [d_x, d_lora_a, *d_lora_bs])
+    return grads
 
 
 backward_op = torch.library.custom_op("lora_core::lora_linears_backward", backward, mutates_args=())

@@ -21,7 +21,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable
+from lora_core.ops.eager import call, differentiable, present
 from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
 from lora_core.quant import QuantizedWeight
@@ -98,23 +98,13 @@ def backward_op(
         packed = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
         weight = packed.dense(d_y.dtype)
     flat = None if x is None else x.reshape(-1, rows)
-    d_x, _, d_bias, d_lora_a, d_lora_b = (
-        d_y.new_empty(0) if g is None else g
-        for g in reference.backward(
-            d_y.reshape(-1, columns),
-            d_hidden,
-            flat,
-            weight,
-            lora_a,
-            lora_b,
-            hidden,
-            scaling,
-            dropout,
-            seed,
-            (need_x, False, need_bias, need_a, need_b),
-        )
+    wanted = (need_x, False, need_bias, need_a, need_b)
+    d_x, _, *others = reference.backward(
+        d_y.reshape(-1, columns), d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
     )
-    return d_x.view(*d_y.shape[:-1], rows) if need_x else d_x, d_bias, d_lora_a, d_lora_b
+    grads: tuple[Tensor, Tensor, Tensor, Tensor]
+    grads = present(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
+    return grads
 
 
 @backward_op.register_fake

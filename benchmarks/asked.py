@@ -22,7 +22,7 @@ def require_sizes(ops: Iterable[str], given: Iterable[dict[str, int]], wanted: C
         lacks = "; ".join(f"{names} of {op}" for op in ops if (names := options.lacking(shape, wanted(op))))
         if lacks:
             raise AskedError(
-                f"--shape {options.written(shape)} lacks {lacks}: give all sizes, or choose operations by --op"
+                f"--shape {shapes.written(shape, ',')} lacks {lacks}: give all sizes, or choose operations by --op"
             )
 
 

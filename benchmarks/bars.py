@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.colours import COLOURS, GRID, INK
 from benchmarks.record import Record
 from benchmarks.series import of_suites, ours_of, rivals_of
+from benchmarks.shapes import written
 from benchmarks.table import compare
 from benchmarks.timing import WIDEST_SPREAD
 
@@ -97,7 +98,7 @@ def _lines(found: Iterable[Run]) -> list[Bar]:
             ratio, within, word = compare(run, mine.provider, best.provider)
             if within > WIDEST_SPREAD:
                 continue
-            shape = " ".join(f"{k}={v}" for k, v in mine.shape.items())
+            shape = written(mine.shape)
             four_bit = " NF4" if mine.block_size and not mine.op.startswith("nf4") else ""
             label = f"{mine.op}{four_bit} {mine.mode} {shape}, against {best.provider}"
             lines.append(Bar(mine.op, label, mine.shape.get("R"), ratio, within, word))

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import options
+from benchmarks import options, shapes
 from benchmarks.case import CheckError, Provider
 from benchmarks.rounding import within_rounding
 from benchmarks.timing import interleave
@@ -78,7 +78,7 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     for shape in given.shape or ():
         lacks = options.lacking(shape, "MNKR")
         if lacks:
-            parser.error(f"--shape {options.written(shape)} lacks {lacks}: want M=512,N=4096,K=4096,R=16")
+            parser.error(f"--shape {shapes.written(shape, ',')} lacks {lacks}: want M=512,N=4096,K=4096,R=16")
     return given
 
 

@@ -12,6 +12,7 @@ from benchmarks import machine, record
 from benchmarks.case import YARDSTICKS, Case, Check, Provider
 from benchmarks.memory import peak_bytes, peak_bytes_of
 from benchmarks.peers import told
+from benchmarks.shapes import written
 from benchmarks.table import claim_lines, table
 from benchmarks.timing import AGAIN, ProviderError, interleave
 
@@ -23,7 +24,7 @@ def measure(case: Case, options: argparse.Namespace, progress: Any) -> bool:
     """Check, measure and record one comparison; return whether nothing raised and this library passed and kept it."""
     console = progress.console
     if not case.providers:
-        console.print(f"{case.op} {sizes(case.shape)}")
+        console.print(f"{case.op} {written(case.shape)}")
         _print_missing(case, console)
         return True
     checks: dict[str, Check] = {}
@@ -31,7 +32,7 @@ def measure(case: Case, options: argparse.Namespace, progress: Any) -> bool:
     raised: dict[str, str] = {}
     ours = case.providers[0].name
     task = progress.add_task(
-        f"{case.op} {case.mode} {sizes(case.shape)}", total=2 * len(case.providers) + options.samples
+        f"{case.op} {case.mode} {written(case.shape)}", total=2 * len(case.providers) + options.samples
     )
     for provider in case.providers:
         try:
@@ -140,8 +141,3 @@ def _records(
             )
         )
     return rows
-
-
-def sizes(shape: dict[str, int]) -> str:
-    """Return a shape in words."""
-    return " ".join(f"{k}={v}" for k, v in shape.items())

@@ -51,8 +51,3 @@ def folder(text: str) -> Path:
 def lacking(given: dict[str, int], wanted: Iterable[str]) -> str:
     """Return the sizes that a shape lacks, as "M, R"; nothing where it has all."""
     return ", ".join(name for name in wanted if name not in given)
-
-
-def written(shape: dict[str, int]) -> str:
-    """Return a shape as an option gives it."""
-    return ",".join(f"{name}={size}" for name, size in shape.items())

@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.markers import rewrite, row
 from benchmarks.record import RESULTS, Record
 from benchmarks.series import newest, of_suites, of_the_last_machine, ours_of, rivals_of, takes_part
+from benchmarks.shapes import written
 from benchmarks.table import compare, tokens_a_second
 from benchmarks.timing import WIDEST_SPREAD
 
@@ -79,7 +80,7 @@ def _order(first: Record) -> tuple[object, ...]:
 def _line(run: list[Record]) -> str:
     first, mine = run[0], ours_of(run)
     what = f"{first.op}, {first.mode}, {first.dtype}" + (", NF4" if first.block_size else "")
-    shape = " ".join(f"{name}={size}" for name, size in first.shape.items())
+    shape = written(first.shape)
     rivals = sorted(rivals_of(run), key=lambda r: r.median_ms)
     if mine is None:
         others = ", ".join(f"{_ms(r)} ({r.provider})" for r in rivals)

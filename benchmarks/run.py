@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from benchmarks import asked, heap, machine, options, record, shapes
 from benchmarks.case import Case, Check
-from benchmarks.measure import measure, sizes
+from benchmarks.measure import measure
 from benchmarks.peers import told, why_none
 
 CASES = Path(__file__).parent / "cases"
@@ -94,7 +94,7 @@ def _measured(jobs: Sequence[Job], given: argparse.Namespace, suite: str) -> int
                     if given.mode in (None, case.mode) or not case.providers:
                         sound &= measure(asked.chosen(case, given.provider), given, progress)
             except Exception as error:
-                raised.append(f"{op} {sizes(shape)}: {told(error)}")
+                raised.append(f"{op} {shapes.written(shape)}: {told(error)}")
                 console.print(f"[red]raised:[/red] {escape(raised[-1])}\n")
             _release(given.device)
             progress.advance(whole, shapes.cost(shape))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.case import is_rival
 from benchmarks.record import RESULTS, Record, read
-from benchmarks.shapes import ordered, swept_only
+from benchmarks.shapes import ordered, swept_only, written
 from benchmarks.timing import AGAIN
 
 OURS = "lora_core"
@@ -18,8 +18,7 @@ Key = tuple[str, str, str, str, int | None, str]
 
 def key_of(row: Record) -> Key:
     """Return what makes two rows comparable: device, operation, mode, dtype, block size, shape."""
-    shape = " ".join(f"{name}={size}" for name, size in ordered(row.shape).items())
-    return row.device, row.op, row.mode, row.dtype, row.block_size, shape
+    return row.device, row.op, row.mode, row.dtype, row.block_size, written(ordered(row.shape))
 
 
 def runs(rows: Iterable[Record]) -> list[list[Record]]:

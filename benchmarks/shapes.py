@@ -63,6 +63,11 @@ def ordered(shape: dict[str, int]) -> dict[str, int]:
     return dict(sorted(shape.items(), key=lambda item: "MNKR".find(item[0]) % 5))
 
 
+def written(shape: dict[str, int], between: str = " ") -> str:
+    """Return a shape in words, as "M=1024 N=512"; with a comma between them as `parse` takes it."""
+    return between.join(f"{name}={size}" for name, size in shape.items())
+
+
 def swept_only(op: str, shape: dict[str, int]) -> bool:
     """Say whether a shape, or one with more sizes, such as a rank, is a point of a sweep and of no suite."""
     module = importlib.import_module(f"benchmarks.cases.{op}")

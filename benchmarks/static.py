@@ -19,7 +19,7 @@ from benchmarks.device import H200, Device
 from benchmarks.markers import rewrite, row
 from benchmarks.predict import Prediction, predict
 from benchmarks.record import RESULTS
-from benchmarks.shapes import GPU_WEIGHTS
+from benchmarks.shapes import GPU_WEIGHTS, written
 
 COMMITTED = RESULTS / "static"
 PERFORMANCE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -112,7 +112,7 @@ def _cells(of_one: Sequence[Prediction]) -> list[str]:
         f"{first.shared_kib:.3g}",
         f"{100 * first.occupancy:.3g}%",
         f"{first.per_element:.2f}" if first.per_element else "",
-        " ".join(f"{name}={size}" for name, size in sizes.items()),
+        written(sizes),
         # three digits, and no exponent
         *(f"{float(f'{p.least_us:.3g}'):g} {p.binds}" if p.least_us else "" for p in of_one),
         # of what has no time

@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.case import YARDSTICKS, Claim, is_rival
 from benchmarks.record import Record
+from benchmarks.shapes import written
 from benchmarks.timing import AGAIN, WIDEST_SPREAD, spread, verdict
 
 # operations that are a step of a model, on M tokens
@@ -26,8 +27,7 @@ def table(records: Sequence[Record], ours: str, note: str = "") -> Any:
     first = records[0] if records else None
     title = "nothing passed its check"
     if first is not None:
-        sizes = " ".join(f"{k}={v}" for k, v in first.shape.items())
-        title = " ".join(t for t in (first.op, first.mode, sizes, first.dtype, note) if t)
+        title = " ".join(t for t in (first.op, first.mode, written(first.shape), first.dtype, note) if t)
     view = Table(title=title, title_justify="left")
     view.add_column("provider")
     columns = ["median ms", "p20-p80 ms", "best rival / this", "peak MiB", "floor / this", "max error"]

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks import options, tune
+from benchmarks import options, shapes, tune
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_an_option_is_refused_with_what_was_given_and_wanted(kind, text, said):
 def test_options_are_read_as_what_they_say():
     assert options.count("7") == 7 and options.seed("0") == 0
     assert options.shape("M=1, N=2") == {"M": 1, "N": 2} and options.shape("4x8") == {"N": 4, "K": 8}
-    assert options.written({"N": 4, "K": 8}) == "N=4,K=8"
+    assert shapes.written({"N": 4, "K": 8}, ",") == "N=4,K=8"
     assert options.lacking({"N": 4, "K": 8}, "MNKR") == "M, R" and not options.lacking({"N": 4, "K": 8}, "NK")
 
 

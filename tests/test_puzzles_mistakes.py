@@ -1,9 +1,11 @@
 """Usual mistakes in an exercise are named, and what does the same otherwise is accepted."""
 
 import pytest
+import torch
 from puzzled import edited, rewritten, said_of
 
 from lora_core.puzzles.catalogue import find_puzzle
+from lora_core.puzzles.compare import WrongAnswer, compare
 from lora_core.puzzles.run import SOLVED, WRONG
 
 # adapters padded to the largest rank, one at a time
@@ -275,3 +277,16 @@ def test_puzzles_needless_read_beyond_the_end_is_named(number, old, new, tmp_pat
     puzzle = find_puzzle(number)
     status, said = said_of(puzzle, edited(puzzle, old, new, tmp_path), capsys)
     assert status == WRONG and "right, but your kernel reads beyond the end of an operand" in said, said
+
+
+def test_puzzles_mistake_that_rounds_further_than_the_right_result_is_named():
+    """By hand: the right row is exact, the mistake's is a sum of about 9, an ulp off in another order."""
+    want, guess = torch.tensor([0.5, 3.0]), torch.tensor([9.0, 3.0])
+    got = guess.nextafter(torch.tensor(torch.inf))
+    room = torch.tensor([2.0**-126, 2.0**-20], dtype=torch.float64)
+    with pytest.raises(WrongAnswer, match="the usual one"):
+        compare(got, want, room, "given", ((guess, "the usual one"),))
+    with pytest.raises(WrongAnswer, match="1 of 2 elements are wrong"):
+        compare(got + torch.tensor([2.0**-10, 0.0]), want, room, "given", ((guess, "the usual one"),))
+    with pytest.raises(WrongAnswer, match="2 of 2 elements are wrong"):
+        compare(got, want, 0, "given", ((guess, "the usual one"),))

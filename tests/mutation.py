@@ -49,6 +49,7 @@ LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 CPU_GROUPED = "lora_core/cpu/grouped_lora.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
 COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
+COMPILED_PRODUCT, COMPILED_TILE = "lora_core/cpu/compiled/nf4_product.py", "lora_core/cpu/compiled/tile.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -104,6 +105,8 @@ IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
 IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
 IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
 IN_CPU_PICK = "test_cpu_pick.py::test_pick_takes_the_entry_that_each_lane_names"
+IN_FEW_ROWS = "test_cpu_few_rows.py::test_few_rows_match_the_formula"
+IN_TILE = "test_cpu_tile.py::test_tile_is_the_product"
 IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
 IN_CPU_GROUPED = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_keeps_an_infinite"
 IN_CPU_GROUPED_BACKWARD = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_gradients"
@@ -301,8 +304,12 @@ MUTATIONS = (
     ),
     Mutation(COMPILED, "every(0x7FFF)", "every(0x8000)", IN_CPU_SCALES),
     Mutation(COMPILED, "every(0x7FC0)", "rounded", IN_CPU_SCALES),
-    Mutation(COMPILED, "scale = absmax[start //", "scale = absmax[first //", IN_CPU_DECODE),
-    Mutation(COMPILED, "scale = absmax2[block]", "scale = absmax2[0]", IN_CPU_CHUNKS),
+    Mutation(COMPILED, "scale, stop = absmax[block]", "scale, stop = absmax[0]", IN_CPU_DECODE),
+    Mutation(COMPILED, "decoded = absmax2[block]", "decoded = absmax2[0]", IN_CPU_CHUNKS),
+    Mutation(COMPILED, "absmax[whole // block_size], short", "absmax[first // block_size], short", IN_CPU_DECODE),
+    Mutation(COMPILED_PRODUCT, "begins[c] = start % block_size", "begins[c] = 0", IN_FEW_ROWS),
+    Mutation(COMPILED_TILE, "builder.sub(k, whole)", "ir.Constant(word, 0)", IN_TILE),
+    Mutation(COMPILED_TILE, '"<", at, size', '"<=", at, size', IN_TILE),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/compiled/pick.py", '">=", half', '">", half', IN_CPU_PICK),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),

@@ -9,22 +9,22 @@ import pytest
 
 from benchmarks import heap
 
-# forty tensors of 3 MiB, written, all freed, and the same again; each is to be mapped on its own first of all, as
-# whether the end of the heap is given back depends on what else lies there
+# tensors of 3 MiB and one of 60, written, all freed, and the same again; each is to be mapped on its own first of all,
+# as whether the end of the heap is given back depends on what else lies there
 PROGRAM = """
 import ctypes, resource, torch
 from benchmarks import heap
-ctypes.CDLL(None).mallopt(heap.M_MMAP_THRESHOLD, 131072)
+ctypes.CDLL(None).mallopt(-3, 131072)  # M_MMAP_THRESHOLD
 kept = {keep} and heap.keep_freed_memory()
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(3 * 2**18) for _ in range(40)]
+    tensors = [torch.ones(mib * 2**18) for mib in (60, *20 * [3])]
     del tensors
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(kept, faults)
 """
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told what to keep")
-PAGES = 40 * 3 * 2**20 // 4096
+PAGES = 120 * 2**20 // 4096
 
 
 def run(keep, **variables):

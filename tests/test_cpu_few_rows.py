@@ -11,24 +11,28 @@ import lora_core as lc
 from lora_core.cpu import compiled
 from lora_core.cpu import few_rows as few
 from lora_core.cpu.nf4_lora_linear import nf4_lora_linear
+from lora_core.cpu.processor import multiplies_bfloat16_tiles
 from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
 
 pytest.importorskip("numba")
 SEED = torch.tensor([2**40 + 77])
+# whatever this processor does best
+MOST = 48
 DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_ones_too():
     assert compiled.load("nf4_product") is not None
-    before, few.LEAST = few.LEAST, 1
+    before = few.LEAST, few.FEW_ROWS
+    few.LEAST, few.FEW_ROWS = 1, dict.fromkeys(few.FEW_ROWS, MOST)
     yield
-    few.LEAST = before
+    few.LEAST, few.FEW_ROWS = before
 
 
 @given(
-    st.integers(1, few.FEW_ROWS),
+    st.integers(1, MOST),
     sizes,
     st.integers(1, 300),
     ranks,
@@ -69,12 +73,34 @@ def test_few_rows_are_not_many_and_of_two_dtypes():
     w = Packed.of(lc.quantize_nf4(torch.randn(8, 64)))
     for rows, dtype, wanted in (
         (0, torch.float32, False),
-        (few.FEW_ROWS, torch.float32, True),
-        (few.FEW_ROWS + 1, torch.float32, False),
+        (MOST, torch.float32, True),
+        (MOST + 1, torch.float32, False),
         (1, torch.float16, False),
         (1, torch.float64, False),
     ):
         assert (few.few_rows(torch.randn(rows, 64).to(dtype), w) is not None) is wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_are_the_same_bits_alone_in_any_batch_and_on_any_threads(dtype):
+    """The weight has more than one chunk, and as many rows as leave a tile half empty."""
+    w = Packed.of(lc.quantize_nf4(torch.randn(1001, 1001, dtype=dtype)))
+    x, before = torch.randn(7, 1001, dtype=dtype), torch.get_num_threads()
+    want = few.few_rows(x, w)
+    for rows in (slice(0, 1), slice(1, 4), slice(2, 7)):
+        assert torch.equal(few.few_rows(x[rows], w), want[rows])
+    try:
+        torch.set_num_threads(before % 2 + 1)
+        assert torch.equal(few.few_rows(x, w), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("flags", "has"), [("fpu amx_bf16 amx_tile", True), ("fpu amx_tile amx_bf16x", False)])
+def test_processors_that_multiply_tiles_of_bfloat16_are_known(flags, has, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    assert multiplies_bfloat16_tiles(tmp_path / "cpuinfo") is has
+    assert not multiplies_bfloat16_tiles(tmp_path / "there is none")
 
 
 def test_few_rows_are_not_of_a_small_weight_though_all_is_loaded(monkeypatch):

@@ -6,13 +6,15 @@ from torch import Tensor
 
 from lora_core.cpu import compiled
 from lora_core.cpu.chunks import CHUNK, run
+from lora_core.cpu.processor import multiplies_bfloat16_tiles
 from lora_core.cpu.scales import Scales
 from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.parts import check_parts
 
-# more rows are faster with a dense copy of the weight: from 32 rows of 4096 x 4096 on, on two cores
-FEW_ROWS = 32
+# more rows are faster with a dense copy of the weight: of [4096, 4096] from 60 rows on, of [11008, 4096] from 50, on
+# two cores; in bfloat16 from 12 rows on where the processor multiplies tiles of it by itself (AMX)
+FEW_ROWS = {torch.float32: 48, torch.bfloat16: 12 if multiplies_bfloat16_tiles() else 32}
 # a smaller weight is not worth loading Numba for; as sums are rounded in an order of their own here, whether it is
 # loaded already must not decide
 LEAST = 2**16
@@ -31,10 +33,10 @@ def _reaches(w: Packed) -> bool:
 def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     """Return x W^T in float32 [M, N], x [M, K], W [N, K] as rounded to x's dtype; None where this is not for it.
 
-    With K + 2 block_size float32 of scratch a thread, and no copy of W.
+    With 4 (K + block_size) float32 of scratch a thread, at most, and no copy of W.
     """
     n, k = w.shape
-    if x.dtype not in ROOMS or not 0 < x.shape[0] <= FEW_ROWS or w.block_size not in BLOCK_SIZES:
+    if not 0 < x.shape[0] <= FEW_ROWS.get(x.dtype, 0) or w.block_size not in BLOCK_SIZES:
         return None
     loops = compiled.load("nf4_product") if n * k >= LEAST else None
     if loops is None:
@@ -48,7 +50,8 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
 
     def work(first: int, last: int) -> None:
         scales.decode(loops.nf4, first * k // w.block_size, -(-last * k // w.block_size))
-        room = np.empty(k + 2 * w.block_size, ROOMS[x.dtype])
+        # zeros, as a tile multiplies rows that are not there, too
+        room = np.zeros((loops.COLUMNS, k + w.block_size), ROOMS[x.dtype])
         loops.multiply(codes, scales.values, rows, room, y.numpy(), w.block_size, first, last)
 
     run(work, n, chunk=max(CHUNK // k, 1))

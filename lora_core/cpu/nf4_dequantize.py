@@ -35,20 +35,25 @@ def nf4_dequantize(
     scales = Scales(absmax, nested_absmax, nested_offset, nested_block_size)
     loops = compiled.load_for("nf4", flat.numel()) or plain
 
+    # as NumPy knows it, where the loops can write it
+    if dtype == torch.float32:
+        out = flat.numpy()
+    elif dtype == torch.bfloat16 and loops is not plain:
+        out = flat.view(torch.uint16).numpy()
+    else:
+        out = None
+
     def work(first: int, last: int) -> None:
         scales.decode(loops, first // block_size, -(-last // block_size))
-        part = flat[first:last]
-        if dtype == torch.float32:
-            loops.decode(packed, scales.values, part.numpy(), block_size, first, last)
-        elif dtype == torch.bfloat16 and loops is not plain:
-            loops.decode(packed, scales.values, part.view(torch.uint16).numpy(), block_size, first, last)
-        else:
-            values = torch.empty(min(CHUNK, last - first), dtype=torch.float32)
-            for start in range(first, last, CHUNK):
-                stop = min(start + CHUNK, last)
-                decoded = values[: stop - start]
-                loops.decode(packed, scales.values, decoded.numpy(), block_size, start, stop)
-                torch._foreach_copy_(flat[start:stop].split(GRAIN), decoded.split(GRAIN))
+        if out is not None:
+            loops.decode(packed, scales.values, out[first:last], block_size, first, last)
+            return
+        values = torch.empty(min(CHUNK, last - first), dtype=torch.float32)
+        for start in range(first, last, CHUNK):
+            stop = min(start + CHUNK, last)
+            decoded = values[: stop - start]
+            loops.decode(packed, scales.values, decoded.numpy(), block_size, start, stop)
+            torch._foreach_copy_(flat[start:stop].split(GRAIN), decoded.split(GRAIN))
 
     run(work, flat.numel())
     return dense

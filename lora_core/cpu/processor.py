@@ -12,3 +12,8 @@ def cpuinfo(path: Path = CPUINFO) -> dict[str, str]:
     first, _, _ = path.read_text(encoding="utf-8", errors="replace").partition("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def multiplies_bfloat16_tiles(path: Path = CPUINFO) -> bool:
+    """Say whether Linux names AMX for bfloat16 among the processor's features."""
+    return "amx_bf16" in cpuinfo(path).get("flags", "").split()

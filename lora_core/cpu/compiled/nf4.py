@@ -27,10 +27,11 @@ WORDS, SINGLES, PAIRS = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
-def _decode_sixteen(_: Any, scale: Any, codes: Any, values: Any) -> Any:
-    """Write the 32 values that the first 16 codes stand for, the high half of a byte first, their levels times scale.
+def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, place: Any) -> Any:
+    """Write at place the 32 values that 16 bytes of codes stand for, the high half of a byte first: levels times scale.
 
-    Values are an array of float32; of uint16 for bfloat16; or of uint32 for float32 rounded to bfloat16.
+    Values are an array of float32; of uint16 for bfloat16; or of uint32 for float32 rounded to bfloat16. Where to read
+    and write are numbers: slices, with what Python means by negative and too large ones, would cost more than the rest.
     """
     if {codes.layout, values.layout} != {"C"}:
         raise TypingError(f"codes and values lie in memory as {codes.layout} and {values.layout}; want contiguous ones")
@@ -39,7 +40,7 @@ def _decode_sixteen(_: Any, scale: Any, codes: Any, values: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def memory(at: int, kind: Any) -> Any:
             array = context.make_array(signature.args[at])(context, builder, arguments[at])
-            return builder.bitcast(array.data, kind.as_pointer())
+            return builder.bitcast(builder.gep(array.data, [arguments[at + 1]]), kind.as_pointer())
 
         first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), arguments[0], ir.Constant(WORD, 0))
         scales = builder.shuffle_vector(first, first, every(0))
@@ -47,13 +48,13 @@ def _decode_sixteen(_: Any, scale: Any, codes: Any, values: Any) -> Any:
         index = builder.zext(builder.load(memory(1, BYTES), align=1), WORDS)
         high, low = builder.lshr(index, every(4)), builder.and_(index, every(15))
         joined = join(builder, pick(builder, entries, high), pick(builder, entries, low))
-        builder.store(joined, memory(2, joined.type), align=1)
+        builder.store(joined, memory(3, joined.type), align=1)
         return context.get_dummy_value()
 
-    return types.void(types.float32, codes, values), generate
+    return types.void(types.float32, codes, types.intp, values, types.intp), generate
 
 
-# (scale, codes, values) in compiled code
+# (scale, codes, byte, values, place) in compiled code
 decode_sixteen: Any = intrinsic(_decode_sixteen)
 
 
@@ -99,22 +100,23 @@ def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size
     Args:
         codes: uint8 [ceil(n / 2)], the high half first.
         absmax: float32 [ceil(n / block_size)].
-        values: [last - first]; float32; uint16 for bfloat16; uint32 for float32 rounded to bfloat16.
+        values: [last - first] or longer; float32; uint16 for bfloat16; uint32 for float32 rounded to bfloat16.
         block_size: elements of a scale, a multiple of 32.
         first: a multiple of block_size.
         last: n at most.
     """
-    short, room = np.zeros(LANES, np.uint8), np.empty(VALUES, values.dtype)
-    for start in range(first, last, block_size):
-        scale = absmax[start // block_size]
-        stop = min(start + block_size, last)
-        whole = stop - (stop - start) % VALUES
-        for i in range(start, whole, VALUES):
-            decode_sixteen(scale, codes[i // 2 :], values[i - first :])
-        if whole < stop:
-            short[: (stop - whole + 1) // 2] = codes[whole // 2 : (stop + 1) // 2]
-            decode_sixteen(scale, short, room)
-            values[whole - first : stop - first] = room[: stop - whole]
+    whole = last - (last - first) % VALUES
+    block, start = first // block_size, first
+    while start < whole:
+        scale, stop = absmax[block], min(start + block_size, whole)
+        for i in range(start, stop, VALUES):
+            decode_sixteen(scale, codes, i // 2, values, i - first)
+        block, start = block + 1, stop
+    if whole < last:
+        short, room = np.zeros(LANES, np.uint8), np.empty(VALUES, values.dtype)
+        short[: (last - whole + 1) // 2] = codes[whole // 2 : (last + 1) // 2]
+        decode_sixteen(absmax[whole // block_size], short, 0, room, 0)
+        values[whole - first : last - first] = room[: last - whole]
 
 
 @compiled
@@ -140,9 +142,10 @@ def decode_absmax(
     """
     mean = offset[0]
     for block in range(first // block_size, -(-last // block_size)):
-        scale = absmax2[block]
-        for i in range(max(first, block * block_size), min(last, (block + 1) * block_size)):
-            scales[i] = DYNAMIC[codes[i]] * scale + mean
+        start, stop = max(first, block * block_size), min(last, (block + 1) * block_size)
+        scale, coded, decoded = absmax2[block], codes[start:stop], scales[start:stop]
+        for i in range(decoded.size):
+            decoded[i] = DYNAMIC[coded[i]] * scale + mean
 
 
 @compiled

@@ -49,7 +49,9 @@ LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 CPU_GROUPED = "lora_core/cpu/grouped_lora.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
 COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
-COMPILED_PRODUCT, COMPILED_TILE = "lora_core/cpu/compiled/nf4_product.py", "lora_core/cpu/compiled/tile.py"
+COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED = (
+    f"lora_core/cpu/compiled/{name}.py" for name in ("nf4_product", "tile", "picked")
+)
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -308,8 +310,10 @@ MUTATIONS = (
     Mutation(COMPILED, "decoded = absmax2[block]", "decoded = absmax2[0]", IN_CPU_CHUNKS),
     Mutation(COMPILED, "absmax[whole // block_size], short", "absmax[first // block_size], short", IN_CPU_DECODE),
     Mutation(COMPILED_PRODUCT, "begins[c] = start % block_size", "begins[c] = 0", IN_FEW_ROWS),
-    Mutation(COMPILED_TILE, "builder.sub(k, whole)", "ir.Constant(word, 0)", IN_TILE),
-    Mutation(COMPILED_TILE, '"<", at, size', '"<=", at, size', IN_TILE),
+    Mutation(COMPILED_TILE, "builder.sub(k, whole)", "number(0)", IN_TILE),
+    Mutation(COMPILED_TILE, '"<", number(c), size', '"<=", number(c), size', IN_TILE),
+    Mutation(COMPILED_PICKED, "builder.shl(byte, number(1))", "byte", IN_FEW_ROWS),
+    Mutation(COMPILED_PICKED, "builder.add(line, number(side))", "line", IN_FEW_ROWS),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/compiled/pick.py", '">=", half', '">", half', IN_CPU_PICK),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),

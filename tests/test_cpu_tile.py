@@ -6,9 +6,9 @@ from numpy.testing import assert_array_equal
 
 numba = pytest.importorskip("numba")
 
-from lora_core.cpu.compiled.tile import COLUMNS, LANES, ROWS, tile  # noqa: E402
+from lora_core.cpu.compiled.tile import COLUMNS, LANES, tile  # noqa: E402
 
-M, N = 7, 9
+M, N, ROWS = 7, 9, 4
 # of AVX-512, AVX2, Arm and what has less
 PROCESSORS = {(COLUMNS, LANES), (4, 16), (2, 8), (4, 4), (2, 4)}
 

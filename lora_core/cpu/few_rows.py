@@ -1,5 +1,8 @@
 """Products of few rows with an NF4 weight, which is decoded on the way."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,9 +15,10 @@ from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.parts import check_parts
 
-# more rows are faster with a dense copy of the weight: of [4096, 4096] from 60 rows on, of [11008, 4096] from 50, on
-# two cores; in bfloat16 from 12 rows on where the processor multiplies tiles of it by itself (AMX)
-FEW_ROWS = {torch.float32: 48, torch.bfloat16: 12 if multiplies_bfloat16_tiles() else 32}
+# more rows are faster with a dense copy of the weight: with AVX-512 of [4096, 4096] from 60 rows on, of [11008, 4096]
+# from 50, on two cores; in bfloat16 from 12 rows on where the processor multiplies tiles of it by itself (AMX)
+_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+FEW_ROWS = {torch.float32: 48 if _WIDE else 32, torch.bfloat16: 12 if multiplies_bfloat16_tiles() else 32}
 # a smaller weight is not worth loading Numba for; as sums are rounded in an order of their own here, whether it is
 # loaded already must not decide
 LEAST = 2**16
@@ -45,14 +49,44 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
         # loops by the byte would read past an end: say what does not fit
         check_parts("nf4_lora_linear", *w)
     y = torch.empty(x.shape[0], n, dtype=torch.float32)
-    codes, rows = w.codes.flatten().contiguous().numpy(), x.detach().float().resolve_neg().contiguous().numpy()
+    codes, rows = w.codes.flatten().contiguous().numpy(), x.detach().float().resolve_neg()
     scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
+    if len(x) <= loops.PICKED_ROWS and k % loops.STEP == 0:
+        multiply, worth = _picked(loops, codes, scales, rows, y, ROOMS[x.dtype], w.block_size)
+    else:
+        multiply, worth = _decoded(loops, codes, scales, rows, y, ROOMS[x.dtype], w.block_size)
 
     def work(first: int, last: int) -> None:
         scales.decode(loops.nf4, first * k // w.block_size, -(-last * k // w.block_size))
-        # zeros, as a tile multiplies rows that are not there, too
-        room = np.zeros((loops.COLUMNS, k + w.block_size), ROOMS[x.dtype])
-        loops.multiply(codes, scales.values, rows, room, y.numpy(), w.block_size, first, last)
+        multiply(first, last)
 
-    run(work, n, chunk=max(CHUNK // k, 1))
+    run(work, n, chunk=max(worth // k, 1))
     return y
+
+
+def _picked(
+    loops: Any, codes: np.ndarray, scales: Scales, x: Tensor, y: Tensor, kind: type, block_size: int
+) -> tuple[Callable[[int, int], None], int]:
+    """Return what writes columns first to last of y, W decoded in registers, and the weights worth a call."""
+    halves = x.reshape(len(x), -1, 2).transpose(1, 2).contiguous().numpy()
+    of: np.ndarray = np.empty(0, kind)
+    out, shift = y.numpy(), block_size.bit_length() - 1
+
+    def multiply(first: int, last: int) -> None:
+        loops.multiply_picked(codes, scales.values, halves, of, out, shift, first, last)
+
+    return multiply, CHUNK * max(4 // len(x), 1)
+
+
+def _decoded(
+    loops: Any, codes: np.ndarray, scales: Scales, x: Tensor, y: Tensor, kind: type, block_size: int
+) -> tuple[Callable[[int, int], None], int]:
+    """Return the same, W decoded into a scratch of a few of its rows."""
+    rows, out = x.contiguous().numpy(), y.numpy()
+    # zeros, as a tile multiplies rows that are not there, too
+    scratch = loops.COLUMNS, x.shape[1] + block_size
+
+    def multiply(first: int, last: int) -> None:
+        loops.multiply(codes, scales.values, rows, np.zeros(scratch, kind), out, block_size, first, last)
+
+    return multiply, CHUNK

@@ -42,12 +42,7 @@ def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, plac
             array = context.make_array(signature.args[at])(context, builder, arguments[at])
             return builder.bitcast(builder.gep(array.data, [arguments[at + 1]]), kind.as_pointer())
 
-        first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), arguments[0], ir.Constant(WORD, 0))
-        scales = builder.shuffle_vector(first, first, every(0))
-        entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), scales))
-        index = builder.zext(builder.load(memory(1, BYTES), align=1), WORDS)
-        high, low = builder.lshr(index, every(4)), builder.and_(index, every(15))
-        joined = join(builder, pick(builder, entries, high), pick(builder, entries, low))
+        joined = join(builder, *sixteen(builder, entries_of, arguments[0], memory(1, BYTES)))
         builder.store(joined, memory(3, joined.type), align=1)
         return context.get_dummy_value()
 
@@ -56,6 +51,16 @@ def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, plac
 
 # (scale, codes, byte, values, place) in compiled code
 decode_sixteen: Any = intrinsic(_decode_sixteen)
+
+
+def sixteen(builder: Any, entries_of: Any, scale: Any, bytes_at: Any) -> tuple[Any, Any]:
+    """Return what the high and the low halves of 16 bytes stand for, as words."""
+    first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), scale, ir.Constant(WORD, 0))
+    scales = builder.shuffle_vector(first, first, every(0))
+    entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), scales))
+    codes = builder.load(builder.bitcast(bytes_at, BYTES.as_pointer()), align=1)
+    index = builder.zext(codes, WORDS)
+    return pick(builder, entries, builder.lshr(index, every(4))), pick(builder, entries, builder.and_(index, every(15)))
 
 
 def as_float32(builder: Any, products: Any) -> Any:

@@ -5,7 +5,8 @@ R C sums stay in registers: AVX-512 and Arm have 32 of them, other processors 16
 as wide as AVX-512 allows, for fear of a lower clock, and gives up on so many sums elsewhere.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
 from numba import types
@@ -17,11 +18,9 @@ _FEATURES = binding.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
 # float32 in a register
 LANES = 16 if _WIDE else 8 if _FEATURES.get("avx2") else 4
-# of a tile at most
-ROWS = 4
+# of y, at a time
 COLUMNS = 4 if _WIDE or _FEATURES.get("neon") else 2
 SINGLE = ir.FloatType()
-# a product and its addition may be rounded once
 FUSED = ("contract",)
 
 
@@ -44,37 +43,33 @@ def tile(rows: int, columns: int = COLUMNS, lanes: int = LANES) -> Any:
             raise TypingError("a tile is one of contiguous arrays")
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            def array(at: int) -> tuple[Any, Any]:
-                made = context.make_array(signature.args[at])(context, builder, arguments[at])
-                return made.data, cgutils.unpack_tuple(builder, made.shape)[-1]
-
-            (x_data, k), (w_data, stride), (starts, _), (y_data, n) = array(0), array(2), array(3), array(4)
-            row, column, size = arguments[1], arguments[5], arguments[6]
-            word = k.type
-
-            def rows_of(first: Any, count: int) -> list[Any]:
-                return [builder.add(first, ir.Constant(word, i)) for i in range(count)]
-
-            xs = [builder.gep(x_data, [builder.mul(i, k)]) for i in rows_of(row, rows)]
-            ws = []
-            for i in range(columns):
-                at = ir.Constant(word, i)
-                begin = builder.add(builder.mul(at, stride), builder.load(builder.gep(starts, [at])))
-                ws.append(builder.gep(w_data, [begin]))
-            sums = [[cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * lanes)) for _ in ws] for _ in xs]
-            vectors = builder.sdiv(k, ir.Constant(word, lanes))
+            x, w, starts, y = (row_major(context, builder, signature, arguments, at) for at in (0, 2, 3, 4))
+            row, column, size = (arguments[at] for at in (1, 5, 6))
+            k = x.length
+            number = numbers(k)
+            lines = [builder.add(row, number(i)) for i in range(rows)]
+            xs = [x.at(builder.mul(i, k)) for i in lines]
+            begins = [builder.load(starts.at(number(c))) for c in range(columns)]
+            ws = [w.at(builder.add(builder.mul(number(c), w.length), begin)) for c, begin in enumerate(begins)]
+            zero = ir.Constant(vector, [0.0] * lanes)
+            sums = [[cgutils.alloca_once(builder, vector) for _ in ws] for _ in xs]
+            for each in (s for line in sums for s in line):
+                builder.store(zero, each)
+            vectors = builder.sdiv(k, number(lanes))
             with cgutils.for_range(builder, vectors) as loop:
-                _accumulate(builder, xs, ws, sums, builder.mul(loop.index, ir.Constant(word, lanes)), vector)
-            totals = [[cgutils.alloca_once_value(builder, _total(builder, s)) for s in line] for line in sums]
-            whole = builder.mul(vectors, ir.Constant(word, lanes))
+                _accumulate(builder, xs, ws, sums, builder.mul(loop.index, number(lanes)), vector)
+            totals = [[cgutils.alloca_once(builder, SINGLE) for _ in ws] for _ in xs]
+            for line, into in zip(sums, totals, strict=True):
+                for s, total in zip(line, into, strict=True):
+                    builder.store(sum_of(builder, builder.load(s)), total)
+            whole = builder.mul(vectors, number(lanes))
             with cgutils.for_range(builder, builder.sub(k, whole)) as loop:
                 _accumulate(builder, xs, ws, totals, builder.add(whole, loop.index), SINGLE)
-            for i, line in zip(rows_of(row, rows), totals, strict=True):
-                start = builder.add(builder.mul(i, n), column)
+            for i, line in zip(lines, totals, strict=True):
+                start = builder.add(builder.mul(i, y.length), column)
                 for c, total in enumerate(line):
-                    at = ir.Constant(word, c)
-                    with builder.if_then(builder.icmp_signed("<", at, size)):
-                        builder.store(builder.load(total), builder.gep(y_data, [builder.add(start, at)]))
+                    with builder.if_then(builder.icmp_signed("<", number(c), size)):
+                        builder.store(builder.load(total), y.at(builder.add(start, number(c))))
             return context.get_dummy_value()
 
         where = types.intp
@@ -85,21 +80,49 @@ def tile(rows: int, columns: int = COLUMNS, lanes: int = LANES) -> Any:
 
 def _accumulate(builder: Any, xs: list[Any], ws: list[Any], sums: list[list[Any]], at: Any, kind: Any) -> None:
     """Add x[at] * w[at] to each sum, of one number or of a vector."""
-
-    def load(data: Any) -> Any:
-        return builder.load(builder.bitcast(builder.gep(data, [at]), kind.as_pointer()), align=4)
-
-    loaded = [load(w) for w in ws]
+    loaded = [load(builder, builder.gep(w, [at]), kind) for w in ws]
     for x, line in zip(xs, sums, strict=True):
-        factor = load(x)
+        factor = load(builder, builder.gep(x, [at]), kind)
         for w, total in zip(loaded, line, strict=True):
-            product = builder.fmul(factor, w, flags=FUSED)
-            builder.store(builder.fadd(builder.load(total), product, flags=FUSED), total)
+            add_product(builder, factor, w, total)
 
 
-def _total(builder: Any, vector: Any) -> Any:
+class RowMajor(NamedTuple):
+    """A contiguous array in compiled code: its memory, and the length of its last dimension."""
+
+    builder: Any
+    data: Any
+    length: Any
+
+    def at(self, place: Any) -> Any:
+        """Return the pointer to an element, counted from the first."""
+        return self.builder.gep(self.data, [place])
+
+
+def row_major(context: Any, builder: Any, signature: Any, arguments: Any, at: int) -> RowMajor:
+    """Return the argument with this number."""
+    array = context.make_array(signature.args[at])(context, builder, arguments[at])
+    return RowMajor(builder, array.data, cgutils.unpack_tuple(builder, array.shape)[-1])
+
+
+def numbers(like: Any) -> Callable[[int], Any]:
+    """Return what makes constants of the type of `like`."""
+    return lambda value: ir.Constant(like.type, value)
+
+
+def load(builder: Any, data: Any, kind: Any) -> Any:
+    """Return the number or the vector at a pointer to float32."""
+    return builder.load(builder.bitcast(data, kind.as_pointer()), align=4)
+
+
+def add_product(builder: Any, a: Any, b: Any, total: Any) -> None:
+    """Add a b to what lies at `total`; product and sum may be rounded once together."""
+    product = builder.fmul(a, b, flags=FUSED)
+    builder.store(builder.fadd(builder.load(total), product, flags=FUSED), total)
+
+
+def sum_of(builder: Any, left: Any) -> Any:
     """Return the sum of a vector's numbers, of one half and the other until one is left."""
-    left = builder.load(vector)
     while left.type.count > 1:
         half = left.type.count // 2
         kind = ir.VectorType(ir.IntType(32), half)

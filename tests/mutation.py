@@ -49,8 +49,8 @@ LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 CPU_GROUPED = "lora_core/cpu/grouped_lora.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
 COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
-COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED = (
-    f"lora_core/cpu/compiled/{name}.py" for name in ("nf4_product", "tile", "picked")
+COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD = (
+    f"lora_core/cpu/compiled/{name}.py" for name in ("nf4_product", "tile", "picked", "spread")
 )
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
@@ -108,6 +108,7 @@ IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
 IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
 IN_CPU_PICK = "test_cpu_pick.py::test_pick_takes_the_entry_that_each_lane_names"
 IN_FEW_ROWS = "test_cpu_few_rows.py::test_few_rows_match_the_formula"
+IN_FEW_ROWS_BACK = "test_cpu_few_rows.py::test_few_rows_match_the_formula_backward"
 IN_TILE = "test_cpu_tile.py::test_tile_is_the_product"
 IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
 IN_CPU_GROUPED = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_keeps_an_infinite"
@@ -314,6 +315,16 @@ MUTATIONS = (
     Mutation(COMPILED_TILE, '"<", number(c), size', '"<=", number(c), size', IN_TILE),
     Mutation(COMPILED_PICKED, "builder.shl(byte, number(1))", "byte", IN_FEW_ROWS),
     Mutation(COMPILED_PICKED, "builder.add(line, number(side))", "line", IN_FEW_ROWS),
+    Mutation(
+        COMPILED_SPREAD,
+        "builder.select(is_there, builder.bitcast(v, VECTOR), zero)",
+        "builder.bitcast(v, VECTOR)",
+        IN_FEW_ROWS_BACK,
+    ),
+    Mutation(COMPILED_SPREAD, "load(builder, at, VECTOR)", "zero", IN_FEW_ROWS_BACK),
+    Mutation(
+        "lora_core/cpu/nf4_lora_linear.py", "d_s if d_hidden is None else d_s + d_hidden", "d_s", IN_FEW_ROWS_BACK
+    ),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/compiled/pick.py", '">=", half', '">", half', IN_CPU_PICK),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),

@@ -4,16 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_bounds import check_forward
+from lora_bounds import check_backward, check_forward
 from strategies import dropouts, linear_operands, ranks, seeds, sizes
 
 import lora_core as lc
 from lora_core.cpu import compiled
 from lora_core.cpu import few_rows as few
-from lora_core.cpu.nf4_lora_linear import nf4_lora_linear
+from lora_core.cpu.nf4_lora_linear import nf4_lora_linear, nf4_lora_linear_backward
 from lora_core.cpu.processor import multiplies_bfloat16_tiles
 from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
+from lora_core.reference.lora import shrink
 
 pytest.importorskip("numba")
 SEED = torch.tensor([2**40 + 77])
@@ -52,6 +53,70 @@ def test_few_rows_match_the_formula(m, n, k, r, dtypes, block_size, nested, bias
     y, hidden = nf4_lora_linear(x, *Packed.of(q), b, lora_a, lora_b, 0.5, dropout, SEED)
     assert y.dtype == dtypes[0] and y.is_contiguous() and hidden.dtype == dtypes[1]
     check_forward(y, x, q.dequantize(dtypes[0]), b, lora_a, lora_b, 0.5, dropout, SEED, hidden)
+
+
+@given(
+    st.integers(1, 16),
+    sizes,
+    st.integers(1, 40).map(lambda i: 32 * i),
+    ranks,
+    st.sampled_from(DTYPES),
+    st.sampled_from([32, 64, 256]),
+    st.booleans(),
+    st.booleans(),
+    dropouts,
+    seeds,
+)
+def test_few_rows_match_the_formula_backward(m, n, k, r, dtypes, block_size, nested, also, dropout, seed):
+    """Also where a gradient reaches S by another way."""
+    x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed)
+    d_y, d_hidden = torch.randn(m, n, dtype=dtypes[0]), torch.randn(m, r, dtype=dtypes[1]) if also else None
+    q = lc.quantize_nf4(weight, block_size, nested)
+    taken = few.few_rows_back(d_y, Packed.of(q)) is not None
+    assert taken or m > compiled.load("nf4_product").PICKED_ROWS
+    hidden = shrink(x, lora_a, dropout, SEED)
+    rest = (lora_a, lora_b, hidden, 0.5, dropout, SEED)
+    grads = nf4_lora_linear_backward(d_y, d_hidden, x, *Packed.of(q), *rest, (True, True, True, True))
+    assert all(g.is_contiguous() for g in grads)
+    wide = q.dequantize(dtypes[0])
+    d_x, d_bias, d_a, d_b = grads
+    check_backward((d_x, None, d_bias, d_a, d_b), d_y, d_hidden, x, wide, *rest)
+    alone, *others = nf4_lora_linear_backward(d_y, d_hidden, None, *Packed.of(q), *rest, (True, False, False, False))
+    assert torch.equal(alone, d_x) and others == [None] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_backward_are_the_same_bits_alone_and_on_any_threads(dtype):
+    """The weight has more than one part, and the last of them an odd row."""
+    w = Packed.of(lc.quantize_nf4(torch.randn(2001, 992, dtype=dtype)))
+    d_y, before = torch.randn(7, 2001, dtype=dtype), torch.get_num_threads()
+    want = few.few_rows_back(d_y, w)
+    wide = w.dense(dtype).double()
+    # sums of 2001 products, each a part of at most 16
+    assert (want - d_y.double() @ wide).abs().max() <= 2001 * 2.0**-24 * (d_y.double().abs() @ wide.abs()).max()
+    if len(d_y) <= compiled.load("nf4_product").PICKED_ROWS:
+        for rows in (slice(0, 1), slice(1, 4), slice(2, 7)):
+            assert torch.equal(few.few_rows_back(d_y[rows], w), want[rows])
+    try:
+        torch.set_num_threads(before % 2 + 1)
+        assert torch.equal(few.few_rows_back(d_y, w), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_few_rows_backward_are_not_many_of_odd_length_or_of_another_dtype():
+    most = compiled.load("nf4_product").PICKED_ROWS
+    for rows, columns, dtype, wanted in (
+        (0, 64, torch.float32, False),
+        (2 * most, 64, torch.float32, True),
+        (2 * most + 1, 64, torch.float32, False),
+        (most, 64, torch.bfloat16, True),
+        (most + 1, 64, torch.bfloat16, False),
+        (1, 48, torch.float32, False),
+        (1, 64, torch.float16, False),
+    ):
+        w = Packed.of(lc.quantize_nf4(torch.randn(8, columns)))
+        assert (few.few_rows_back(torch.randn(rows, 8).to(dtype), w) is not None) is wanted
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

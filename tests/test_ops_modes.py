@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lora_core as lc
+from lora_core.cpu import compiled
 from lora_core.ops import packed
 from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.lora_linear import lora_linear
@@ -180,7 +181,9 @@ def test_no_dense_weight_outlives_a_forward_or_a_backward(m, monkeypatch):
     assert not any(ref() for ref in made)
     y.sum().backward()
     gc.collect()
-    assert made and not any(ref() for ref in made)
+    assert not any(ref() for ref in made)
+    # where loops are compiled, few rows make none at all
+    assert bool(made) is (m == 200 or compiled.load("nf4_product") is None)
 
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise")

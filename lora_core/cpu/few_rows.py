@@ -1,4 +1,4 @@
-"""Products of few rows with an NF4 weight, which is decoded on the way."""
+"""Products of few rows with an NF4 weight and with its transpose, decoded on the way."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +22,8 @@ FEW_ROWS = {torch.float32: 48 if _WIDE else 32, torch.bfloat16: 12 if multiplies
 # a smaller weight is not worth loading Numba for; as sums are rounded in an order of their own here, whether it is
 # loaded already must not decide
 LEAST = 2**16
+# of the sum over the rows of the weight
+PARTS = 16
 # what a row of the weight is decoded into, with the weight's values rounded to the dtype of x
 ROOMS = {torch.float32: np.float32, torch.bfloat16: np.uint32}
 
@@ -34,23 +36,35 @@ def _reaches(w: Packed) -> bool:
     return 2 * w.codes.numel() >= n and scales * w.block_size >= n and nested
 
 
+def _loops(w: Packed) -> Any:
+    """Return the compiled loops, or None where they are not for this weight.
+
+    Raises:
+        ShapeError: if a part of the weight is too short.
+    """
+    loops = compiled.load("nf4_product") if w.shape[0] * w.shape[1] >= LEAST and w.block_size in BLOCK_SIZES else None
+    if loops is not None and not _reaches(w):
+        # loops by the byte would read past an end: say what does not fit
+        check_parts("nf4_lora_linear", *w)
+    return loops
+
+
+def _scales(w: Packed) -> Scales:
+    return Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
+
+
 def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     """Return x W^T in float32 [M, N], x [M, K], W [N, K] as rounded to x's dtype; None where this is not for it.
 
     With 4 (K + block_size) float32 of scratch a thread, at most, and no copy of W.
     """
     n, k = w.shape
-    if not 0 < x.shape[0] <= FEW_ROWS.get(x.dtype, 0) or w.block_size not in BLOCK_SIZES:
-        return None
-    loops = compiled.load("nf4_product") if n * k >= LEAST else None
+    loops = _loops(w) if 0 < len(x) <= FEW_ROWS.get(x.dtype, 0) else None
     if loops is None:
         return None
-    if not _reaches(w):
-        # loops by the byte would read past an end: say what does not fit
-        check_parts("nf4_lora_linear", *w)
-    y = torch.empty(x.shape[0], n, dtype=torch.float32)
-    codes, rows = w.codes.flatten().contiguous().numpy(), x.detach().float().resolve_neg()
-    scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
+    y = torch.empty(len(x), n, dtype=torch.float32)
+    codes, scales = w.codes.flatten().contiguous().numpy(), _scales(w)
+    rows = x.detach().float().resolve_neg()
     if len(x) <= loops.PICKED_ROWS and k % loops.STEP == 0:
         multiply, worth = _picked(loops, codes, scales, rows, y, ROOMS[x.dtype], w.block_size)
     else:
@@ -90,3 +104,28 @@ def _decoded(
         loops.multiply(codes, scales.values, rows, np.zeros(scratch, kind), out, block_size, first, last)
 
     return multiply, CHUNK
+
+
+def few_rows_back(d_y: Tensor, w: Packed) -> Tensor | None:
+    """Return d_y W in float32 [M, K], d_y [M, N], W [N, K] as rounded to d_y's dtype; None where this is not for it.
+
+    With PARTS M K float32 of scratch: parts of the sum over N, which are the same on any number of threads.
+    """
+    n, k = w.shape
+    loops = _loops(w) if d_y.dtype in ROOMS and len(d_y) else None
+    if loops is None or k % loops.STEP or len(d_y) > loops.PICKED_ROWS * (2 if d_y.dtype == torch.float32 else 1):
+        return None
+    codes, scales = w.codes.flatten().contiguous().numpy(), _scales(w)
+    grads, of = d_y.detach().float().resolve_neg().contiguous().numpy(), np.empty(0, ROOMS[d_y.dtype])
+    part = max(-(-n // PARTS), CHUNK // k, 1)
+    sums = torch.zeros(-(-n // part), len(d_y), 2, k // 2)
+    halves, shift = sums.numpy(), w.block_size.bit_length() - 1
+
+    def work(first: int, last: int) -> None:
+        scales.decode(loops.nf4, first * k // w.block_size, -(-last * k // w.block_size))
+        for start in range(first, last, part):
+            into = halves[start // part]
+            loops.multiply_back(codes, scales.values, grads, of, into, shift, start, min(start + part, last))
+
+    run(work, n, chunk=part)
+    return sums.sum(0).transpose(1, 2).reshape(len(d_y), k)

@@ -1,15 +1,16 @@
 """lora_core::nf4_lora_linear on the CPU.
 
-Few rows of x are multiplied by a compiled loop that decodes the weight as it goes; for more of them, and in the
-backward, the weight is dequantised for the call, then as a dense layer.
+Few rows of x, and of dL/dy, are multiplied by compiled loops that decode the weight as they go; for more of them the
+weight is dequantised for the call, then as a dense layer.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_core.cpu.few_rows import few_rows
+from lora_core.cpu.few_rows import few_rows, few_rows_back
 from lora_core.cpu.lora_linear import gradients, lora_linear
+from lora_core.cpu.low_rank import add_low_rank, hidden_gradient
 from lora_core.ops.eager import register
 from lora_core.ops.nf4_lora_linear import backward_op, op
 from lora_core.ops.packed import Packed
@@ -68,12 +69,17 @@ def nf4_lora_linear_backward(
     need_x, need_bias, need_a, need_b = needs
     columns, rows = shape
     w = Packed(codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
-    weight = w.dense(d_y.dtype) if need_x else None
     flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
-    wanted = (need_x, False, need_bias, need_a, need_b)
+    base = few_rows_back(grad, w) if need_x else None
+    weight = w.dense(d_y.dtype) if need_x and base is None else None
+    wanted = (weight is not None, False, need_bias, need_a, need_b)
     d_x, _, d_bias, d_lora_a, d_lora_b = gradients(
         grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
     )
+    if base is not None:
+        d_s = hidden_gradient(grad.to(lora_b.dtype), lora_b, scaling)
+        d_s = d_s if d_hidden is None else d_s + d_hidden
+        d_x = add_low_rank(base, d_s.float(), lora_a.float(), dropout, seed).to(d_y.dtype)
     return None if d_x is None else d_x.view(*d_y.shape[:-1], rows), d_bias, d_lora_a, d_lora_b
 
 

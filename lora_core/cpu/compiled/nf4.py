@@ -55,12 +55,16 @@ decode_sixteen: Any = intrinsic(_decode_sixteen)
 
 def sixteen(builder: Any, entries_of: Any, scale: Any, bytes_at: Any) -> tuple[Any, Any]:
     """Return what the high and the low halves of 16 bytes stand for, as words."""
-    first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), scale, ir.Constant(WORD, 0))
-    scales = builder.shuffle_vector(first, first, every(0))
-    entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), scales))
+    entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), in_every_lane(builder, scale)))
     codes = builder.load(builder.bitcast(bytes_at, BYTES.as_pointer()), align=1)
     index = builder.zext(codes, WORDS)
     return pick(builder, entries, builder.lshr(index, every(4))), pick(builder, entries, builder.and_(index, every(15)))
+
+
+def in_every_lane(builder: Any, number: Any) -> Any:
+    """Return the vector with this float32 in every lane."""
+    first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), number, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(first, first, every(0))
 
 
 def as_float32(builder: Any, products: Any) -> Any:

@@ -10,13 +10,17 @@ from lora_core.cpu.compiled import nf4
 from lora_core.cpu.compiled import picked as register
 from lora_core.cpu.compiled import tile as cache
 from lora_core.cpu.compiled.jit import compiled
+from lora_core.cpu.compiled.spread import spread
 
 COLUMNS, PICKED_COLUMNS, STEP = cache.COLUMNS, register.COLUMNS, register.STEP
 ROWS = 4
 # so many rows are faster with W decoded in registers, for each four of them anew: on two cores one row of [4096, 4096]
 # took 0.6 ms instead of 1.5, eight took 1.9 instead of 3, sixteen took as long; with AVX2 four took 3 instead of 4
 PICKED_ROWS = 2 * ROWS if cache.LANES == register.LANES else ROWS
+# places of half a row whose sums for four rows stay in the cache nearest the processor, of 32 KiB at least
+SLAB = 512
 one, two, three, four = (cache.tile(rows) for rows in (1, 2, 3, ROWS))
+one_spread, two_spread, three_spread, four_spread = (spread(rows) for rows in (1, 2, 3, ROWS))
 one_picked, two_picked, three_picked, four_picked = (register.picked(rows) for rows in (1, 2, 3, ROWS))
 
 
@@ -98,3 +102,42 @@ def multiply_picked(
             two_picked(codes, absmax, shift, halves, whole, kind, y, n, size)
         elif rows - whole == 3:
             three_picked(codes, absmax, shift, halves, whole, kind, y, n, size)
+
+
+@compiled
+def multiply_back(
+    codes: np.ndarray,
+    absmax: np.ndarray,
+    d_y: np.ndarray,
+    kind: np.ndarray,
+    halves: np.ndarray,
+    shift: int,
+    first: int,
+    last: int,
+) -> None:
+    """Add to halves what rows first to last of W give of d_y W, each decoded anew for each four rows of d_y.
+
+    Args:
+        codes: uint8 [N K / 2], the high half first; K a multiple of STEP.
+        absmax: float32 [ceil(N K / 2^shift)].
+        d_y: float32 [M, N].
+        kind: an array of what the weights are rounded to: float32, or uint32 for bfloat16.
+        halves: float32 [M, 2, K / 2], sums for the even places of a row, then for the odd ones.
+        shift: logarithm of the weights of a scale, which are a multiple of 32.
+        first: row of W.
+        last: row of W, N at most.
+    """
+    rows, half = len(d_y), halves.shape[2]
+    whole = rows - rows % ROWS
+    for begin in range(0, half, SLAB):
+        end = min(begin + SLAB, half)
+        for n in range(first, last, PICKED_COLUMNS):
+            size = min(PICKED_COLUMNS, last - n)
+            for m in range(0, whole, ROWS):
+                four_spread(codes, absmax, shift, d_y, m, kind, halves, n, size, begin, end)
+            if rows - whole == 1:
+                one_spread(codes, absmax, shift, d_y, whole, kind, halves, n, size, begin, end)
+            elif rows - whole == 2:
+                two_spread(codes, absmax, shift, d_y, whole, kind, halves, n, size, begin, end)
+            elif rows - whole == 3:
+                three_spread(codes, absmax, shift, d_y, whole, kind, halves, n, size, begin, end)

@@ -45,10 +45,9 @@ def picked(rows: int) -> Any:
             shift, row, column, size = (arguments[at] for at in (2, 4, 7, 8))
             half = x.length
             number = numbers(half)
-            last = builder.sub(size, number(1))
-            # a column that is not there is another one once more; a row's bytes are as many as half its places
-            there = [builder.select(builder.icmp_signed("<", number(c), size), number(c), last) for c in range(COLUMNS)]
-            begins = [builder.mul(builder.add(column, c), half) for c in there]
+            _, taken = there(builder, number, size)
+            # a row's bytes are as many as half its places
+            begins = [builder.mul(builder.add(column, c), half) for c in taken]
             zero = ir.Constant(VECTOR, [0.0] * LANES)
             sums = [[[cgutils.alloca_once(builder, VECTOR) for _ in "01"] for _ in begins] for _ in range(rows)]
             for each in (s for line in sums for pair in line for s in pair):
@@ -71,7 +70,7 @@ def picked(rows: int) -> Any:
                 for c in range(COLUMNS):
                     both = builder.fadd(*(builder.load(s) for s in sums[m][c]))
                     at = builder.add(
-                        builder.mul(builder.add(row, number(m)), out.length), builder.add(column, there[c])
+                        builder.mul(builder.add(row, number(m)), out.length), builder.add(column, taken[c])
                     )
                     builder.store(sum_of(builder, both), out.at(at))
             return context.get_dummy_value()
@@ -80,3 +79,10 @@ def picked(rows: int) -> Any:
         return types.void(codes, absmax, where, halves, where, kind, y, where, where), generate
 
     return intrinsic(declare)
+
+
+def there(builder: Any, number: Any, size: Any) -> tuple[list[Any], list[Any]]:
+    """Return for each of COLUMNS whether it is one of so many, and which to take: the last of them where it is not."""
+    present = [builder.icmp_signed("<", number(c), size) for c in range(COLUMNS)]
+    last = builder.sub(size, number(1))
+    return present, [builder.select(is_there, number(c), last) for c, is_there in enumerate(present)]

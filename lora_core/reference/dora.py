@@ -36,7 +36,12 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
     """
     wide = torch.promote_types(lora_a.dtype, torch.float32)
     w, a, b = (t.to(wide) for t in (weight, lora_a, lora_b))
-    squares = w.square().sum(1) + 2 * scaling * (b * (w @ a.T)).sum(1) + update_squares(a, b, scaling)
+    # a norm needs no tensor of squares as large as W
+    squares = (
+        torch.linalg.vector_norm(w, dim=1).square()
+        + 2 * scaling * (b * (w @ a.T)).sum(1)
+        + update_squares(a, b, scaling)
+    )
     # rounding can leave a norm of zero a little below it
     return squares.clamp(min=0).sqrt()
 

@@ -3,7 +3,7 @@
 Beside it bitsandbytes, torchao (a format of its own), and plain PyTorch ("reference").
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import peers
@@ -41,7 +41,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     }
     rivals = {
         "bitsandbytes": Peer(("bitsandbytes",), lambda: lambda: _peer(weight)),
-        "torchao": Peer(("torchao",), lambda: lambda: torchao_weight(weight)),
+        "torchao": Peer(("torchao",), lambda: _torchao(weight)),
     }
     runs, missing = peers.providers(plain, rivals)
 
@@ -65,6 +65,12 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         note="double quantised",
         missing=missing,
     )
+
+
+def _torchao(weight: Any) -> Callable[[], Any]:
+    # raises where it does not take a weight of this size
+    torchao_weight(weight)
+    return lambda: torchao_weight(weight)
 
 
 def _reference(weight: Any) -> Any:

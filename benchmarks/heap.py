@@ -7,6 +7,7 @@ page faults a step, up to a tenth of its time, for one provider and not for its 
 
 A block of 32 MiB or more glibc maps on its own, fresh page by page each time, unless a free piece of its heap is large
 enough: the same dequantisation of 16 million weights took 3 ms or 9 ms, as the heap happened to lie. So none is mapped.
+What a provider asked huge pages for stays in huge pages, then, whoever is given it next.
 
 Source: mallopt(3).
 """
@@ -22,7 +23,7 @@ VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOL
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep up to 2 GiB at the end of its heap, and say whether it does.
+    """Let glibc keep what is freed, at the end of its heap up to 2 GiB, and say whether it does.
 
     Nothing is changed where the environment already says how much, or the C library is another.
     """

@@ -109,6 +109,7 @@ IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chu
 IN_CPU_PICK = "test_cpu_pick.py::test_pick_takes_the_entry_that_each_lane_names"
 IN_FEW_ROWS = "test_cpu_few_rows.py::test_few_rows_match_the_formula"
 IN_FEW_ROWS_BACK = "test_cpu_few_rows.py::test_few_rows_match_the_formula_backward"
+IN_INFINITE_ROW = "test_cpu_few_rows.py::test_few_rows_backward_keep_an_infinite_last_row"
 IN_TILE = "test_cpu_tile.py::test_tile_is_the_product"
 IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
 IN_CPU_GROUPED = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_keeps_an_infinite"
@@ -313,15 +314,11 @@ MUTATIONS = (
     Mutation(COMPILED_PRODUCT, "begins[c] = start % block_size", "begins[c] = 0", IN_FEW_ROWS),
     Mutation(COMPILED_TILE, "builder.sub(k, whole)", "number(0)", IN_TILE),
     Mutation(COMPILED_TILE, '"<", number(c), size', '"<=", number(c), size', IN_TILE),
-    Mutation(COMPILED_PICKED, "builder.shl(byte, number(1))", "byte", IN_FEW_ROWS),
-    Mutation(COMPILED_PICKED, "builder.add(line, number(side))", "line", IN_FEW_ROWS),
-    Mutation(
-        COMPILED_SPREAD,
-        "builder.select(is_there, builder.bitcast(v, VECTOR), zero)",
-        "builder.bitcast(v, VECTOR)",
-        IN_FEW_ROWS_BACK,
-    ),
-    Mutation(COMPILED_SPREAD, "load(builder, at, VECTOR)", "zero", IN_FEW_ROWS_BACK),
+    Mutation(COMPILED_PICKED, "builder.shl(byte, ir.Constant(byte.type, 1))", "byte", IN_FEW_ROWS),
+    Mutation(COMPILED_PICKED, "ir.Constant(line.type, side)", "ir.Constant(line.type, 0)", IN_FEW_ROWS),
+    Mutation(COMPILED_SPREAD, "builder.select(is_there, g, nothing)", "g", IN_INFINITE_ROW),
+    Mutation(COMPILED_SPREAD, "builder.select(is_there, v, none)", "v", IN_INFINITE_ROW),
+    Mutation(COMPILED_SPREAD, "load(builder, at, VECTOR)", "none", IN_FEW_ROWS_BACK),
     Mutation(
         "lora_core/cpu/nf4_lora_linear.py", "d_s if d_hidden is None else d_s + d_hidden", "d_s", IN_FEW_ROWS_BACK
     ),

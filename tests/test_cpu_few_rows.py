@@ -104,6 +104,26 @@ def test_few_rows_backward_are_the_same_bits_alone_and_on_any_threads(dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("which", ["gradient", "scale"])
+def test_few_rows_backward_keep_an_infinite_last_row_out_of_what_is_not_there(which):
+    """Which is alone in its tile: infinite and NaN are where the formula has them, and nowhere else."""
+    q = lc.quantize_nf4(torch.randn(33, 64), double_quant=False)
+    d_y = torch.ones(2, 33)
+    if which == "gradient":
+        d_y[0, -1] = torch.inf
+    else:
+        q.absmax[-1] = torch.inf
+    got, want = few.few_rows_back(d_y, Packed.of(q)), d_y @ q.dequantize(torch.float32)
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()) and want.isinf().any()
+
+
+def test_few_rows_take_no_parts_of_another_dtype():
+    """The loops are compiled for theirs; what takes others, or refuses them, is asked instead."""
+    w = Packed.of(lc.quantize_nf4(torch.randn(40, 64), double_quant=False))
+    for other in (w._replace(absmax=w.absmax.double()), w._replace(absmax=w.absmax.byte())):
+        assert few.few_rows(torch.randn(2, 64), other) is few.few_rows_back(torch.randn(2, 40), other) is None
+
+
 def test_few_rows_backward_are_not_many_of_odd_length_or_of_another_dtype():
     most = compiled.load("nf4_product").PICKED_ROWS
     for rows, columns, dtype, wanted in (

@@ -1,29 +1,32 @@
 """Tiles of products, of every size and for every width of a processor's registers."""
 
+import functools
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
 numba = pytest.importorskip("numba")
 
-from lora_core.cpu.compiled.tile import COLUMNS, LANES, tile  # noqa: E402
+from lora_core.cpu.compiled.tile import COLUMNS, LANES, ROWS, tile  # noqa: E402
 
-M, N, ROWS = 7, 9, 4
+M, N = 7, 9
 # of AVX-512, AVX2, Arm and what has less
 PROCESSORS = {(COLUMNS, LANES), (4, 16), (2, 8), (4, 4), (2, 4)}
 
 
-def compiled(rows, columns, lanes):
-    """Return compiled code that calls a tile of this size."""
-    made = tile(rows, columns, lanes)
-    return numba.njit(lambda x, row, w, begins, y, column, size: made(x, row, w, begins, y, column, size))
+@functools.cache
+def compiled(columns, lanes):
+    """Return compiled code that calls a tile for this processor."""
+    made = tile(columns, lanes)
+    return numba.njit(lambda x, row, count, w, begins, y, column, size: made(x, row, count, w, begins, y, column, size))
 
 
 @pytest.mark.parametrize(("columns", "lanes"), sorted(PROCESSORS))
 @pytest.mark.parametrize("rows", range(1, ROWS + 1))
 def test_tile_is_the_product_of_its_rows_and_columns_and_writes_no_other(rows, columns, lanes):
     """In whole numbers, whose sums are exact in any order."""
-    run, rng = compiled(rows, columns, lanes), np.random.default_rng(rows)
+    run, rng = compiled(columns, lanes), np.random.default_rng(rows)
     for k in (1, 2, lanes - 1, lanes, lanes + 1, 5 * lanes + 3):
         for size in range(1, columns + 1):
             x = rng.integers(-9, 10, (M, k)).astype(np.float32)
@@ -31,7 +34,7 @@ def test_tile_is_the_product_of_its_rows_and_columns_and_writes_no_other(rows, c
             begins = rng.integers(0, 40, columns)
             row, column = int(rng.integers(0, M - rows + 1)), int(rng.integers(0, N - size + 1))
             y = np.full((M, N), np.nan, np.float32)
-            run(x, row, w, begins, y, column, size)
+            run(x, row, rows, w, begins, y, column, size)
             want = np.full((M, N), np.nan, np.float32)
             for c in range(size):
                 want[row : row + rows, column + c] = x[row : row + rows] @ w[c, begins[c] : begins[c] + k]
@@ -46,7 +49,7 @@ def test_tile_sums_in_one_order_whatever_its_size(columns, lanes):
     begins, found = np.zeros(columns, np.int64), []
     for rows in range(1, ROWS + 1):
         y = np.zeros((ROWS, columns), np.float32)
-        compiled(rows, columns, lanes)(x, 0, w, begins, y, 0, columns)
+        compiled(columns, lanes)(x, 0, rows, w, begins, y, 0, columns)
         found.append(y[0])
     assert len({row.tobytes() for row in found}) == 1
 
@@ -54,4 +57,4 @@ def test_tile_sums_in_one_order_whatever_its_size(columns, lanes):
 def test_tile_refuses_what_is_not_contiguous():
     array = np.zeros((4, 64), np.float32)
     with pytest.raises(numba.core.errors.TypingError, match="contiguous"):
-        compiled(1, COLUMNS, LANES)(array[:, ::2], 0, array, np.zeros(COLUMNS, np.int64), array.copy(), 0, 1)
+        compiled(COLUMNS, LANES)(array[:, ::2], 0, 1, array, np.zeros(COLUMNS, np.int64), array.copy(), 0, 1)

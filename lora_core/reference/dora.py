@@ -36,7 +36,7 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
     """
     wide = torch.promote_types(lora_a.dtype, torch.float32)
     w, a, b = (t.to(wide) for t in (weight, lora_a, lora_b))
-    # a norm needs no tensor of squares as large as W
+    # a tensor of squares would be as large as W
     squares = (
         torch.linalg.vector_norm(w, dim=1).square()
         + 2 * scaling * (b * (w @ a.T)).sum(1)

@@ -1,27 +1,43 @@
-"""How the loops of this folder are compiled."""
+"""How the loops of this folder are compiled, and kept from one process to the next."""
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from numba import config, njit
+
+from lora_core.quant import codebook
 
 # instructions of the processor have no form in Python
 if getattr(config, "DISABLE_JIT", False):
     raise ImportError("Numba is switched off by NUMBA_DISABLE_JIT")
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Return the function, compiled at its first call; other threads run on beside it.
 
-    Each float32 operation is rounded on its own: no fused multiply-add, no reordering.
+    Each float32 operation is rounded on its own: no fused multiply-add, no reordering. What is compiled is kept, where
+    there is a place for it, until a file changes that it was made from.
     """
-    options |= {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        made = njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep the result: neither beside the file nor in the user's folder
         return njit(**options)(function)
+    # Numba looks at the function's own file, but levels and instructions come from others
+    kept: Any = getattr(getattr(made, "_cache", None), "_cache_file", None)
+    if not hasattr(kept, "_source_stamp"):
+        return njit(**options)(function)
+    kept._source_stamp = kept._source_stamp, stamp()
+    return made
 
 
-def reordered(function: Callable[..., Any]) -> Any:
-    """Return the function compiled likewise, its sums in whatever order is fastest, with fused multiply-adds."""
-    return compiled(function, fastmath={"reassoc", "contract"})
+@functools.cache
+def stamp(files: tuple[Path, ...] = (*sorted(Path(__file__).parent.glob("*.py")), Path(codebook.__file__))) -> str:
+    """Return what changes with any of the files that loops are made from."""
+    parts = hashlib.sha256()
+    for path in files:
+        parts.update(hashlib.sha256(path.read_bytes()).digest())
+    return parts.hexdigest()

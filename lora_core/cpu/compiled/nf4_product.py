@@ -1,4 +1,4 @@
-"""y = x W^T for few rows of x: W is decoded a few rows at a time into the cache nearest the processor, or in registers.
+"""y = x W^T for few rows of x, and dx = dy W for few rows of dy: W is decoded as it is multiplied.
 
 A row of W is read once, at half a byte a weight, and multiplies all rows of x: what a dense copy of W would cost in
 memory traffic falls away. From some tens of rows on the copy and a library's product are faster.
@@ -6,22 +6,18 @@ memory traffic falls away. From some tens of rows on the copy and a library's pr
 
 import numpy as np
 
-from lora_core.cpu.compiled import nf4
-from lora_core.cpu.compiled import picked as register
-from lora_core.cpu.compiled import tile as cache
+from lora_core.cpu.compiled import nf4, tile
+from lora_core.cpu.compiled import picked as in_registers
 from lora_core.cpu.compiled.jit import compiled
 from lora_core.cpu.compiled.spread import spread
 
-COLUMNS, PICKED_COLUMNS, STEP = cache.COLUMNS, register.COLUMNS, register.STEP
-ROWS = 4
+COLUMNS, ROWS, PICKED_COLUMNS, STEP = tile.COLUMNS, tile.ROWS, in_registers.COLUMNS, in_registers.STEP
 # so many rows are faster with W decoded in registers, for each four of them anew: on two cores one row of [4096, 4096]
 # took 0.6 ms instead of 1.5, eight took 1.9 instead of 3, sixteen took as long; with AVX2 four took 3 instead of 4
-PICKED_ROWS = 2 * ROWS if cache.LANES == register.LANES else ROWS
+PICKED_ROWS = 2 * ROWS if tile.LANES == in_registers.LANES else ROWS
 # places of half a row whose sums for four rows stay in the cache nearest the processor, of 32 KiB at least
 SLAB = 512
-one, two, three, four = (cache.tile(rows) for rows in (1, 2, 3, ROWS))
-one_spread, two_spread, three_spread, four_spread = (spread(rows) for rows in (1, 2, 3, ROWS))
-one_picked, two_picked, three_picked, four_picked = (register.picked(rows) for rows in (1, 2, 3, ROWS))
+multiply_tile, picked = tile.tile(), in_registers.picked
 
 
 @compiled
@@ -49,7 +45,6 @@ def multiply(
     """
     rows, columns = x.shape
     weights, begins = room.view(np.float32), np.zeros(COLUMNS, np.intp)
-    whole = rows - rows % ROWS
     for n in range(first, last, COLUMNS):
         size = min(COLUMNS, last - n)
         for c in range(size):
@@ -57,14 +52,8 @@ def multiply(
             # a row may begin inside a block
             begins[c] = start % block_size
             nf4.decode(codes, absmax, room[c], block_size, start - begins[c], start + columns)
-        for m in range(0, whole, ROWS):
-            four(x, m, weights, begins, y, n, size)
-        if rows - whole == 1:
-            one(x, whole, weights, begins, y, n, size)
-        elif rows - whole == 2:
-            two(x, whole, weights, begins, y, n, size)
-        elif rows - whole == 3:
-            three(x, whole, weights, begins, y, n, size)
+        for m in range(0, rows, ROWS):
+            multiply_tile(x, m, min(ROWS, rows - m), weights, begins, y, n, size)
 
 
 @compiled
@@ -91,17 +80,10 @@ def multiply_picked(
         last: row of W, N at most.
     """
     rows = len(halves)
-    whole = rows - rows % ROWS
     for n in range(first, last, PICKED_COLUMNS):
         size = min(PICKED_COLUMNS, last - n)
-        for m in range(0, whole, ROWS):
-            four_picked(codes, absmax, shift, halves, m, kind, y, n, size)
-        if rows - whole == 1:
-            one_picked(codes, absmax, shift, halves, whole, kind, y, n, size)
-        elif rows - whole == 2:
-            two_picked(codes, absmax, shift, halves, whole, kind, y, n, size)
-        elif rows - whole == 3:
-            three_picked(codes, absmax, shift, halves, whole, kind, y, n, size)
+        for m in range(0, rows, ROWS):
+            picked(codes, absmax, shift, halves, m, min(ROWS, rows - m), kind, y, n, size)
 
 
 @compiled
@@ -128,16 +110,9 @@ def multiply_back(
         last: row of W, N at most.
     """
     rows, half = len(d_y), halves.shape[2]
-    whole = rows - rows % ROWS
     for begin in range(0, half, SLAB):
         end = min(begin + SLAB, half)
-        for n in range(first, last, PICKED_COLUMNS):
-            size = min(PICKED_COLUMNS, last - n)
-            for m in range(0, whole, ROWS):
-                four_spread(codes, absmax, shift, d_y, m, kind, halves, n, size, begin, end)
-            if rows - whole == 1:
-                one_spread(codes, absmax, shift, d_y, whole, kind, halves, n, size, begin, end)
-            elif rows - whole == 2:
-                two_spread(codes, absmax, shift, d_y, whole, kind, halves, n, size, begin, end)
-            elif rows - whole == 3:
-                three_spread(codes, absmax, shift, d_y, whole, kind, halves, n, size, begin, end)
+        for m in range(0, rows, ROWS):
+            for n in range(first, last, PICKED_COLUMNS):
+                count, size = min(ROWS, rows - m), min(PICKED_COLUMNS, last - n)
+                spread(codes, absmax, shift, d_y, m, count, kind, halves, n, size, begin, end)

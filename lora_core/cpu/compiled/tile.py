@@ -18,64 +18,80 @@ _FEATURES = binding.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
 # float32 in a register
 LANES = 16 if _WIDE else 8 if _FEATURES.get("avx2") else 4
-# of y, at a time
+# of y, at a time, at most
+ROWS = 4
 COLUMNS = 4 if _WIDE or _FEATURES.get("neon") else 2
 SINGLE = ir.FloatType()
 FUSED = ("contract",)
 
 
-def tile(rows: int, columns: int = COLUMNS, lanes: int = LANES) -> Any:
+def tile(columns: int = COLUMNS, lanes: int = LANES) -> Any:
     """Return compiled code for y = x W^T, some rows and columns of y at a time.
 
-    It is called (x, row, w, begins, y, column, size): x is float32 [M, K], w float32 [columns, L], and row c of W lies
-    at w[c, begins[c] : begins[c] + K], begins an array of intp; y is float32 [M, N]. Written are y[row : row + rows,
-    column : column + size]. All arrays are contiguous, and no place in them is checked.
+    It is called (x, row, count, w, begins, y, column, size): x is float32 [M, K], w float32 [columns, L], and row c of
+    W lies at w[c, begins[c] : begins[c] + K], begins an array of intp; y is float32 [M, N]. Written are y[row : row +
+    count, column : column + size], count and size from 1 to ROWS and to columns. All arrays are contiguous, and no
+    place in them is checked.
 
     Args:
-        rows: of x.
         columns: of y, rows of w.
         lanes: numbers multiplied at once. Each sum is taken in an order that depends on them alone.
     """
     vector = ir.VectorType(SINGLE, lanes)
 
-    def declare(_: Any, x: Any, row: Any, w: Any, begins: Any, y: Any, column: Any, size: Any) -> Any:
+    def declare(_: Any, x: Any, row: Any, count: Any, w: Any, begins: Any, y: Any, column: Any, size: Any) -> Any:
         if {array.layout for array in (x, w, begins, y)} != {"C"}:
             raise TypingError("a tile is one of contiguous arrays")
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, w, starts, y = (row_major(context, builder, signature, arguments, at) for at in (0, 2, 3, 4))
-            row, column, size = (arguments[at] for at in (1, 5, 6))
+            x, w, starts, y = (row_major(context, builder, signature, arguments, at) for at in (0, 3, 4, 5))
+            row, count, column, size = (arguments[at] for at in (1, 2, 6, 7))
             k = x.length
             number = numbers(k)
-            lines = [builder.add(row, number(i)) for i in range(rows)]
-            xs = [x.at(builder.mul(i, k)) for i in lines]
             begins = [builder.load(starts.at(number(c))) for c in range(columns)]
             ws = [w.at(builder.add(builder.mul(number(c), w.length), begin)) for c, begin in enumerate(begins)]
-            zero = ir.Constant(vector, [0.0] * lanes)
-            sums = [[cgutils.alloca_once(builder, vector) for _ in ws] for _ in xs]
-            for each in (s for line in sums for s in line):
-                builder.store(zero, each)
             vectors = builder.sdiv(k, number(lanes))
-            with cgutils.for_range(builder, vectors) as loop:
-                _accumulate(builder, xs, ws, sums, builder.mul(loop.index, number(lanes)), vector)
-            totals = [[cgutils.alloca_once(builder, SINGLE) for _ in ws] for _ in xs]
-            for line, into in zip(sums, totals, strict=True):
-                for s, total in zip(line, into, strict=True):
-                    builder.store(sum_of(builder, builder.load(s)), total)
             whole = builder.mul(vectors, number(lanes))
-            with cgutils.for_range(builder, builder.sub(k, whole)) as loop:
-                _accumulate(builder, xs, ws, totals, builder.add(whole, loop.index), SINGLE)
-            for i, line in zip(lines, totals, strict=True):
-                start = builder.add(builder.mul(i, y.length), column)
-                for c, total in enumerate(line):
-                    with builder.if_then(builder.icmp_signed("<", number(c), size)):
-                        builder.store(builder.load(total), y.at(builder.add(start, number(c))))
+
+            def emit(rows: int) -> None:
+                lines = [builder.add(row, number(i)) for i in range(rows)]
+                xs = [x.at(builder.mul(i, k)) for i in lines]
+                sums = [[zeroed(builder, vector) for _ in ws] for _ in xs]
+                with cgutils.for_range(builder, vectors) as loop:
+                    _accumulate(builder, xs, ws, sums, builder.mul(loop.index, number(lanes)), vector)
+                totals = [[zeroed(builder, SINGLE) for _ in ws] for _ in xs]
+                for line, into in zip(sums, totals, strict=True):
+                    for s, total in zip(line, into, strict=True):
+                        builder.store(sum_of(builder, builder.load(s)), total)
+                with cgutils.for_range(builder, builder.sub(k, whole)) as loop:
+                    _accumulate(builder, xs, ws, totals, builder.add(whole, loop.index), SINGLE)
+                for i, line in zip(lines, totals, strict=True):
+                    start = builder.add(builder.mul(i, y.length), column)
+                    for c, total in enumerate(line):
+                        with builder.if_then(builder.icmp_signed("<", number(c), size)):
+                            builder.store(builder.load(total), y.at(builder.add(start, number(c))))
+
+            for_count(builder, count, emit)
             return context.get_dummy_value()
 
         where = types.intp
-        return types.void(x, where, w, begins, y, where, where), generate
+        return types.void(x, where, where, w, begins, y, where, where), generate
 
     return intrinsic(declare)
+
+
+def for_count(builder: Any, count: Any, emit: Callable[[int], None]) -> None:
+    """Write what emit does for each number of rows up to ROWS, and run that for so many."""
+    for rows in range(1, ROWS + 1):
+        with builder.if_then(builder.icmp_signed("==", count, ir.Constant(count.type, rows))):
+            emit(rows)
+
+
+def zeroed(builder: Any, kind: Any) -> Any:
+    """Return the pointer to a sum that is 0, a number or a vector of them."""
+    at = cgutils.alloca_once(builder, kind)
+    builder.store(ir.Constant(kind, [0.0] * kind.count if isinstance(kind, ir.VectorType) else 0.0), at)
+    return at
 
 
 def _accumulate(builder: Any, xs: list[Any], ws: list[Any], sums: list[list[Any]], at: Any, kind: Any) -> None:

@@ -1,0 +1,66 @@
+"""What is compiled is kept until any file changes that it was made from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+from lora_core.cpu.compiled import jit
+from lora_core.cpu.compiled.jit import compiled, stamp
+
+FOLDER = Path(jit.__file__).parent
+WRITTEN = """
+def one_more(x):
+    return x + 1
+"""
+
+
+def test_stamp_changes_with_every_file_the_loops_are_made_from(tmp_path):
+    names = {path.name for path in FOLDER.glob("*.py")}
+    assert {"nf4.py", "pick.py", "tile.py", "picked.py", "spread.py", "nf4_product.py"} <= names
+    files = tuple(Path(shutil.copy(FOLDER / name, tmp_path)) for name in sorted(names))
+    before = stamp.__wrapped__(files)
+    for path in files:
+        text = path.read_text()
+        path.write_text(text + "\n")
+        assert stamp.__wrapped__(files) != before
+        path.write_text(text)
+    assert stamp.__wrapped__(files) == before
+
+
+def test_what_is_kept_is_compiled_anew_where_the_stamp_is_another(tmp_path, monkeypatch):
+    (tmp_path / "kept.py").write_text(WRITTEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    import kept
+
+    def hits():
+        made = compiled(kept.one_more)
+        assert made(2) == 3
+        return sum(made.stats.cache_hits.values())
+
+    assert [hits(), hits()] == [0, 1]
+    monkeypatch.setattr(jit, "stamp", lambda: "another")
+    assert [hits(), hits()] == [0, 1]
+
+
+def test_nothing_is_kept_by_a_numba_that_takes_no_stamp(tmp_path, monkeypatch):
+    (tmp_path / "unkept.py").write_text(WRITTEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    import unkept
+
+    real = jit.njit
+
+    def without(**options):
+        def make(function):
+            made = real(**options)(function)
+            if options.get("cache"):
+                del made._cache._cache_file._source_stamp
+            return made
+
+        return make
+
+    monkeypatch.setattr(jit, "njit", without)
+    made = compiled(unkept.one_more)
+    assert made(2) == 3 and not list(tmp_path.rglob("*.nbc"))

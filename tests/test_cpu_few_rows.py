@@ -21,6 +21,16 @@ SEED = torch.tensor([2**40 + 77])
 # whatever this processor does best
 MOST = 48
 DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+# ranks, dtypes of x and A, block sizes, nested scales, a bias or a gradient of S, dropout, seeds
+OF_A_LAYER = (
+    ranks,
+    st.sampled_from(DTYPES),
+    st.sampled_from([32, 64, 256]),
+    st.booleans(),
+    st.booleans(),
+    dropouts,
+    seeds,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,13 +47,7 @@ def small_ones_too():
     sizes,
     # weights are decoded in registers or in the cache as these are multiples of 32, and rows few
     st.one_of(st.integers(1, 300), st.integers(1, 9).map(lambda i: 32 * i)),
-    ranks,
-    st.sampled_from(DTYPES),
-    st.sampled_from([32, 64, 256]),
-    st.booleans(),
-    st.booleans(),
-    dropouts,
-    seeds,
+    *OF_A_LAYER,
 )
 def test_few_rows_match_the_formula(m, n, k, r, dtypes, block_size, nested, bias, dropout, seed):
     x, weight, b, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed)
@@ -59,13 +63,7 @@ def test_few_rows_match_the_formula(m, n, k, r, dtypes, block_size, nested, bias
     st.integers(1, 16),
     sizes,
     st.integers(1, 40).map(lambda i: 32 * i),
-    ranks,
-    st.sampled_from(DTYPES),
-    st.sampled_from([32, 64, 256]),
-    st.booleans(),
-    st.booleans(),
-    dropouts,
-    seeds,
+    *OF_A_LAYER,
 )
 def test_few_rows_match_the_formula_backward(m, n, k, r, dtypes, block_size, nested, also, dropout, seed):
     """Also where a gradient reaches S by another way."""

@@ -8,7 +8,8 @@ from numpy.testing import assert_array_equal
 
 numba = pytest.importorskip("numba")
 
-from lora_core.cpu.compiled.tile import COLUMNS, LANES, ROWS, tile  # noqa: E402
+from lora_core.cpu.compiled.emit import ROWS  # noqa: E402
+from lora_core.cpu.compiled.tile import COLUMNS, LANES, tile  # noqa: E402
 
 M, N = 7, 9
 # of AVX-512, AVX2, Arm and what has less

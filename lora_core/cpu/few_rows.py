@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_core.cpu import compiled
 from lora_core.cpu.chunks import CHUNK, run
-from lora_core.cpu.processor import multiplies_bfloat16_tiles
+from lora_core.cpu.processor import has_avx512, multiplies_bfloat16_tiles
 from lora_core.cpu.scales import Scales
 from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
@@ -17,8 +17,7 @@ from lora_core.quant.parts import check_parts
 
 # more rows are faster with a dense copy of the weight: with AVX-512 of [4096, 4096] from 60 rows on, of [11008, 4096]
 # from 50, on two cores; in bfloat16 from 12 rows on where the processor multiplies tiles of it by itself (AMX)
-_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-FEW_ROWS = {torch.float32: 48 if _WIDE else 32, torch.bfloat16: 12 if multiplies_bfloat16_tiles() else 32}
+FEW_ROWS = {torch.float32: 48 if has_avx512() else 32, torch.bfloat16: 12 if multiplies_bfloat16_tiles() else 32}
 # a smaller weight is not worth loading Numba for; as sums are rounded in an order of their own here, whether it is
 # loaded already must not decide
 LEAST = 2**16
@@ -28,12 +27,14 @@ PARTS = 16
 ROOMS = {torch.float32: np.float32, torch.bfloat16: np.uint32}
 
 
-def _loops(w: Packed) -> Any:
-    """Return the compiled loops, or None where they are not for this weight.
+def _loops(rows: Tensor, w: Packed) -> Any:
+    """Return the compiled loops, or None where they are not for so many rows or this weight.
 
     Raises:
         ShapeError: if a part of the weight is too short.
     """
+    if not 0 < len(rows) <= FEW_ROWS.get(rows.dtype, 0):
+        return None
     fits = w.shape[0] * w.shape[1] >= LEAST and w.block_size in BLOCK_SIZES
     of_scales = torch.float32 if w.nested_absmax is None else torch.uint8
     if not fits or w.codes.dtype != torch.uint8 or w.absmax.dtype != of_scales:
@@ -53,8 +54,10 @@ def _reaches(w: Packed) -> bool:
     return 2 * w.codes.numel() >= n and scales * w.block_size >= n and nested
 
 
-def _scales(w: Packed) -> Scales:
-    return Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
+def _arrays(w: Packed) -> tuple[np.ndarray, Scales]:
+    """Return the weight's codes and its scales."""
+    scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
+    return w.codes.flatten().contiguous().numpy(), scales
 
 
 def few_rows(x: Tensor, w: Packed) -> Tensor | None:
@@ -63,11 +66,11 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     With x and the scales of W in float32, 4 (K + block_size) more of scratch a thread, at most, and no copy of W.
     """
     n, k = w.shape
-    loops = _loops(w) if 0 < len(x) <= FEW_ROWS.get(x.dtype, 0) else None
+    loops = _loops(x, w)
     if loops is None:
         return None
     y = torch.empty(len(x), n, dtype=torch.float32)
-    codes, scales = w.codes.flatten().contiguous().numpy(), _scales(w)
+    codes, scales = _arrays(w)
     rows = x.detach().float().resolve_neg()
     if len(x) <= loops.PICKED_ROWS and k % loops.STEP == 0:
         multiply, worth = _picked(loops, codes, scales, rows, y, ROOMS[x.dtype], w.block_size)
@@ -117,13 +120,13 @@ def few_rows_back(d_y: Tensor, w: Packed) -> Tensor | None:
     any number of threads.
     """
     n, k = w.shape
-    loops = _loops(w) if d_y.dtype in ROOMS and len(d_y) else None
+    loops = _loops(d_y, w)
     if loops is None or k % loops.STEP:
         return None
     # with a dense copy sixteen rows of [4096, 4096] took 11 ms in float32 and 7 here, in bfloat16 7 and 8
     if len(d_y) > loops.PICKED_ROWS * (2 if d_y.dtype == torch.float32 else 1):
         return None
-    codes, scales = w.codes.flatten().contiguous().numpy(), _scales(w)
+    codes, scales = _arrays(w)
     grads, of = d_y.detach().float().resolve_neg().contiguous().numpy(), np.empty(0, ROOMS[d_y.dtype])
     part = max(-(-n // PARTS), CHUNK // k, 1)
     sums = torch.zeros(-(-n // part), len(d_y), 2, k // 2)

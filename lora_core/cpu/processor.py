@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -17,3 +19,8 @@ def cpuinfo(path: Path = CPUINFO) -> dict[str, str]:
 def multiplies_bfloat16_tiles(path: Path = CPUINFO) -> bool:
     """Say whether Linux names AMX for bfloat16 among the processor's features."""
     return "amx_bf16" in cpuinfo(path).get("flags", "").split()
+
+
+def has_avx512() -> bool:
+    """Say whether PyTorch finds AVX-512 here."""
+    return str(torch.backends.cpu.get_cpu_capability()).startswith("AVX512")

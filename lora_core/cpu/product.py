@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.cpu.processor import cpuinfo
+from lora_core.cpu.processor import cpuinfo, has_avx512
 
 # a call of oneDNN costs some 11 us more than one of MKL, and some 60 where nothing of it is in the caches: below so
 # many operations that is more than it saves; below so many, too, where b has fewer elements than SMALL
@@ -28,7 +28,7 @@ def onednn_is_faster() -> bool:
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkl.is_available()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and has_avx512()
         and maker() not in (INTEL, "")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

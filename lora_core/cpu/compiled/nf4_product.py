@@ -8,10 +8,11 @@ import numpy as np
 
 from lora_core.cpu.compiled import nf4, tile
 from lora_core.cpu.compiled import picked as in_registers
+from lora_core.cpu.compiled.emit import ROWS
 from lora_core.cpu.compiled.jit import compiled
 from lora_core.cpu.compiled.spread import spread
 
-COLUMNS, ROWS, PICKED_COLUMNS, STEP = tile.COLUMNS, tile.ROWS, in_registers.COLUMNS, in_registers.STEP
+COLUMNS, PICKED_COLUMNS, STEP = tile.COLUMNS, in_registers.COLUMNS, in_registers.STEP
 # so many rows are faster with W decoded in registers, for each four of them anew: on two cores one row of [4096, 4096]
 # took 0.6 ms instead of 1.5, eight took 1.9 instead of 3, sixteen took as long; with AVX2 four took 3 instead of 4
 PICKED_ROWS = 2 * ROWS if tile.LANES == in_registers.LANES else ROWS

@@ -13,9 +13,9 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from lora_core.cpu.compiled.emit import SINGLE, add_product, for_count, load, numbers, row_major, sum_of, zeroed
 from lora_core.cpu.compiled.nf4 import FORMS, sixteen
 from lora_core.cpu.compiled.pick import LANES
-from lora_core.cpu.compiled.tile import SINGLE, add_product, for_count, load, numbers, row_major, sum_of, zeroed
 
 VECTOR = ir.VectorType(SINGLE, LANES)
 # of y, at a time, at most

@@ -1,7 +1,7 @@
 """Rows of an NF4 weight, times a number each and summed: the product with the weight itself instead of its transpose.
 
-Values are multiplied as they are picked, as in picked.py, and the sums are kept in halves likewise: those of
-even places, and those of odd ones. Written as LLVM's instructions.
+Values are multiplied as they are picked, as in picked.py, and the sums are kept in halves likewise: those of even
+places, and those of odd ones. Written as LLVM's instructions.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from lora_core.cpu.compiled.emit import SINGLE, for_count, load, multiply_add, numbers, row_major
 from lora_core.cpu.compiled.nf4 import in_every_lane
 from lora_core.cpu.compiled.pick import LANES
 from lora_core.cpu.compiled.picked import SIDES, VECTOR, in_half, there, values_at
-from lora_core.cpu.compiled.tile import FUSED, SINGLE, for_count, load, numbers, row_major
 
 
 def _spread(
@@ -72,18 +72,14 @@ def _spread(
                         at = out.at(builder.add(in_half(builder, line, side, half), place))
                         total = load(builder, at, VECTOR)
                         for factor, value in zip(of_line, values, strict=True):
-                            product = builder.fmul(factor, value[side], flags=FUSED)
-                            total = builder.fadd(total, product, flags=FUSED)
+                            total = multiply_add(builder, factor, value[side], total)
                         builder.store(total, builder.bitcast(at, VECTOR.as_pointer()), align=4)
 
         for_count(builder, count, emit)
         return context.get_dummy_value()
 
     where = types.intp
-    return (
-        types.void(codes, absmax, where, d_y, where, where, kind, halves, where, where, where, where),
-        generate,
-    )
+    return types.void(codes, absmax, where, d_y, where, where, kind, halves, where, where, where, where), generate
 
 
 spread: Any = intrinsic(_spread)

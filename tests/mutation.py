@@ -111,6 +111,7 @@ IN_FEW_ROWS = "test_cpu_few_rows.py::test_few_rows_match_the_formula"
 IN_FEW_ROWS_BACK = "test_cpu_few_rows.py::test_few_rows_match_the_formula_backward"
 IN_INFINITE_ROW = "test_cpu_few_rows.py::test_few_rows_backward_keep_an_infinite_last_row"
 IN_TILE = "test_cpu_tile.py::test_tile_is_the_product"
+IN_STREAMED = "test_cpu_stream.py::test_large_results_alone"
 IN_CPU_ENCODE = "test_cpu_nf4.py::test_cpu_quantises"
 IN_CPU_GROUPED = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_keeps_an_infinite"
 IN_CPU_GROUPED_BACKWARD = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_gradients"
@@ -322,6 +323,13 @@ MUTATIONS = (
     Mutation(
         "lora_core/cpu/nf4_lora_linear.py", "d_s if d_hidden is None else d_s + d_hidden", "d_s", IN_FEW_ROWS_BACK
     ),
+    Mutation(
+        "lora_core/cpu/compiled/stream.py",
+        '.set_metadata("nontemporal", hint)',
+        "",
+        "test_cpu_stream.py::test_streaming_is_what",
+    ),
+    Mutation("lora_core/cpu/nf4_dequantize.py", ">= STREAMED_BYTES", "< STREAMED_BYTES", IN_STREAMED),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/compiled/pick.py", '">=", half', '">", half', IN_CPU_PICK),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from lora_core.cpu.compiled.jit import compiled
 from lora_core.cpu.compiled.pick import LANES, WORD, every, pick
+from lora_core.cpu.compiled.stream import settle, starts_a_line, store
 from lora_core.quant.codebook import codebook
 
 LEVELS, DYNAMIC = codebook("nf4").levels, codebook("dynamic").levels.numpy()
@@ -27,7 +28,7 @@ WORDS, SINGLES, PAIRS = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
-def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, place: Any) -> Any:
+def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, place: Any, streamed: Any) -> Any:
     """Write at place the 32 values that 16 bytes of codes stand for, the high half of a byte first: levels times scale.
 
     Values are an array of float32; of uint16 for bfloat16; or of uint32 for float32 rounded to bfloat16. Where to read
@@ -43,13 +44,13 @@ def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, plac
             return builder.bitcast(builder.gep(array.data, [arguments[at + 1]]), kind.as_pointer())
 
         joined = join(builder, *sixteen(builder, entries_of, arguments[0], memory(1, BYTES)))
-        builder.store(joined, memory(3, joined.type), align=1)
+        store(builder, joined, memory(3, joined.type), arguments[5])
         return context.get_dummy_value()
 
-    return types.void(types.float32, codes, types.intp, values, types.intp), generate
+    return types.void(types.float32, codes, types.intp, values, types.intp, types.boolean), generate
 
 
-# (scale, codes, byte, values, place) in compiled code
+# (scale, codes, byte, values, place, streamed) in compiled code
 decode_sixteen: Any = intrinsic(_decode_sixteen)
 
 
@@ -103,7 +104,15 @@ FORMS = {
 
 
 @compiled
-def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size: int, first: int, last: int) -> None:
+def decode(
+    codes: np.ndarray,
+    absmax: np.ndarray,
+    values: np.ndarray,
+    block_size: int,
+    first: int,
+    last: int,
+    streamed: bool = False,
+) -> None:
     """Decode elements first to last into values.
 
     Args:
@@ -113,18 +122,22 @@ def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size
         block_size: elements of a scale, a multiple of 32.
         first: a multiple of block_size.
         last: n at most.
+        streamed: write past the caches, where values begin with a line of them.
     """
+    streams = streamed and starts_a_line(values)
     whole = last - (last - first) % VALUES
     block, start = first // block_size, first
     while start < whole:
         scale, stop = absmax[block], min(start + block_size, whole)
         for i in range(start, stop, VALUES):
-            decode_sixteen(scale, codes, i // 2, values, i - first)
+            decode_sixteen(scale, codes, i // 2, values, i - first, streams)
         block, start = block + 1, stop
+    if streams:
+        settle()
     if whole < last:
         short, room = np.zeros(LANES, np.uint8), np.empty(VALUES, values.dtype)
         short[: (last - whole + 1) // 2] = codes[whole // 2 : (last + 1) // 2]
-        decode_sixteen(absmax[whole // block_size], short, 0, room, 0)
+        decode_sixteen(absmax[whole // block_size], short, 0, room, 0, False)
         values[whole - first : last - first] = room[: last - whole]
 
 

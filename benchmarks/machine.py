@@ -87,21 +87,30 @@ def _driver() -> str | None:
 
 
 @functools.cache
-def rates(device: str, dtype: str) -> tuple[float, float]:
-    """Return the bytes a second this device copies (read plus written) and the operations a second it multiplies with.
+def copy_rate(device: str) -> float:
+    """Return the bytes a second this device copies, read plus written; measured, the best of a few tries."""
+    import torch
 
-    Measured: the best of a few tries.
+    kind = torch.device(device).type
+    moved = COPY_BYTES[kind]
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return moved / _best(lambda: target.copy_(source), kind)
+
+
+@functools.cache
+def matmul_rate(device: str, dtype: str) -> float:
+    """Return the operations a second this device multiplies with; measured, the best of a few tries.
+
+    Of random numbers, as a GPU multiplies equal ones with less power, and so faster than it does any others.
     """
     import torch
 
     kind = torch.device(device).type
-    moved, size = COPY_BYTES[kind], MATMUL_SIZE[kind]
-    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
-    copy_s = _best(lambda: target.copy_(source), kind)
-    matmul_s = min(_best(functools.partial(run, a, a), kind) for run in products(kind).values())
-    return moved / copy_s, 2 * size**3 / matmul_s
+    size = MATMUL_SIZE[kind]
+    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0))
+    a = a.to(getattr(torch, dtype))
+    return 2 * size**3 / min(_best(functools.partial(run, a, a), kind) for run in products(kind).values())
 
 
 def products(device_type: str) -> dict[str, Callable[[Any, Any], Any]]:
@@ -117,10 +126,10 @@ def products(device_type: str) -> dict[str, Callable[[Any, Any], Any]]:
 
 def floor_ms(device: str, dtype: str, bytes_moved: int | None, flops: int | None) -> float | None:
     """Return the least time the work can take here: bytes at the copy rate or operations at the matmul rate."""
-    if bytes_moved is None and flops is None:
-        return None
-    bytes_a_second, flops_a_second = rates(device, dtype)
-    return 1e3 * max((bytes_moved or 0) / bytes_a_second, (flops or 0) / flops_a_second)
+    # bytes may be of what no matmul takes
+    times = [0.0 if bytes_moved is None else bytes_moved / copy_rate(device)]
+    times.append(0.0 if flops is None else flops / matmul_rate(device, dtype))
+    return None if bytes_moved is None and flops is None else 1e3 * max(times)
 
 
 def _best(run: Callable[[], Any], kind: str) -> float:

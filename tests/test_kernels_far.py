@@ -51,26 +51,27 @@ def packed(o: dict[str, Tensor]) -> Packed:
 
 
 def nf4(o: dict[str, Tensor]) -> list[Tensor]:
-    return [*launch_nf4_lora_linear(o["x"], *packed(o), None, o["lora_a"], o["lora_b"], 0.5, 0.3, o["seed"])]
+    return [*launch_nf4_lora_linear(o["x"], *packed(o), None, o["lora_a"], o["lora_b"], 0.5, 0.3, o["seed"], "fused")]
 
 
 def nf4_backward(o: dict[str, Tensor]) -> list[Tensor]:
-    rest = (o["lora_a"], o["lora_b"], o["hidden"], 0.5, 0.3, o["seed"])
-    grads = launch_nf4_lora_linear_backward(o["d_y"], None, o["x"], *packed(o), *rest, (True, False, True, True))
+    rest = (o["lora_a"], o["lora_b"], o["hidden"], 0.5, 0.3, o["seed"], (True, False, True, True), "fused")
+    grads = launch_nf4_lora_linear_backward(o["d_y"], None, o["x"], *packed(o), *rest)
     return [grads[i] for i in (0, 2, 3)]
 
 
 def siblings(o: dict[str, Tensor]) -> list[Tensor]:
     tensors, formats = flatten([o["weight"], packed(o)])
     adapters = ([o["lora_a"]] * 2, [o["lora_b"]] * 2, [0.5, 1.0])
-    return launch_lora_linears(o["x"], tensors, formats, [o["x"][:0, 0]] * 2, *adapters, [0.0] * 2, [o["seed"]] * 2)
+    rest = (*adapters, [0.0] * 2, [o["seed"]] * 2, "fused")
+    return launch_lora_linears(o["x"], tensors, formats, [o["x"][:0, 0]] * 2, *rest)
 
 
 def siblings_backward(o: dict[str, Tensor]) -> list[Tensor]:
     tensors, formats = flatten([o["weight"], packed(o)])
     hidden = torch.cat([o["close hidden"]] * 2, 1)
     adapters = ([o["lora_a"]] * 2, [o["lora_b"]] * 2, hidden, [0.5, 1.0])
-    rest = (*adapters, [0.0] * 2, [o["seed"]] * 2, True, True)
+    rest = (*adapters, [0.0] * 2, [o["seed"]] * 2, True, True, "fused")
     return launch_lora_linears_backward([o["d_y"]] * 2, o["x"], tensors, formats, *rest)
 
 

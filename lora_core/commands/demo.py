@@ -10,7 +10,7 @@ from lora_core.terminal import INTERRUPTED
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the table, charts, page and adapter.")] = Path("demo-output"),
-    seed: Annotated[int, typer.Option(help="Same seed, same numbers; timings aside.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed and device, same numbers; timings aside.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Training steps of each method, or of --pretrain.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps: shows that all parts work.")] = False,

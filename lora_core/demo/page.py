@@ -113,7 +113,7 @@ def _footer(results: Results) -> str:
     setting = results.setting
     return escape(
         f"Seed {setting['seed']}. {setting['table_windows']} windows of held-out text per domain, "
-        f"{setting['curve_windows']} for each point of a curve. Peak memory "
+        f"{setting['curve_windows']} for each point of a curve. Peak memory {setting['memory']} "
         f"{results.peak_memory_bytes / MIB:,.0f} MiB. Base file {setting['base_file_bytes'] / MIB:.1f} MiB, "
         f"{setting['base_nats_per_byte']:.3f} nats per byte on all held-out prose when it was made. Python "
         f"{setting['python']}, PyTorch {setting['torch']}. Text: Python's standard library (PSF licence), prose "

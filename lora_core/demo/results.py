@@ -71,8 +71,18 @@ class Results:
         return known
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held, resident."""
+def forget_peak_memory(device: torch.device) -> None:
+    """Starts the account of a GPU's memory anew; that of a process cannot be."""
+    if device.type == "cuda":
+        # before CUDA runs there is no account to reset
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that tensors have taken on a GPU since it was forgotten, or that this process held, resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -86,6 +96,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
+        "memory": "of tensors on the GPU" if device.type == "cuda" else "of the process",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

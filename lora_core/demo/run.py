@@ -1,10 +1,8 @@
 """The whole demo: adapt four ways, compare, and write everything down."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,11 @@ from lora_core.demo.adaptation import Adaptation, Adapted, measure
 from lora_core.demo.agreement import check_agreement
 from lora_core.demo.base import Base, load_base
 from lora_core.demo.charts import DARK, DRAWINGS, LIGHT, draw_charts, require_matplotlib
+from lora_core.demo.deterministic import deterministic
 from lora_core.demo.files import write_atomically
 from lora_core.demo.page import page
 from lora_core.demo.progress import progress_bars
-from lora_core.demo.results import Results, Row, machine, peak_memory_bytes
+from lora_core.demo.results import Results, Row, forget_peak_memory, machine, peak_memory_bytes
 from lora_core.demo.sample import prompt_of, write
 from lora_core.demo.settings import METHODS, DemoSettings, check_output, check_seed, check_steps
 from lora_core.demo.text import Text, load_text
@@ -55,7 +54,8 @@ def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Resu
     require_matplotlib()
     started = time.perf_counter()
     base = load_base(settings.base)
-    with progress_bars() as progress, _deterministic(device):
+    forget_peak_memory(device)
+    with progress_bars() as progress, deterministic(device):
         total = PREPARING + len(METHODS) * (settings.steps + MEASURING) + COMPARING
         whole = progress.add_task("[bold]whole demo", total=total, note="")
         progress.update(whole, note="reading the standard library")
@@ -94,7 +94,7 @@ def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Resu
             prompt=base.tokenizer.decode(prompt),
             base_sample=base_sample,
             seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak_memory_bytes(device),
         )
         write_results(results, output)
         progress.update(whole, completed=total, note="")
@@ -114,20 +114,6 @@ def write_results(results: Results, output: Path) -> None:
 
 def _writer(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Asks PyTorch for operations that give the same numbers every time, and takes the wish back afterwards."""
-    if device.type == "cuda":
-        # cuBLAS needs a fixed workspace for that; read when the first handle is made
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def _setting(settings: DemoSettings, base: Base, text: Text, device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MIB = 2**20
+# steps shorter than this differ by less than a millisecond
+SHORT_MS = 20
 COLUMNS = ("method", "trainable", "weights", "optimiser", "step", "code before", "after", "prose before", "after")
 
 
@@ -18,7 +20,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.trainable:,}",
         f"{row.weight_bytes / MIB:.1f} MiB",
         f"{row.optimizer_bytes / MIB:.1f} MiB",
-        f"{row.step_ms:.0f} ms",
+        f"{row.step_ms:.0f} ms" if row.step_ms >= SHORT_MS else f"{row.step_ms:.1f} ms",
         f"{row.before.code:.3f}",
         f"{row.after.code:.3f}",
         f"{row.before.prose:.3f}",
@@ -55,5 +57,5 @@ def print_results(results: Results, console: "Console") -> None:
         console.print(f"  {row.title}: {row.settings}", highlight=False, markup=False)
     for line in agreement_lines(results):
         console.print(line, highlight=False, markup=False)
-    memory = f"{results.peak_memory_bytes / MIB:,.0f} MiB"
-    console.print(f"{results.seconds:.0f} s, peak memory {memory}, {setting['device']}, seed {setting['seed']}")
+    memory = f"peak memory {setting['memory']} {results.peak_memory_bytes / MIB:,.0f} MiB"
+    console.print(f"{results.seconds:.0f} s, {memory}, {setting['device']}, seed {setting['seed']}")

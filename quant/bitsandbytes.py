@@ -39,8 +39,9 @@ def write(weight: "QuantizedWeight", prefix: str) -> dict[str, Tensor]:
     """Return the state dict of a weight under prefix.
 
     Raises:
-        ConfigError: for a codebook that bitsandbytes does not have.
+        ConfigError: for a codebook that bitsandbytes does not have, or a prefix that is no string.
     """
+    _check_prefix(prefix)
     if weight.quant_type not in SHARED_TYPES:
         raise ConfigError(
             f"bitsandbytes has no {weight.quant_type!r}: want {' or '.join(SHARED_TYPES)}; requantise, or save with "
@@ -76,7 +77,14 @@ def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: if keys are missing, sizes disagree, or a level map is unknown.
+        ConfigError: if state is no mapping, or prefix no string.
     """
+    _check_prefix(prefix)
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f"from_bitsandbytes: the state is a {type(state).__name__}; want a mapping of names to tensors, such as "
+            "safetensors.torch.load_file returns"
+        )
     mine = {
         k.removeprefix(prefix).removeprefix("."): v
         for k, v in state.items()
@@ -122,6 +130,11 @@ def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
                 f"{prefix}: {key} is on {tensor.device}, the codes on {codes.device}: want one device"
             )
     return found
+
+
+def _check_prefix(prefix: Any) -> None:
+    if not isinstance(prefix, str):
+        raise ConfigError(f"prefix is {prefix!r}; want a string, the key of the packed codes")
 
 
 def keys(quant_type: str, nested: bool) -> set[str]:

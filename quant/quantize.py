@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_core.errors import DtypeError
+from lora_core.errors import ConfigError, DtypeError
 from lora_core.quant.blockwise import check_block_size, check_input, has_values, quantize_blocks
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset, lower_overflowing
@@ -26,13 +26,15 @@ def quantize(
     Raises:
         DtypeError: if the weight is of another dtype, or sparse.
         NonFiniteError: if it holds NaN or infinity.
-        ConfigError: if quant_type or block_size is none of the above.
+        ConfigError: if quant_type, block_size or double_quant is none of the above.
     Source: Dettmers et al. 2023, section 3.
     """
     if not isinstance(weight, Tensor):
         raise DtypeError(f"cannot quantise a {type(weight).__name__}: want a torch.Tensor")
     weight = weight.detach()
     check_four_bit(quant_type)
+    if not isinstance(double_quant, bool):
+        raise ConfigError(f"cannot quantise: double_quant is {double_quant!r}; want True or False")
     book, block_size = codebook(quant_type), check_block_size(block_size)
     check_input(weight, block_size)
     if quant_type == "nf4":

@@ -154,7 +154,7 @@ class QuantizedWeight(nn.Module):
         Args:
             prefix: the key of the packed codes, and what the other keys start with.
         Raises:
-            ConfigError: for "int4", which bitsandbytes does not have.
+            ConfigError: for "int4", which bitsandbytes does not have, or a prefix that is no string.
         """
         return bitsandbytes.write(self, prefix)
 
@@ -167,6 +167,7 @@ class QuantizedWeight(nn.Module):
             prefix: the key of the packed codes.
         Raises:
             CheckpointError: if keys are missing, sizes disagree, or a level map is unknown.
+            ConfigError: if state is no mapping, or prefix no string.
         """
         return cls(**bitsandbytes.read(state, prefix))
 

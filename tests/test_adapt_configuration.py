@@ -35,6 +35,30 @@ def test_configuration_of_four_fields_is_enough(folder):
     assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {},
+        {"bias": "none"},
+        {"init_lora_weights": None},
+        {"init_lora_weights": "EVA", "peft_type": "lora", "target_modules": ["v_proj", "q_proj"]},
+        {"use_rslora": None, "rank_pattern": None, "modules_to_save": [], "use_dora": False},
+    ],
+)
+def test_configuration_that_means_the_same_goes_with_the_weights_saved(folder, left):
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    few = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    (folder / CONFIG).write_text(json.dumps(few | left))
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
+
+
+@pytest.mark.parametrize("other", [{"bias": "all"}, {"init_lora_weights": False}, {"use_rslora": True}, {"r": None}])
+def test_configuration_that_means_another_does_not(folder, other):
+    few = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    (folder / CONFIG).write_text(json.dumps(few | other))
+    assert_refused(folder, "not of one generation", f"{next(iter(other))} is")
+
+
 def test_configuration_unknown_fields_are_kept_written_back_and_reported(folder, tmp_path):
     extra = {"base_model_name_or_path": "tiny", "revision": "v2", "use_qalora": False, "qalora_group_size": 16}
     rewrite(folder, config={**extra, "lora_alhpa": 3, "brand_new": {"x": [1]}})

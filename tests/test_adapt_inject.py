@@ -1,6 +1,7 @@
 """Choosing layers and putting adapters into models."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -301,6 +302,38 @@ def test_modules_to_save_around_another_adapters_layer_are_refused():
         adapt(model, name="two", target_modules=["up_proj"], modules_to_save=["layers.0.attn"])
 
 
+@pytest.mark.parametrize("model", [None, [nn.Linear(2, 2)], {"a": nn.Linear(2, 2)}, "model"], ids=str)
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *(lc.quantize_model, lc.merge_adapter, lc.unmerge_adapter, lc.merge_and_unload, lc.fuse, lc.unfuse),
+        lambda model: lc.add_adapter(model, lc.LoraConfig(target_modules=["q_proj"])),
+        lambda model: lc.set_adapter(model, "default"),
+        lambda model: lc.delete_adapter(model, "default"),
+        lambda model: lc.disable_adapter(model).__enter__(),
+        lc.print_trainable_parameters,
+    ],
+)
+def test_what_is_no_module_is_refused(verb, model):
+    with pytest.raises(lc.ConfigError, match=f"model is a {type(model).__name__}; want a torch.nn.Module"):
+        verb(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_what_is_inserted_is_in_the_mode_of_the_model(training, quantised):
+    model = TinyDecoder().train(training)
+    if quantised:
+        lc.quantize_model(model)
+    for name, start in (("one", True), ("two", "pissa")):
+        config = lc.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], init_lora_weights=start)
+        with warnings.catch_warnings():
+            # of a start from four bits
+            warnings.simplefilter("ignore")
+            lc.add_adapter(model, config, name)
+    assert {module.training for module in model.modules()} == {training}
+
+
 @pytest.mark.parametrize("name", ["keys", "items", "pop", "forward", "training"])
 def test_adapter_names_that_pytorch_uses_itself_are_refused(name):
     with pytest.raises(lc.AdapterError, match=f"'{name}' is an attribute"):
@@ -313,6 +346,10 @@ def test_adapter_names_that_pytorch_uses_itself_are_refused(name):
         ({"target_modules": "q_proj"}, r"regular expression for whole names; write \['q_proj'\]"),
         ({"layers_to_transform": [99]}, "leave nothing of what target_modules matches; the layers here are 0 to 2"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "these limits leave nothing"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["attn"]},
+            r"with modules_to_save=\['attn'\]: these limits leave nothing",
+        ),
     ],
     ids=str,
 )

@@ -27,6 +27,14 @@ def test_skip_modules_are_left_alone_and_replace_the_default():
     assert left == [f"layers.{i}.attn.q_proj" for i in range(3)]
 
 
+@pytest.mark.parametrize(("skip", "left"), [("layers", range(3)), ("layers.1", [1]), ("attn", range(3))])
+def test_skip_modules_mean_all_inside(skip, left):
+    model = lc.quantize_model(TinyDecoder(), skip_modules=[skip])
+    inside = "attn." if skip == "attn" else ""
+    whole = [n for n in kinds(TinyDecoder()) if any(n.startswith(f"layers.{i}.{inside}") for i in left)]
+    assert [n for n, kind in kinds(model).items() if kind is nn.Linear] == whole
+
+
 @pytest.mark.parametrize("skip", [None, [], ["q_proj"]])
 def test_tied_weights_are_never_quantised(skip):
     model = lc.quantize_model(TinyDecoder(tied=True), skip_modules=skip)
@@ -108,9 +116,10 @@ def test_quantising_warns_of_skip_modules_that_name_nothing():
     assert caught[0].filename == __file__
 
 
-def test_skip_modules_as_one_string_is_refused():
-    with pytest.raises(lc.ConfigError, match="skip_modules is the string 'lm_head'; want a list"):
-        lc.quantize_model(TinyDecoder(), skip_modules="lm_head")
+@pytest.mark.parametrize("skip", ["lm_head", 5, [1], [None]])
+def test_skip_modules_that_are_no_list_of_names_are_refused(skip):
+    with pytest.raises(lc.ConfigError, match="skip_modules is .*; want a list of names"):
+        lc.quantize_model(TinyDecoder(), skip_modules=skip)
 
 
 def test_quantised_model_goes_into_a_safetensors_file(tmp_path):

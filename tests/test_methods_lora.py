@@ -185,6 +185,10 @@ def test_start_from_the_weight_refuses_what_has_none(init):
         ({"rank_pattern": None}, "rank_pattern is None; want a dict"),
         ({"alpha_pattern": ["q"]}, r"alpha_pattern is \['q'\]; want a dict"),
         ({"extra": 3}, "extra is 3; want a dict of name to value"),
+        ({"extra": {"use_qalora": True}}, "extra sets use_qalora to True.*not implemented here: leave it out"),
+        ({"extra": {1: 2}}, r"extra is \{1: 2\}; want strings for keys"),
+        ({"rank_pattern": {1: 4}}, r"rank_pattern is \{1: 4\}; want strings for keys"),
+        ({"task_type": ["CAUSAL_LM"]}, r"task_type is \['CAUSAL_LM'\]; want a string"),
         ({"target_modules": 5}, "target_modules is 5; want names"),
         ({"target_modules": [0]}, r"target_modules is \[0\]; want names"),
         ({"layers_to_transform": [0.5]}, r"layers_to_transform is \[0.5\]; want the indices"),
@@ -214,7 +218,15 @@ def test_config_refuses_what_cannot_work(fields, message):
         lc.LoraConfig(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"block_size": 48}, {"compute_dtype": torch.int8}, {"blocksize": 64}])
+def test_config_keeps_fields_of_peft_that_do_nothing():
+    extra = {"use_qalora": False, "layer_replication": [], "revision": "v2"}
+    assert lc.LoraConfig(extra=extra).extra == extra
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"block_size": 48}, {"compute_dtype": torch.int8}, {"compute_dtype": torch.float8_e5m2}, {"blocksize": 64}],
+)
 def test_nf4_config_refuses_what_cannot_work(fields):
     with pytest.raises(lc.ConfigError, match="NF4Config"):
         lc.NF4Config(**fields)

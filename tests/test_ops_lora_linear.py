@@ -15,6 +15,7 @@ from lora_core.ops.lora_linear import backward_op, lora_linear, op
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_lora_linear import op as nf4_op
 from lora_core.reference import lora as reference
+from lora_core.reference import nf4 as nf4_reference
 
 SIZES = st.sampled_from([1, 2, 3, 7, 16, 17, 31, 65])
 RANKS = st.sampled_from([1, 2, 3, 5, 8, 16, 33])
@@ -42,7 +43,11 @@ def test_lora_linear_matches_the_formula(m, n, k, r, dtype, low_fp32, dropout):
 def test_nf4_lora_linear_matches_the_formula(m, n, k, r, dtype, double_quant, block_size):
     x, weight, bias, a, b = operands(m, n, k, r, dtype, torch.float32)
     q = lc.quantize_nf4(weight, block_size, double_quant)
-    check_forward(nf4_lora_linear(x, q, bias, a, b, 0.5), x, q.dequantize(dtype), bias, a, b, 0.5)
+    parts = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, block_size)
+    as_written = nf4_reference.nf4_lora_linear(x, *parts, bias, a, b, 0.5)
+    for y in (nf4_lora_linear(x, q, bias, a, b, 0.5), as_written):
+        assert y.dtype == dtype and y.shape == (m, n)
+        check_forward(y, x, q.dequantize(dtype), bias, a, b, 0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

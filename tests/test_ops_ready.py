@@ -60,6 +60,15 @@ def test_what_may_not_fit_is_left_to_the_checks(name, at):
     assert not ready(**operands() | {name: OTHERS[name][at]})
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b"])
+def test_sparse_operands_are_refused(name):
+    given = operands()
+    given[name] = given[name].to_sparse()
+    assert not ready(**given)
+    with pytest.raises(lc.DtypeError, match=f"{name} is of layout torch.sparse_coo; want a dense tensor"):
+        lora_linear(**given)
+
+
 def test_no_operands_are_ready_that_only_fit_each_other():
     integers = {name: v.long() if isinstance(v, torch.Tensor) else v for name, v in operands().items()}
     empty = operands() | {"x": torch.ones(M, 0), "weight": torch.ones(N, 0), "lora_a": torch.ones(R, 0)}

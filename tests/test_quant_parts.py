@@ -96,6 +96,27 @@ def test_block_sizes_are_whole_numbers(tmp_path):
             lc.quantize_nf4(torch.randn(4, 64), given)
 
 
+@pytest.mark.parametrize("double_quant", ["no", 1, None])
+def test_double_quant_that_is_neither_true_nor_false_is_refused(double_quant):
+    with pytest.raises(lc.ConfigError, match="double_quant is .*; want True or False"):
+        lc.quantize_nf4(torch.eye(64), 64, double_quant)
+
+
+@pytest.mark.parametrize("state", [None, [], "weight"])
+def test_state_that_is_no_mapping_is_refused(state):
+    with pytest.raises(lc.ConfigError, match="want a mapping of names to tensors"):
+        QuantizedWeight.from_bitsandbytes(state)
+
+
+@pytest.mark.parametrize("prefix", [None, 5])
+def test_prefix_that_is_no_string_is_refused(prefix):
+    q = lc.quantize_nf4(torch.eye(64))
+    with pytest.raises(lc.ConfigError, match="prefix is .*; want a string"):
+        q.to_bitsandbytes(prefix)
+    with pytest.raises(lc.ConfigError, match="prefix is .*; want a string"):
+        QuantizedWeight.from_bitsandbytes(q.to_bitsandbytes(), prefix)
+
+
 def test_sparse_weight_is_refused():
     with pytest.raises(lc.DtypeError, match="layout torch.sparse_coo: want a dense one"):
         lc.quantize_nf4(torch.eye(64).to_sparse())

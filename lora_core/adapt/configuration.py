@@ -3,6 +3,7 @@
 Source: PEFT 0.21.2, LoraConfig.
 """
 
+import dataclasses
 import difflib
 import json
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 from lora_core.errors import ConfigError
 from lora_core.methods.lora import LoraConfig
-from lora_core.methods.peft_fields import REFUSED
+from lora_core.methods.peft_fields import REFUSED, is_harmless
 
 PEFT_TYPE = "LORA"
 
@@ -60,6 +61,9 @@ ESSENTIAL = (
 # Fields whose null means their default.
 NULLABLE = ("rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora", "use_dora")
 
+# what a field is that a file leaves out
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(LoraConfig) if f.default is not dataclasses.MISSING}
+
 
 def config_from_peft(values: Mapping[str, Any]) -> LoraConfig:
     """Return the LoraConfig that the values of an adapter_config.json describe.
@@ -72,20 +76,18 @@ def config_from_peft(values: Mapping[str, Any]) -> LoraConfig:
     given = dict(values)
     _require_lora(given.pop("peft_type", None))
     given.pop("inference_mode", None)
-    for name, harmless in REFUSED.items():
-        value = given.get(name)
-        if value not in harmless:
+    for name, value in given.items():
+        if not is_harmless(name, value):
             raise ConfigError(
                 f"adapter_config.json sets {name} to {value!r}, which changes what the model computes and is not "
-                f"implemented: want {harmless[0]!r}; load this adapter with PEFT, or train one without {name}"
+                f"implemented: want {REFUSED[name][0]!r}; load this adapter with PEFT, or train one without {name}"
             )
     fields = {name: given.pop(name) for name in LoraConfig.field_names() if name in given}
     fields = {name: value for name, value in fields.items() if value is not None or name not in NULLABLE}
     start = fields.get("init_lora_weights")
     if isinstance(start, str):
         _refuse_start(start)
-        # PEFT takes "OLoRA" and "Gaussian" too
-        fields["init_lora_weights"] = True if start.lower() in FORGOTTEN_STARTS else start.lower()
+        fields["init_lora_weights"] = _start(start)
     _report_unknown([name for name in given if name not in KEPT and name not in REFUSED])
     return LoraConfig(**fields, extra=given)
 
@@ -111,7 +113,7 @@ def config_to_peft(config: LoraConfig) -> dict[str, Any]:
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the fields that change what is computed and differ between two adapter_config.json."""
     pairs = {name: (one.get(name), other.get(name)) for name in ESSENTIAL}
-    return {name: (a, b) for name, (a, b) in pairs.items() if _unordered(name, a) != _unordered(name, b)}
+    return {name: (a, b) for name, (a, b) in pairs.items() if _meaning(name, a) != _meaning(name, b)}
 
 
 def _require_lora(peft_type: Any) -> None:
@@ -124,6 +126,11 @@ def _require_lora(peft_type: Any) -> None:
             f"adapter_config.json holds an adapter of peft_type {peft_type!r}; want {PEFT_TYPE!r} (LoRA and rsLoRA), "
             "the one supported here: load others with PEFT"
         )
+
+
+def _start(name: str) -> bool | str:
+    """Return the start that a name means; PEFT takes "OLoRA" and "Gaussian" too."""
+    return True if name.lower() in FORGOTTEN_STARTS else name.lower()
 
 
 def _refuse_start(start: str) -> None:
@@ -155,10 +162,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _unordered(name: str, value: Any) -> Any:
-    """Return a field so that two ways of writing the same thing are equal."""
-    if name in REFUSED and value in REFUSED[name]:
+def _meaning(name: str, value: Any) -> Any:
+    """Return a field, None where it is left out, so that two ways of writing the same thing are equal."""
+    if name in REFUSED and is_harmless(name, value):
         return REFUSED[name][0]
+    if name == "peft_type":
+        return str(value).upper()
+    value = DEFAULTS.get(name) if value is None else value
+    if name == "init_lora_weights" and isinstance(value, str):
+        value = _start(value)
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = sorted(value)
     # an empty list, an empty dict and false all mean what leaving the field out means

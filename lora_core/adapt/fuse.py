@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_core.adapt.kinds import has_pefts_adapter, is_transposed_linear
 from lora_core.adapt.siblings import called_together
+from lora_core.adapt.walk import modules_of
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.bitsandbytes_weight import why_unreadable
@@ -70,12 +71,14 @@ def fuse(model: nn.Module, share: bool = True) -> FuseReport:
         share: whether layers of one input read it together; what shares already goes on.
     Returns:
         What was swapped, and why each other layer was not.
+    Raises:
+        ConfigError: if the model is no module.
     Source: Hu et al. 2021, eq. 3; Dettmers et al. 2023, eq. 5.
     """
     report = FuseReport()
     inside: str | None = None
     module: Any
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if inside is not None and name.startswith(inside):
             continue
         found = _mixin(module)
@@ -116,8 +119,9 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Raises:
         AdapterError: if a layer's class was swapped once more since, naming it; the model is unchanged.
+        ConfigError: if the model is no module.
     """
-    fused: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    fused: dict[str, Any] = {name: module for name, module in modules_of(model).items() if isinstance(module, Fused)}
     for name, module in fused.items():
         if "fused_from" not in vars(type(module)):
             raise AdapterError(

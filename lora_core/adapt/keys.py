@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lora_core.adapt.walk import adapter_layers, plain_name, stated_embeddings, trainable_copies
-from lora_core.errors import CheckpointError, ConfigError
+from lora_core.adapt.walk import adapter_layers, modules_of, plain_name, stated_embeddings, trainable_copies
+from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods.lora import LoraConfig
@@ -34,8 +34,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: if this is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; want a torch.nn.Module")
+    modules_of(model)
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

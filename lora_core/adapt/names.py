@@ -13,6 +13,12 @@ def matches(name: str, wanted: Collection[str] | str) -> bool:
     return any(ending in wanted for ending in endings(name))
 
 
+def inside_any(name: str, wanted: Collection[str]) -> bool:
+    """Say whether a module, or one that it lies inside, is one of the wanted."""
+    steps = name.split(".")
+    return any(matches(".".join(steps[: i + 1]), wanted) for i in range(len(steps)))
+
+
 def endings(name: str) -> Iterator[str]:
     """Yield all that an entry of a list may say to mean this name: itself, and what is behind each of its dots."""
     yield name

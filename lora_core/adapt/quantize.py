@@ -9,13 +9,14 @@ from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.fast_path import settle_fast_paths
 from lora_core.adapt.keys import unwrapped
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
-from lora_core.adapt.names import matches
+from lora_core.adapt.names import inside_any, matches
 from lora_core.adapt.target import output_head
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
 from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.linear import LoraLinear, LoraTransposedLinear
 from lora_core.layers.nf4_linear import NF4Linear
+from lora_core.methods.fields import is_names
 from lora_core.methods.nf4 import NF4Config
 from lora_core.quant.blockwise import check_input
 
@@ -32,7 +33,7 @@ def quantize_model(
     Args:
         model: any module without adapters; its linear layers (nn.Linear, transformers' Conv1D) are replaced.
         config: the format; NF4Config() by default.
-        skip_modules: name suffixes to leave in full precision; by default the output head.
+        skip_modules: name suffixes of what to leave in full precision, with all inside; by default the output head.
     Returns:
         model.
     Raises:
@@ -58,8 +59,8 @@ def quantize_model(
             f"quantize_model: the model is a single {type(model).__name__}, which cannot be replaced inside itself: "
             "put it into a module first, e.g. nn.Sequential(layer)"
         )
-    if isinstance(skip_modules, str):
-        raise ConfigError(f"quantize_model: skip_modules is the string {skip_modules!r}; want a list of names")
+    if not (skip_modules is None or is_names(skip_modules)):
+        raise ConfigError(f"quantize_model: skip_modules is {skip_modules!r}; want a list of names, or None")
     where = places(model)
     head = output_head(unwrapped(model)) if skip_modules is None else None
     chosen = {m: names for m, names in where.items() if m is not head and _chosen(model, m, names, skip_modules or ())}
@@ -101,7 +102,7 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
         return False
     if any(bypassed(model, name) for name in names):
         return False
-    return not any(matches(plain_name(name), skip) for name in names)
+    return not any(inside_any(plain_name(name), skip) for name in names)
 
 
 def _is_used_otherwise(module: nn.Module) -> bool:

@@ -82,6 +82,7 @@ def nothing_found(config: LoraConfig, candidates: dict[str, nn.Module]) -> str:
             ("exclude_modules", config.exclude_modules),
             ("layers_to_transform", config.layers_to_transform),
             ("layers_pattern", config.layers_pattern),
+            ("modules_to_save", config.modules_to_save),
         )
         if value
     ]

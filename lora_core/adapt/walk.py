@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.errors import AdapterError
+from lora_core.errors import AdapterError, ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
 
@@ -18,19 +18,30 @@ def plain_name(name: str) -> str:
     return name.replace(COMPILED, "")
 
 
+def modules_of(model: Any) -> dict[str, nn.Module]:
+    """Return every module of a model by name, the model itself under "".
+
+    Raises:
+        ConfigError: if the model is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; want a torch.nn.Module")
+    return dict(model.named_modules())
+
+
 def parts(model: nn.Module) -> dict[str, AdapterLayer | TrainableCopy]:
     """Return all that adapters have put into a model, by module name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (AdapterLayer, TrainableCopy))}
+    return {name: m for name, m in modules_of(model).items() if isinstance(m, (AdapterLayer, TrainableCopy))}
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return the adapted layers of a model by module name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    return {name: m for name, m in modules_of(model).items() if isinstance(m, AdapterLayer)}
 
 
 def trainable_copies(model: nn.Module) -> dict[str, TrainableCopy]:
     """Return the modules trained whole (modules_to_save) by module name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, TrainableCopy)}
+    return {name: m for name, m in modules_of(model).items() if isinstance(m, TrainableCopy)}
 
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

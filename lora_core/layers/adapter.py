@@ -131,16 +131,16 @@ class AdapterLayer(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.lora_a = Matrices()
-        self.lora_b = Matrices()
-        self.lora_start = nn.ModuleDict()
+        mode = base_layer.training
+        self.lora_a, self.lora_b = Matrices().train(mode), Matrices().train(mode)
+        self.lora_start = nn.ModuleDict().train(mode)
         self.adapters: dict[str, Adapter] = {}
         # what activate was given last, and of that what this layer has
         self.chosen: tuple[str, ...] = ()
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: Merged | None = None
-        self.training = base_layer.training
+        self.training = mode
 
     # what a subclass defines
 

@@ -56,9 +56,7 @@ class NF4Linear(nn.Module):
         dense = layer.weight.detach()
         weight = quantize_nf4(dense.T if transposed else dense, block_size=block_size, double_quant=double_quant)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
-        new = cls(weight, bias, compute_dtype)
-        new.training = layer.training
-        return new
+        return cls(weight, bias, compute_dtype).train(layer.training)
 
     @property
     def in_features(self) -> int:

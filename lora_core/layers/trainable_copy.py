@@ -24,7 +24,7 @@ class TrainableCopy(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
-        self.copies = nn.ModuleDict()
+        self.copies = nn.ModuleDict().train(original.training)
         self.trainable: dict[str, bool] = {}
         self.configs: dict[str, Any] = {}
         self.merged: Merged | None = None

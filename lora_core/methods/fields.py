@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from lora_core.errors import ConfigError
@@ -28,6 +28,16 @@ def checks_field_names(cls: type[Config]) -> type[Config]:
 
     setattr(cls, "__init__", init)  # noqa: B010
     return cls
+
+
+def all_of(values: Any, kind: type) -> bool:
+    """Say whether this is a collection, other than a string, of nothing but this kind."""
+    return isinstance(values, Collection) and not isinstance(values, str) and all(type(v) is kind for v in values)
+
+
+def is_names(values: Any) -> bool:
+    """Say whether this is a collection of strings."""
+    return all_of(values, str)
 
 
 def unknown_field(owner: str, given: str, known: list[str], hints: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ like sqrt(r), so dividing by r lets it vanish. Sources: Hu et al. 2021 (arXiv 21
 
 import math
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -22,8 +22,8 @@ from lora_core.layers.embedding import LoraEmbedding
 from lora_core.layers.linear import LoraTransposedLinear
 from lora_core.methods import olora, pissa
 from lora_core.methods.expressions import check_expression, compiled_ending, inside_of, layer_number, name_ending
-from lora_core.methods.fields import checks_field_names
-from lora_core.methods.peft_fields import REFUSED
+from lora_core.methods.fields import all_of, checks_field_names, is_names
+from lora_core.methods.peft_fields import REFUSED, is_harmless
 from lora_core.ops.checks import LARGEST
 
 # kaiming_uniform(a = sqrt 5) is U(-1/sqrt(K), 1/sqrt(K)), nn.Linear's own start; loralib and PEFT use it for A
@@ -140,13 +140,23 @@ class LoraConfig:
         for name, what in (("rank_pattern", "number"), ("alpha_pattern", "number"), ("extra", "value")):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"LoraConfig: {name} is {getattr(self, name)!r}; want a dict of name to {what}")
+            if not is_names(getattr(self, name)):
+                raise ConfigError(f"LoraConfig: {name} is {getattr(self, name)!r}; want strings for keys")
+        changing = next((name for name, value in self.extra.items() if not is_harmless(name, value)), None)
+        if changing is not None:
+            raise ConfigError(
+                f"LoraConfig: extra sets {changing} to {self.extra[changing]!r}, which in PEFT changes what the model "
+                "computes and is not implemented here: leave it out"
+            )
+        if not (self.task_type is None or isinstance(self.task_type, str)):
+            raise ConfigError(f"LoraConfig: task_type is {self.task_type!r}; want a string, as 'CAUSAL_LM', or None")
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"LoraConfig: modules_to_save is the string {self.modules_to_save!r}; want a list of names"
             )
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            names = value is None or isinstance(value, str) or _all_of(value, str)
+            names = value is None or isinstance(value, str) or is_names(value)
             if not names:
                 raise ConfigError(f"LoraConfig: {name} is {value!r}; want names: a list of strings, or one string")
             if name in ("target_modules", "modules_to_save") and not isinstance(value, str) and "" in (value or ()):
@@ -160,7 +170,7 @@ class LoraConfig:
                 f"LoraConfig: layers_pattern is {self.layers_pattern!r} without layers_to_transform, the indices it is "
                 "for: set both, or neither"
             )
-        if not (layers is None or type(layers) is int or _all_of(layers, int)):
+        if not (layers is None or type(layers) is int or all_of(layers, int)):
             raise ConfigError(f"LoraConfig: layers_to_transform is {layers!r}; want the indices of layers")
 
     def rank_of(self, module: str) -> int:
@@ -187,10 +197,6 @@ def check_initialisation(name: bool | str) -> None:
             f"LoraConfig: init_lora_weights is {name!r}; want True, False, 'gaussian', 'pissa', 'pissa_niter_N' with "
             f"N of at most {pissa.MOST_ITERATIONS}, or 'olora'"
         )
-
-
-def _all_of(values: Any, kind: type) -> bool:
-    return isinstance(values, Collection) and not isinstance(values, str) and all(type(v) is kind for v in values)
 
 
 def _listed(values: Sequence[str] | str | None) -> Sequence[str]:
@@ -281,4 +287,4 @@ def take_start(layer: AdapterLayer, name: str) -> None:
     """
     lora_a, lora_b = layer.lora_a[name].detach(), layer.lora_b[name].detach()
     layer.shift_weight(lora_a, lora_b, -layer.adapters[name].scaling)
-    layer.lora_start[name] = Start(lora_a.clone(), lora_b.clone())
+    layer.lora_start[name] = Start(lora_a.clone(), lora_b.clone()).train(layer.training)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_core.dtypes import FLOATS
 from lora_core.errors import ConfigError
 from lora_core.methods.fields import checks_field_names
 from lora_core.quant.blockwise import check_block_size
@@ -35,7 +36,7 @@ class NF4Config:
         if not isinstance(self.double_quant, bool):
             raise ConfigError(f"NF4Config: double_quant is {self.double_quant!r}; want True or False")
         compute = self.compute_dtype
-        if compute is not None and not (isinstance(compute, torch.dtype) and compute.is_floating_point):
+        if compute is not None and compute not in FLOATS:
             raise ConfigError(
-                f"NF4Config: compute_dtype is {compute!r}; want a floating dtype such as torch.bfloat16, or None"
+                f"NF4Config: compute_dtype is {compute!r}; want one of {', '.join(map(str, FLOATS))}, or None"
             )

@@ -23,3 +23,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False, None),
     "enable_lora": (None,),
 }
+
+
+def is_harmless(name: str, value: Any) -> bool:
+    """Say whether a field with this value does nothing that is not implemented here."""
+    return name not in REFUSED or value in REFUSED[name]

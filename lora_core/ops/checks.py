@@ -15,10 +15,12 @@ LARGEST = sys.float_info.max
 
 
 def check_tensors(op: str, tensors: dict[str, object]) -> None:
-    """Raise DtypeError unless all are tensors."""
+    """Raise DtypeError unless all are dense tensors."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{op}: {name} is a {type(tensor).__name__}; want a torch.Tensor")
+        if tensor.layout != torch.strided:
+            raise DtypeError(f"{op}: {name} is of layout {tensor.layout}; want a dense tensor, e.g. {name}.to_dense()")
 
 
 def check_kinds(op: str, tensors: dict[str, object], bias: object, scaling: object) -> float:

@@ -33,6 +33,7 @@ def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any
         and low == lora_b.dtype
         and (low == dtype or low == torch.float32)
         and (frozen is not weight or frozen.dtype == dtype)
+        and torch.strided == x.layout == frozen.layout == lora_a.layout == lora_b.layout
         and frozen.device == lora_a.device == lora_b.device == device
         and (bias is None or _fits(bias, (n,), dtype, device))
         and type(scaling) is float

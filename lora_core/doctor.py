@@ -75,7 +75,7 @@ def examine() -> Examination:
         **{name: _version(name) for name in (*PACKAGES, *PEERS)},
     }
     machine = {
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used at once",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "kernels": "Triton kernels" if backends.kernels_can_run() else "none: CPU paths and the reference run",
     }

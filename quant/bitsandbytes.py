@@ -151,7 +151,7 @@ def _nested(mine: dict[str, Tensor], about: dict[str, Any], absmax: Tensor, pref
         raise CheckpointError(f"{prefix}.absmax is {absmax.dtype}; want torch.uint8 where it is nested")
     _check_size(f"{prefix}.nested_absmax (nested_blocksize {size})", scales, -(-absmax.numel() // size))
     _check_size(f"{prefix}.nested_quant_map", levels, 256)
-    offset = torch.tensor(about["nested_offset"], dtype=torch.float32, device=absmax.device)
+    offset = torch.tensor(about["nested_offset"] if absmax.numel() else 0.0, dtype=torch.float32, device=absmax.device)
     if not torch.equal(levels.cpu(), codebook("dynamic").levels):
         # an 8-bit map of another making: the scales are decoded with it, exactly, and kept in float32
         return {"absmax": dequantize_absmax(absmax, scales, offset, size, levels)}
@@ -209,7 +209,9 @@ def _about(mine: dict[str, Tensor], prefix: str) -> dict[str, Any]:
     missing = sorted(wanted - set(about if isinstance(about, dict) else ()))
     if missing:
         raise CheckpointError(f"{prefix}.{keys[0]} does not say {', '.join(missing)}; the file is damaged")
-    for name in sorted(wanted):
+    # of no scales at all bitsandbytes' mean is NaN
+    unread = {"nested_offset"} if isinstance(about["shape"], list) and 0 in about["shape"] else set()
+    for name in sorted(wanted - unread):
         sound, words = FIELDS[name]
         if not sound(about[name]):
             raise CheckpointError(

@@ -37,17 +37,19 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLO
     return quantize_blocks(absmax - offset, codebook("dynamic"), min(block_size, max(absmax.numel(), 1)))
 
 
-def lower_overflowing(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+def lower_overflowing(
+    codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype, block_size: int = NESTED_BLOCK_SIZE
+) -> Tensor:
     """Return the codes of scales, one lower where a scale would come back as infinity.
 
     The nearest code can stand for more than the scale it was chosen for, and the largest scale may be the largest
     number that float32, or the weight's dtype, has. The code below stands for no more than that scale.
 
     Args:
-        codes: uint8 [b]; absmax2, offset: as quantize_absmax has them.
+        codes: uint8 [b]; absmax2, offset, block_size: as quantize_absmax has them.
         dtype: of the weight.
     """
-    over = dequantize_absmax(codes, absmax2, offset).to(dtype).isinf()
+    over = dequantize_absmax(codes, absmax2, offset, block_size).to(dtype).isinf()
     return codes - over.to(codes.dtype)
 
 

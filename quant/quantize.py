@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError
-from lora_core.quant.blockwise import check_block_size, check_input, has_values, quantize_blocks
+from lora_core.quant.blockwise import (
+    check_block_size,
+    check_input,
+    check_nested_block_size,
+    has_values,
+    quantize_blocks,
+)
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset, lower_overflowing
 from lora_core.quant.packing import pack
@@ -13,7 +19,11 @@ from lora_core.quant.weight import QuantizedWeight
 
 
 def quantize(
-    weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
+    weight: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
 ) -> QuantizedWeight:
     """Return a weight in 4 bits.
 
@@ -23,10 +33,11 @@ def quantize(
             back near zero, not as zero.
         block_size: elements sharing one scale; a power of two from 32 to 4096.
         double_quant: quantise the scales too.
+        nested_block_size: quantised scales sharing one second-level scale; bitsandbytes takes the default.
     Raises:
         DtypeError: if the weight is of another dtype, or sparse.
         NonFiniteError: if it holds NaN or infinity.
-        ConfigError: if quant_type, block_size or double_quant is none of the above.
+        ConfigError: if quant_type, block_size, double_quant or nested_block_size is none of the above.
     Source: Dettmers et al. 2023, section 3.
     """
     if not isinstance(weight, Tensor):
@@ -36,6 +47,7 @@ def quantize(
     if not isinstance(double_quant, bool):
         raise ConfigError(f"cannot quantise: double_quant is {double_quant!r}; want True or False")
     book, block_size = codebook(quant_type), check_block_size(block_size)
+    nested_block_size = check_nested_block_size("cannot quantise: nested_block_size", nested_block_size)
     check_input(weight, block_size)
     if quant_type == "nf4":
         packed, absmax = torch.ops.lora_core.nf4_quantize(weight, block_size)
@@ -46,9 +58,9 @@ def quantize(
     if double_quant:
         offset = absmax_offset(absmax)
         near_overflow = has_values(absmax) and bool(absmax.max() > torch.finfo(weight.dtype).max / 2)
-        absmax, absmax2 = torch.ops.lora_core.absmax_quantize(absmax, offset, NESTED_BLOCK_SIZE)
+        absmax, absmax2 = torch.ops.lora_core.absmax_quantize(absmax, offset, nested_block_size)
         if near_overflow:
-            absmax = lower_overflowing(absmax, absmax2, offset, weight.dtype)
+            absmax = lower_overflowing(absmax, absmax2, offset, weight.dtype, nested_block_size)
     return QuantizedWeight(
         packed,
         absmax,
@@ -58,6 +70,7 @@ def quantize(
         dtype=weight.dtype,
         quant_type=quant_type,
         block_size=block_size,
+        nested_block_size=nested_block_size,
     )
 
 

@@ -10,6 +10,8 @@ from torch import nn
 
 import lora_core as lc
 from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.nf4_linear import NF4Linear
+from lora_core.quant import quantize
 
 TARGETS = {
     "linear": r".*_proj",
@@ -111,6 +113,19 @@ def test_report_of_an_nf4_merge_says_what_requantising_cost():
     # NF4 with blocks of 64 errs by about a tenth on a Gaussian weight: much more than any rounding
     assert 0.01 < row.relative_error < 0.2
     assert "requantised" in str(report)
+
+
+@pytest.mark.parametrize("nested_block_size", [1, 100, 128, 4096])
+def test_merging_keeps_the_format_of_the_scales(nested_block_size):
+    q = quantize(torch.randn(64, 1024), nested_block_size=nested_block_size)
+    layer, before = NF4Linear(q), q.dequantize()
+    model = lc.add_adapter(nn.Sequential(layer), lc.LoraConfig(r=2, target_modules=["0"]))
+    randomise(model)
+    report = lc.merge_adapter(model)
+    assert report.layers["0"].relative_error < 0.2 and not torch.equal(q.dequantize(), before)
+    assert q.nested_block_size == nested_block_size and len(q.nested_absmax) == -(-1024 // nested_block_size)
+    lc.unmerge_adapter(model)
+    assert torch.equal(q.dequantize(), before)
 
 
 def test_backup_stays_out_of_the_state_dict():

@@ -213,6 +213,26 @@ def test_parts_too_small_for_their_shape_are_refused(rows):
             packed_lora_linear(torch.randn(rows, 96), w._replace(**short), None, None, None, 1.0)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_few_rows_do_not_depend_on_the_default_dtype(default, dropout):
+    g = torch.Generator().manual_seed(0)
+    q = lc.quantize_nf4(torch.randn(256, 256, generator=g))
+    x, lora_a, lora_b = (torch.randn(*shape, generator=g).requires_grad_() for shape in ((2, 256), (4, 256), (256, 4)))
+
+    def run():
+        y = lc.nf4_lora_linear(x, q, None, lora_a, lora_b, 0.5, dropout, SEED)
+        return [y, *torch.autograd.grad(y.sum(), (x, lora_a, lora_b))]
+
+    want = run()
+    torch.set_default_dtype(default)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_few_rows_give_gradients():
     """Where the backward takes up what this forward kept: x, its rows in any layout, and S."""
     q = lc.quantize_nf4(torch.randn(24, 64))

@@ -59,3 +59,9 @@ def test_tile_refuses_what_is_not_contiguous():
     array = np.zeros((4, 64), np.float32)
     with pytest.raises(numba.core.errors.TypingError, match="contiguous"):
         compiled(COLUMNS, LANES)(array[:, ::2], 0, 1, array, np.zeros(COLUMNS, np.int64), array.copy(), 0, 1)
+
+
+def test_tile_refuses_numbers_of_another_size():
+    array = np.zeros((4, 64), np.float32)
+    with pytest.raises(numba.core.errors.TypingError, match="float64.*; want float32"):
+        compiled(COLUMNS, LANES)(array, 0, 1, array, np.zeros(COLUMNS, np.int64), array.astype(np.float64), 0, 1)

@@ -345,7 +345,7 @@ def test_demo_page_scrolls_what_a_phone_is_too_narrow_for(finished):
 
 def test_demo_says_what_is_missing_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(LoraCoreError, match=r"matplotlib.*pip install 'lora-core\[demo\]'"):
+    with pytest.raises(LoraCoreError, match=r"matplotlib.*pip install '.\[demo\]'"):
         run_demo(tmp_path, DemoSettings.quick(), CPU)
 
 

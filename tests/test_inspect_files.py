@@ -1,5 +1,6 @@
 """What can be opened for inspection: files, shards, links, and what is refused."""
 
+import io
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 from inspected import CONFIGURATION, write_adapter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_core.adapt.files import CONFIG, WEIGHTS
 from lora_core.errors import CheckpointError
@@ -120,6 +121,31 @@ def test_inspect_never_opens_a_pickle(tmp_path, name):
     with pytest.raises(CheckpointError, match="pickle.*Convert it where you trust it"):
         inspect_path(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("adapter_model.bin", "adapter_model.safetensors"),
+        ("pytorch_model.bin", "model.safetensors"),
+        ("renamed.safetensors", "model.safetensors"),
+    ],
+)
+def test_inspect_says_how_a_pickle_becomes_what_is_read(tmp_path, name, wanted):
+    write_adapter(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "weights")
+    torch.save(load_file(tmp_path / "weights"), tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"torch.load.*'{wanted}'.*in the same folder"):
+        inspect_path(tmp_path / name)
+    save_file(torch.load(io.BytesIO((tmp_path / name).read_bytes()), weights_only=True), tmp_path / wanted)
+    assert inspect_path(tmp_path / wanted).pairs and (wanted != WEIGHTS or not inspect_path(tmp_path).problems)
+
+
+def test_inspect_of_an_adapter_without_weights_wants_them_by_their_name(tmp_path):
+    write_adapter(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"has no {WEIGHTS} beside its {CONFIG}"):
+        inspect_path(tmp_path)
 
 
 def test_inspect_refuses_a_folder_of_pickles(tmp_path):

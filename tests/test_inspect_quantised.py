@@ -50,6 +50,17 @@ def test_inspect_reports_a_quantised_weight_that_does_not_add_up(tmp_path):
     assert any("layer.weight.absmax is missing" in p for p in inspect_path(path).problems)
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inspect_reports_scales_that_are_no_numbers(tmp_path, double_quant, value):
+    path, part = tmp_path / "model.safetensors", "nested_absmax" if double_quant else "absmax"
+    scales = getattr(lc.quantize_nf4(torch.randn(48, 67), double_quant=double_quant), part).clone()
+    scales[0] = value
+    quantised_file(path, double_quant, **{f"weight__{part}": scales})
+    assert any("layer.weight: a scale is NaN or infinite" in p for p in inspect_path(path).problems)
+    assert exit_status("inspect", str(path)) == 1
+
+
 def test_inspect_reports_packed_bytes_cast_to_floats(tmp_path):
     path = tmp_path / "model.safetensors"
     codes = torch.zeros((48 * 67 + 1) // 2, 1, dtype=torch.bfloat16)

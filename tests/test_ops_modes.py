@@ -16,7 +16,9 @@ import lora_core as lc
 from lora_core.cpu import compiled
 from lora_core.ops import packed
 from lora_core.ops.grouped_lora import grouped_lora
+from lora_core.ops.grouped_lora import op as grouped_op
 from lora_core.ops.lora_linear import lora_linear
+from lora_core.ops.lora_linear import op as linear_op
 from lora_core.ops.lora_linears import Layer, lora_linears
 from lora_core.ops.nf4_lora_linear import backward_op as nf4_backward_op
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
@@ -125,6 +127,37 @@ def test_double_backward_is_refused(which):
     (d_x,) = torch.autograd.grad(run(which, x, weight, bias, a, b).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiat|derivative|autograd"):
         torch.autograd.grad(d_x.sum(), a)
+
+
+@OPS
+def test_gradients_may_come_in_a_batch(which):
+    """As jacobian(vectorize=True) asks for them."""
+    x, weight, bias, a, b = operands(m=2, n=96, k=64)
+    weight = torch.cat([weight] * 8)
+    bias, b = torch.cat([bias] * 8), torch.cat([b] * 8)
+    y = run(which, x, weight, bias, a, b)
+    batch = torch.randn(3, *y.shape)
+    got = torch.autograd.grad(y, x, batch, is_grads_batched=True, retain_graph=True)[0]
+    for d_x, d_y in zip(got, batch, strict=True):
+        (want,) = torch.autograd.grad(y, x, d_y, retain_graph=True)
+        assert (d_x - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("which", ["linear", "nf4", "grouped"])
+def test_a_gradient_may_come_through_the_hidden_state_alone(which, dtype):
+    x, weight, bias, a, b = operands()
+    x = x.detach().to(dtype).requires_grad_()
+    if which == "linear":
+        hidden = linear_op(x, weight.to(dtype), None, a, b, 0.5, 0.0, None)[1]
+    elif which == "nf4":
+        hidden = nf4_op(x, *Packed.of(lc.quantize_nf4(weight)), None, a, b, 0.5, 0.0, None)[1]
+    else:
+        hidden = grouped_op(x, None, a, b, [len(a)], torch.zeros(len(x), dtype=torch.int64), torch.ones(1))[1]
+    hidden.sum().backward()
+    want = a.sum(0).expand_as(x)
+    unit = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    assert x.grad.dtype == dtype and ((x.grad - want).abs() <= unit * a.abs().sum(0)).all()
 
 
 @pytest.mark.parametrize("which", ["linear", "nf4"])

@@ -53,6 +53,16 @@ def test_what_bitsandbytes_wrote_decodes_to_the_same_bits(kind, shape, dtype, ne
     assert all(torch.equal(again[k], packed[k]) for k in packed if "quant_state" not in k)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_without_elements_is_read(kind, nested):
+    """Of no scales bitsandbytes' mean is NaN."""
+    _, _, packed = theirs(torch.zeros(0, 5), nested, kind)
+    ours = QuantizedWeight.from_bitsandbytes(packed)
+    assert ours.dequantize().shape == (0, 5) and ours.double_quant is nested
+    assert QuantizedWeight.from_bitsandbytes(ours.to_bitsandbytes()).shape == (0, 5)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 ACTIONS = ("list", "start", "hint", "check")
+FOLDER = "lora-core-puzzles"
 
 
 def puzzles(
@@ -26,7 +27,7 @@ def puzzles(
             typer.echo(f"{puzzle.number:2}  {puzzle.title:<50} {puzzle.file}{'   (Triton)' * puzzle.triton}")
         return
     if action == "start":
-        _start(Path(what or "lora-core-puzzles"))
+        _start(Path(what or FOLDER))
         return
     if what == "all" and action == "check" and file is None:
         chosen = list(PUZZLES)
@@ -35,7 +36,8 @@ def puzzles(
         chosen = [find_puzzle(int(what))]
     else:
         shown = reprlib.repr(what)
-        raise ConfigError(f"puzzles {action} {shown}: want the number of an exercise, 1 to {len(PUZZLES)}")
+        every = ", or all" if action == "check" and file is None else ""
+        raise ConfigError(f"puzzles {action} {shown}: want the number of an exercise, 1 to {len(PUZZLES)}{every}")
     if action == "hint":
         hints = chosen[0].hints
         if not 1 <= level <= len(hints):
@@ -68,14 +70,16 @@ def _start(folder: Path) -> None:
 
 def _check(number: int, file: Path | None) -> bool:
     from lora_core.errors import ConfigError
-    from lora_core.puzzles.catalogue import find_puzzle, stub
+    from lora_core.puzzles.catalogue import find_puzzle
     from lora_core.puzzles.run import check_file
 
     puzzle = find_puzzle(number)
-    places = [file] if file else [Path(puzzle.file), Path("lora-core-puzzles") / puzzle.file, stub(puzzle)]
+    places = [file] if file else [Path(puzzle.file), Path(FOLDER) / puzzle.file]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise ConfigError(f"{places[0]} is no file: give the one with your solution, or run lora-core puzzles start")
+        raise ConfigError(
+            f"{places[0]} is no file here: go to the folder that lora-core puzzles start has made, or give --file"
+        )
     solved, said = check_file(puzzle, path)
     typer.echo(f"{'ok  ' if solved else 'no  '}{puzzle.number:2}  {said}")
     return solved

@@ -11,6 +11,7 @@ from lora_core.cpu import compiled
 from lora_core.cpu.chunks import CHUNK, run
 from lora_core.cpu.processor import has_avx512, multiplies_bfloat16_tiles
 from lora_core.cpu.scales import Scales
+from lora_core.ops.eager import in_batch
 from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.parts import check_parts
@@ -33,7 +34,7 @@ def _loops(rows: Tensor, w: Packed) -> Any:
     Raises:
         ShapeError: if a part of the weight is too short.
     """
-    if not 0 < len(rows) <= FEW_ROWS.get(rows.dtype, 0):
+    if not 0 < len(rows) <= FEW_ROWS.get(rows.dtype, 0) or in_batch(rows):
         return None
     fits = w.shape[0] * w.shape[1] >= LEAST and w.block_size in BLOCK_SIZES
     of_scales = torch.float32 if w.nested_absmax is None else torch.uint8
@@ -129,7 +130,7 @@ def few_rows_back(d_y: Tensor, w: Packed) -> Tensor | None:
     codes, scales = _arrays(w)
     grads, of = d_y.detach().float().resolve_neg().contiguous().numpy(), np.empty(0, ROOMS[d_y.dtype])
     part = max(-(-n // PARTS), CHUNK // k, 1)
-    sums = torch.zeros(-(-n // part), len(d_y), 2, k // 2)
+    sums = torch.zeros(-(-n // part), len(d_y), 2, k // 2, dtype=torch.float32)
     halves, shift = sums.numpy(), int(w.block_size).bit_length() - 1
 
     def work(first: int, last: int) -> None:

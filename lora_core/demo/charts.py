@@ -39,7 +39,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise LoraCoreError(
-            "the demo draws its charts with matplotlib, which is not installed; want: pip install 'lora-core[demo]'"
+            "the demo draws its charts with matplotlib, which is not installed; want: pip install matplotlib, or in a "
+            "checkout pip install '.[demo]'"
         ) from error
 
 

@@ -95,7 +95,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}",
         "memory": "of tensors on the GPU" if device.type == "cuda" else "of the process",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -16,6 +16,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # a zip archive, which torch.save writes, and the start of a pickle of protocol 2 to 5
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
+# a model's weights, as transformers calls them in one format and the other
+PICKLED_MODEL, MODEL = "pytorch_model.bin", "model.safetensors"
+
 SHOWN_NAMES = 10
 
 # safetensors' names of dtypes, as PyTorch calls them
@@ -122,7 +125,9 @@ def weight_files(path: Path) -> list[Path]:
     if pickles:
         _refuse_pickle(pickles[0])
     names = ", ".join(sorted(p.name for p in path.iterdir())[:SHOWN_NAMES]) or "nothing"
-    raise CheckpointError(f"{path} has no safetensors file, it holds {names}; want {WEIGHTS} or model.safetensors")
+    if (path / CONFIG).exists():
+        raise CheckpointError(f"{path} has no {WEIGHTS} beside its {CONFIG}, it holds {names}; want the adapter's")
+    raise CheckpointError(f"{path} has no safetensors file, it holds {names}; want {WEIGHTS} or {MODEL}")
 
 
 @contextmanager
@@ -175,8 +180,10 @@ def _refuse_pickle(path: Path) -> None:
     looks_pickled = start.startswith(PICKLE_STARTS) and not start.endswith(b"{")
     if path.suffix in PICKLES or looks_pickled:
         kind = "a pickle" if looks_pickled else "by its name a pickle"
+        own = path.suffix in PICKLES and path.name != PICKLED_MODEL
+        name = path.with_suffix(".safetensors").name if own else MODEL
         raise CheckpointError(
             f"{path} is {kind}, which can run any code when it is read and is never opened here; want safetensors. "
             "Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), "
-            "'model.safetensors')"
+            f"{name!r}), in the same folder"
         )

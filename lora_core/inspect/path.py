@@ -7,6 +7,7 @@ from lora_core.adapt.files import CONFIG, folder_path
 from lora_core.errors import CheckpointError
 from lora_core.inspect.adapter import HALF_A, describe_adapter
 from lora_core.inspect.files import Tensors, opened, read_json, weight_files
+from lora_core.inspect.finite import is_finite
 from lora_core.inspect.foreign import note_foreign
 from lora_core.inspect.quantised import describe_quantised
 from lora_core.inspect.report import Plain, Report
@@ -52,6 +53,9 @@ def _inspect(place: Path) -> Report:
         for name in tensors.names():
             if name not in used:
                 report.plain.append(Plain(name, tensors.shape(name), tensors.dtype(name)))
+                # a whole model's weights are listed by the file's header, and not read
+                if adapter and not is_finite(tensors.read(name)):
+                    report.problems.append(f"{name} holds NaN or infinity; train again with a smaller learning rate")
     return report
 
 

@@ -5,6 +5,7 @@ import re
 
 from lora_core.errors import LoraCoreError
 from lora_core.inspect.files import Tensors
+from lora_core.inspect.finite import is_finite
 from lora_core.inspect.report import Quantised, Report
 from lora_core.quant import QuantizedWeight
 
@@ -46,6 +47,8 @@ def _weight(report: Report, tensors: Tensors, name: str, codes: str, parts: set[
     except LoraCoreError as error:
         report.problems.append(str(error))
         return None
+    if not is_finite(weight.dense_absmax()):
+        report.problems.append(f"{name}: a scale is NaN or infinite, and so are its weights; quantise the model again")
     size = sum(state[part].nbytes for part in (name, *(name + scale for scale in SCALES)) if part in state)
     count = math.prod(weight.shape)
     return Quantised(

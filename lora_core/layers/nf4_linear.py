@@ -15,7 +15,7 @@ from lora_core.layers.linear import LoraLinear, runs_as_written
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.packed import Packed
-from lora_core.quant import QuantizedWeight, quantize_nf4
+from lora_core.quant import QuantizedWeight, quantize, quantize_nf4
 
 
 class NF4Linear(nn.Module):
@@ -131,7 +131,8 @@ class LoraNF4Linear(LoraLinear):
     def write_weight(self, value: Tensor) -> None:
         """Requantise value in the base weight's own format."""
         old = self.base_layer.weight
-        new = quantize_nf4(value.to(torch.float32), block_size=old.block_size, double_quant=old.double_quant)
+        wide = value.to(torch.float32)
+        new = quantize(wide, "nf4", old.block_size, old.double_quant, old.nested_block_size)
         self.restore_weight(dict(new.named_buffers()))
 
     def backup_weight(self) -> dict[str, Tensor]:

@@ -160,6 +160,11 @@ def listened() -> bool:
     )
 
 
+def in_batch(t: Tensor) -> bool:
+    """Say whether a gradient stands for one of a batch of them (is_grads_batched): it has no memory of its own."""
+    return torch._C._functorch.is_legacy_batchedtensor(t)
+
+
 def transformed() -> bool:
     """Say whether a transform of torch.func is at work, whose tensors have no memory of their own."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -95,14 +95,14 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     need_x, ctx.need_base, need_a, need_b, *_ = ctx.needs_input_grad
     ctx.needs = (need_x, need_a, need_b)
-    ctx.rows = x.shape[0]
+    ctx.rows, ctx.dtype = x.shape[0], x.dtype
     ctx.save_for_backward(x if need_a else None, lora_a, lora_b, adapter, scaling, output[1])
 
 
 def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
     x, lora_a, lora_b, adapter, scaling, hidden = ctx.saved_tensors
     if d_y is None:
-        d_y = hidden.new_zeros(ctx.rows, lora_b.shape[0])
+        d_y = hidden.new_zeros(ctx.rows, lora_b.shape[0], dtype=ctx.dtype)
     grads = call(backward_op, d_y, d_hidden, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
     d_x, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, d_y if ctx.need_base else None, d_lora_a, d_lora_b, None, None, None

@@ -139,7 +139,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, *packed, shape, block_size, nested_block_size, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.format = (shape, block_size, nested_block_size)
     ctx.set_materialize_grads(False)
-    ctx.lead = x.shape[:-1]
+    ctx.lead, ctx.dtype = x.shape[:-1], x.dtype
     need_x, need_bias, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
     ctx.needs = (need_x, need_bias, need_a, need_b)
     ctx.save_for_backward(x if need_a else None, *packed, lora_a, lora_b, output[1], seed)
@@ -148,7 +148,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
     x, *packed, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     if d_y is None:
-        d_y = hidden.new_zeros(*ctx.lead, ctx.format[0][0])
+        d_y = hidden.new_zeros(*ctx.lead, ctx.format[0][0], dtype=ctx.dtype)
     adapter = (lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed)
     grads = call(backward_op, d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
     d_x, d_bias, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))

@@ -155,6 +155,10 @@ SHAPES = (
 )
 
 
+# of letters in common, from which on a name may be meant
+LIKE = 0.4
+
+
 def find_shape(name: str) -> ModelShape:
     """The shape of the model with this name or in this repository, upper and lower case alike.
 
@@ -165,10 +169,11 @@ def find_shape(name: str) -> ModelShape:
     found = known.get(name.lower()) or _of_repository(name)
     if found is not None:
         return found
-    near = known[difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]].name
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=LIKE)
+    meant = f"; did you mean {known[near[0]].name!r}?" if near else "."
     raise ConfigError(
-        f"no model {reprlib.repr(name)} is known; did you mean {near!r}? Known: {', '.join(s.name for s in SHAPES)}. "
-        "Any other model: give the path of its config.json"
+        f"no model {reprlib.repr(name)} is known{meant} Known: {', '.join(s.name for s in SHAPES)}. Any other model: "
+        "give the path of its config.json"
     )
 
 

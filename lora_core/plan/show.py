@@ -52,7 +52,7 @@ def show_fits(plans: Sequence[MemoryPlan], fits: Sequence[Fit], gpu_gb: float) -
     ]
     console = Console()
     numbers = ("fits", "largest rank", "largest batch", "longest sequence")
-    print_table(console, [Column(f"on {gpu_gb:g} GB"), *(Column(head, "number") for head in numbers)], rows)
+    print_table(console, [Column(f"on {gpu_gb:,.10g} GB"), *(Column(head, "number") for head in numbers)], rows)
     print_text(
         console,
         "Each largest size is found with all others as given. The CUDA context and the allocator's gaps are not "

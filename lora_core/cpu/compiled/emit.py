@@ -1,10 +1,12 @@
 """What the loops written as LLVM's instructions have in common: arrays, sums in registers, some rows at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 
 # of x at a time, at most
 ROWS = 4
@@ -22,6 +24,15 @@ def for_count(builder: Any, count: Any, emit: Callable[[int], None]) -> None:
 def zeroed(builder: Any, kind: Any) -> Any:
     """Return the pointer to a vector of zeros."""
     return cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * kind.count))
+
+
+def check_arrays(singles: Sequence[Any], others: Sequence[Any] = ()) -> None:
+    """Raise TypingError unless these are contiguous, and the first of float32: vectors are read by address alone."""
+    kinds = {array.dtype for array in singles}
+    if kinds != {types.float32}:
+        raise TypingError(f"vectors of {', '.join(map(str, kinds))}; want float32")
+    if {array.layout for array in (*singles, *others)} != {"C"}:
+        raise TypingError("vectors are read from contiguous arrays")
 
 
 class RowMajor(NamedTuple):

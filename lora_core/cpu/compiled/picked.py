@@ -10,10 +10,19 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from lora_core.cpu.compiled.emit import SINGLE, add_product, for_count, load, numbers, row_major, sum_of, zeroed
+from lora_core.cpu.compiled.emit import (
+    SINGLE,
+    add_product,
+    check_arrays,
+    for_count,
+    load,
+    numbers,
+    row_major,
+    sum_of,
+    zeroed,
+)
 from lora_core.cpu.compiled.nf4 import FORMS, sixteen
 from lora_core.cpu.compiled.pick import LANES
 
@@ -46,8 +55,7 @@ def _picked(
     COLUMNS, K a multiple of STEP. All arrays are contiguous, and no place in them is checked. Each sum is taken in one
     order.
     """
-    if {array.layout for array in (codes, absmax, halves, y)} != {"C"}:
-        raise TypingError("values are picked for contiguous arrays")
+    check_arrays((absmax, halves, y), (codes,))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, scales, x, out = (row_major(context, builder, signature, arguments, at) for at in (0, 1, 3, 7))

@@ -9,10 +9,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from lora_core.cpu.compiled.emit import SINGLE, for_count, load, multiply_add, numbers, row_major
+from lora_core.cpu.compiled.emit import SINGLE, check_arrays, for_count, load, multiply_add, numbers, row_major
 from lora_core.cpu.compiled.nf4 import in_every_lane
 from lora_core.cpu.compiled.pick import LANES
 from lora_core.cpu.compiled.picked import SIDES, VECTOR, in_half, there, values_at
@@ -40,8 +39,7 @@ def _spread(
     count is from 1 to ROWS, size from 1 to COLUMNS, last - first a multiple of LANES. All arrays are contiguous, and no
     place in them is checked.
     """
-    if {array.layout for array in (codes, absmax, d_y, halves)} != {"C"}:
-        raise TypingError("values are picked for contiguous arrays")
+    check_arrays((absmax, d_y, halves), (codes,))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, scales, grads, out = (row_major(context, builder, signature, arguments, at) for at in (0, 1, 3, 7))

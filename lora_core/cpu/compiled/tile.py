@@ -10,10 +10,19 @@ from typing import Any
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from lora_core.cpu.compiled.emit import SINGLE, add_product, for_count, load, numbers, row_major, sum_of, zeroed
+from lora_core.cpu.compiled.emit import (
+    SINGLE,
+    add_product,
+    check_arrays,
+    for_count,
+    load,
+    numbers,
+    row_major,
+    sum_of,
+    zeroed,
+)
 
 _FEATURES = binding.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
@@ -38,8 +47,7 @@ def tile(columns: int = COLUMNS, lanes: int = LANES) -> Any:
     vector = ir.VectorType(SINGLE, lanes)
 
     def declare(_: Any, x: Any, row: Any, count: Any, w: Any, begins: Any, y: Any, column: Any, size: Any) -> Any:
-        if {array.layout for array in (x, w, begins, y)} != {"C"}:
-            raise TypingError("a tile is one of contiguous arrays")
+        check_arrays((x, w, y), (begins,))
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, w, starts, y = (row_major(context, builder, signature, arguments, at) for at in (0, 3, 4, 5))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.colours import COLOURS, GRID, INK
+from benchmarks.colours import COLOURS, GREY, GRID, INK
 from benchmarks.record import Record
 from benchmarks.series import of_suites, ours_of, rivals_of
 from benchmarks.shapes import written
@@ -61,7 +61,7 @@ def bars(figure: Any, found: list[Run], ink: str = INK, grid: str = GRID, elsewh
     shown = _at_most(lines, MOST)
     figure.set_size_inches(10, 1.2 + 0.24 * len(shown))
     axes = figure.add_subplot()
-    colours = {"faster": COLOURS[0], "slower": COLOURS[1], "tie": "#9aa3ad"}
+    colours = {"faster": COLOURS[0], "slower": COLOURS[1], "tie": GREY}
     places = range(len(shown))[::-1]
     for place, bar in zip(places, shown, strict=True):
         axes.barh(place, bar.ratio - 1, left=1, color=colours[bar.word], height=0.7)

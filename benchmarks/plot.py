@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import options
 from benchmarks.bars import alone, bars
 from benchmarks.case import YARDSTICKS
-from benchmarks.colours import COLOURS, GRID, INK, MARKERS
+from benchmarks.colours import COLOURS, GREY, GRID, INK, MARKERS
 from benchmarks.fit import exponent
 from benchmarks.record import RESULTS, Record
 from benchmarks.series import OURS, newest
@@ -33,6 +33,9 @@ SWEEPS = (
     ("grouped_lora", "G", "adapters in one batch"),
     ("training_step", "K", "hidden size of the model"),
 )
+# numbers of colours and markers; black for what stands beside for scale, of which no operation has two
+LINES = {"lora_core": 0, "peft": 1, "compiled": 2, "torch": 3, "reference": 4, "torch masked": 5}
+LINES |= dict.fromkeys(YARDSTICKS, len(COLOURS) - 1)
 # sizes of a sweep, and of those that an exponent is fitted to
 FEWEST_POINTS, FEWEST_FITTED = 4, 3
 
@@ -137,6 +140,12 @@ def _kind(row: Record) -> str:
     return "lora_core" if row.provider.split(" ")[0] == OURS else "rivals"
 
 
+def line_of(provider: str) -> dict[str, str]:
+    """Return a provider's colour and marker, the same in every picture."""
+    number = LINES.get(provider)
+    return {"color": GREY, "marker": "x"} if number is None else {"color": COLOURS[number], "marker": MARKERS[number]}
+
+
 def scaling(figure: Any, found: list[Run]) -> bool:
     """Draw time over each dimension that was swept; return whether one was."""
     panels = [(axis, chosen) for op, name, axis in SWEEPS if (chosen := _sweep(found, op, name))]
@@ -144,7 +153,6 @@ def scaling(figure: Any, found: list[Run]) -> bool:
         return False
     rows = -(-len(panels) // 2)
     figure.set_size_inches(9, 3.6 * rows)
-    providers = sorted({provider for _, chosen in panels for provider in chosen})
     for place, (axis, chosen) in enumerate(panels):
         axes = figure.add_subplot(rows, min(len(panels), 2), place + 1)
         all_sizes = sorted({size for points in chosen.values() for size, _ in points})
@@ -158,10 +166,7 @@ def scaling(figure: Any, found: list[Run]) -> bool:
             if len(fitted) == len(upper) >= FEWEST_FITTED:
                 label = f"{provider}: ~ {exponent(*zip(*fitted, strict=True)):.2f}"
                 title = f"exponent from {upper[0]:g} on"
-            turn, number = divmod(providers.index(provider), len(COLOURS))
-            # in the next turn of colours each goes with another marker
-            style = {"color": COLOURS[number], "marker": MARKERS[(number + turn) % len(MARKERS)], "markersize": 4}
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            axes.plot(*zip(*points, strict=True), label=label, markersize=4, **line_of(provider))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel(axis)

@@ -5,6 +5,7 @@ from test_benchmarks_tables import rows, write
 
 from benchmarks import bars, plot
 from benchmarks.fit import exponent
+from benchmarks.record import RESULTS
 
 
 @pytest.mark.parametrize("power", [-1.0, 0.0, 0.5, 2.0])
@@ -49,6 +50,16 @@ def test_plot_takes_the_largest_sweep_and_leaves_out_the_second_slot(tmp_path):
     assert set(chosen) == {"lora_core", "bitsandbytes", "matmul"}
     assert sorted(chosen["lora_core"]) == [(1.0, 1.0), (4.0, 4.0), (16.0, 16.0), (64.0, 64.0)]
     assert plot._sweep(found, "lora_linear", "R") == {}
+
+
+def test_lines_of_one_panel_are_told_apart_and_those_of_a_name_are_alike_everywhere():
+    """In all that is on record."""
+    found = list(plot.newest(RESULTS).values())
+    for device in {run[0].device for run in found}:
+        own = [run for run in found if run[0].device == device]
+        for op, name, _ in plot.SWEEPS:
+            lines = [plot.line_of(provider) for provider in plot._sweep(own, op, name)]
+            assert len({line["color"] for line in lines}) == len({line["marker"] for line in lines}) == len(lines)
 
 
 def test_a_sweep_is_of_one_commit_and_its_exponents_of_one_range(tmp_path):

@@ -12,7 +12,7 @@ from lora_core.quant.blockwise import (
     quantize_blocks,
 )
 from lora_core.quant.codebook import codebook
-from lora_core.quant.double import NESTED_BLOCK_SIZE, absmax_offset, lower_overflowing
+from lora_core.quant.double import NESTED_BLOCK_SIZE, lower_overflowing
 from lora_core.quant.packing import pack
 from lora_core.quant.parts import check_four_bit
 from lora_core.quant.weight import QuantizedWeight
@@ -56,7 +56,7 @@ def quantize(
         packed = pack(codes, book.zero)[:, None]
     absmax2 = offset = None
     if double_quant:
-        offset = absmax_offset(absmax)
+        offset = torch.ops.lora_core.absmax_offset(absmax)
         near_overflow = has_values(absmax) and bool(absmax.max() > torch.finfo(weight.dtype).max / 2)
         absmax, absmax2 = torch.ops.lora_core.absmax_quantize(absmax, offset, nested_block_size)
         if near_overflow:

@@ -246,3 +246,14 @@ def test_one_dequantised_weight_is_alive_at_a_time(forward, backward):
     made.clear()
     d_x, *_ = backward(d_ys, x, weights(), lora_as, lora_bs, hidden, *rest, True, True)
     assert len(ys) == len(made) == 3 and d_x.shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_lora_linears_can_be_traced():
+    weight, a, b = torch.randn(8, 16), torch.randn(2, 16), torch.randn(8, 2)
+
+    def run(x):
+        return lora_linears(x, [Layer(weight, None, a, b, 2.0)])[0]
+
+    x = torch.randn(5, 16)
+    assert torch.equal(torch.jit.trace(run, (torch.randn(3, 16),))(x), run(x))

@@ -1,4 +1,4 @@
-"""The operation lora_core::absmax_quantize: scales of a 4-bit weight in 8 bits."""
+"""The operations lora_core::absmax_quantize and absmax_offset: scales of a 4-bit weight in 8 bits, and their mean."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,17 @@ def op(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]
 def _(absmax: Tensor, offset: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = (absmax.numel() + block_size - 1) // block_size
     return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(blocks)
+
+
+# an operation, so that a compiler, which would sum in another order, leaves the last bit alone
+@torch.library.custom_op("lora_core::absmax_offset", mutates_args=())
+def offset_op(absmax: Tensor) -> Tensor:
+    return reference.absmax_offset(absmax)
+
+
+@offset_op.register_fake
+def _(absmax: Tensor) -> Tensor:
+    return absmax.new_empty(())
 
 
 def absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLOCK_SIZE) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,8 @@ def flatten(weights: Sequence[Tensor | Packed]) -> tuple[list[Tensor], list[int]
     for w in weights:
         if isinstance(w, Tensor):
             tensors.append(w)
-            formats += [1, *w.shape, 0, 0]
+            # torch.jit.trace gives sizes as tensors, which no list of integers takes
+            formats += [1, *(map(int, w.shape) if torch.jit.is_tracing() else w.shape), 0, 0]
         else:
             parts = [t for t in w[:4] if t is not None]
             tensors += parts

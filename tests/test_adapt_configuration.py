@@ -17,7 +17,7 @@ from checkpoints import (
 from models import tokens
 
 import lora_core as lc
-from lora_core.adapt.configuration import REFUSED, config_from_peft, config_to_peft
+from lora_core.adapt.configuration import REFUSED, config_from_peft, config_to_peft, differences
 from lora_core.adapt.walk import adapter_layers
 
 
@@ -50,6 +50,22 @@ def test_configuration_that_means_the_same_goes_with_the_weights_saved(folder, l
     few = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
     (folder / CONFIG).write_text(json.dumps(few | left))
     assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"layers_to_transform": 0}, {}, False),
+        ({"layers_to_transform": 0}, {"layers_to_transform": [0]}, True),
+        ({"layers_to_transform": [0, 1]}, {"layers_to_transform": [1, 0]}, True),
+        ({"layers_to_transform": [0, 1]}, {"layers_to_transform": 0}, False),
+        ({"layers_pattern": "h"}, {"layers_pattern": ["h"]}, True),
+        # an expression for whole names, and the end of one
+        ({"target_modules": "q_proj"}, {"target_modules": ["q_proj"]}, False),
+    ],
+)
+def test_configurations_are_compared_by_what_they_mean(one, other, same):
+    assert (not differences(one, other)) is same and (not differences(other, one)) is same
 
 
 @pytest.mark.parametrize("other", [{"bias": "all"}, {"init_lora_weights": False}, {"use_rslora": True}, {"r": None}])

@@ -36,3 +36,26 @@ def test_the_system_knows_the_call():
     dense = allocate.empty((2048, 1024), torch.float32)
     first = -(-dense.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     assert allocate._advise()(first, mmap.PAGESIZE, mmap.MADV_HUGEPAGE) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked")
+@pytest.mark.parametrize("untouched", [0, 1, 2])
+def test_memory_that_is_there_is_told_from_pages_yet_to_be_given(untouched):
+    size = 2**22 + 5
+    with mmap.mmap(-1, size) as pages:
+        whole = torch.frombuffer(pages, dtype=torch.uint8)
+        assert not allocate.is_resident(whole)
+        for i in range(3):
+            if i != untouched:
+                whole[[0, size // 2, size - 1][i]] = 1
+        assert not allocate.is_resident(whole)
+        whole[[0, size // 2, size - 1][untouched]] = 1
+        assert allocate.is_resident(whole)
+        del whole
+
+
+def test_memory_is_taken_to_be_new_where_the_system_cannot_be_asked(monkeypatch):
+    there = torch.ones(2**20)
+    assert not allocate.is_resident(there[:0])
+    monkeypatch.setattr(allocate, "_residence", lambda: None)
+    assert not allocate.is_resident(there)

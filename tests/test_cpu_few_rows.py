@@ -1,5 +1,6 @@
 """Few rows times an NF4 weight by the compiled loop, against the formula."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -211,6 +212,20 @@ def test_parts_too_small_for_their_shape_are_refused(rows):
     for short in ({"codes": w.codes[:10]}, {"absmax": w.absmax[:2]}):
         with pytest.raises(lc.ShapeError, match=f"{next(iter(short))} has"):
             packed_lora_linear(torch.randn(rows, 96), w._replace(**short), None, None, None, 1.0)
+
+
+@pytest.mark.parametrize("wide", range(3))
+def test_loops_refuse_numbers_of_another_size(wide):
+    """They read and write vectors by their address."""
+    numba, loops = pytest.importorskip("numba"), compiled.load("nf4_product")
+    codes, kind = np.zeros(32, np.uint8), np.empty(0, np.float32)
+    arrays = [np.zeros(1, np.float32), np.zeros((1, 2, 32), np.float32), np.zeros((1, 1), np.float32)]
+    arrays[wide] = arrays[wide].astype(np.float64)
+    absmax, halves, plain = arrays
+    with pytest.raises(numba.core.errors.TypingError, match="want float32"):
+        loops.multiply_picked(codes, absmax, halves, kind, plain, 6, 0, 1)
+    with pytest.raises(numba.core.errors.TypingError, match="want float32"):
+        loops.multiply_back(codes, absmax, plain, kind, halves, 6, 0, 1)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])

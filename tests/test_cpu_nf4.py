@@ -178,7 +178,7 @@ def test_compiled_loop_refuses_bytes_with_gaps():
     loops = importlib.import_module("lora_core.cpu.compiled.nf4")
     codes, absmax, values = np.zeros(32, np.uint8)[::2], np.ones(1, np.float32), np.empty(32, np.float32)
     with pytest.raises(numba.TypingError, match="want contiguous ones"):
-        loops.decode(codes, absmax, values, 32, 0, 32)
+        loops.decode(codes, absmax, values, 32, 0, 32, False)
 
 
 LOADING = """

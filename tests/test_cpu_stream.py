@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.cpu import compiled
+from lora_core.cpu import nf4_dequantize as dequantize
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.reference import nf4 as reference
 
@@ -33,7 +34,7 @@ def test_streamed_values_have_the_bits_of_others_wherever_they_lie(n, block_size
     codes = rng.integers(0, 256, -(-n // 2), np.uint8)
     absmax = rng.standard_normal(-(-n // block_size)).astype(np.float32)
     want = np.empty(n, kind)
-    nf4.decode(codes, absmax, want, block_size, 0, n)
+    nf4.decode(codes, absmax, want, block_size, 0, n, False)
     size = np.dtype(kind).itemsize
     room = np.full(n * size + 3 * stream.LINE, UNTOUCHED, np.uint8)
     # at offset 0 a line begins there; at others none, or NumPy's numbers are not even aligned
@@ -48,15 +49,13 @@ def test_streamed_values_have_the_bits_of_others_wherever_they_lie(n, block_size
 def test_streaming_is_what_the_processor_is_told():
     # anew, as code that was kept cannot be looked at
     decode = numba.njit(nf4.decode.py_func)
-    for streamed in (True, False):
-        last = (streamed,) if streamed else ()
-        decode(np.zeros(32, np.uint8), np.ones(1, np.float32), np.empty(64, np.float32), 64, 0, 64, *last)
-    plain, streaming = sorted(decode.inspect_asm().items(), key=lambda item: "bool" in str(item[0][-1]))
-    assert STREAMING.search(streaming[1]) and not STREAMING.search(plain[1])
+    decode(np.zeros(32, np.uint8), np.ones(1, np.float32), np.empty(64, np.float32), 64, 0, 64, True)
+    (assembly,) = decode.inspect_asm().values()
+    assert STREAMING.search(assembly)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_results_alone_are_streamed(dtype, monkeypatch):
+def test_large_results_in_memory_that_is_there_are_streamed(dtype, monkeypatch):
     flags = []
 
     class Loops:
@@ -68,7 +67,8 @@ def test_large_results_alone_are_streamed(dtype, monkeypatch):
             nf4.decode(*arguments)
 
     monkeypatch.setattr(compiled, "load_for", lambda name, elements: Loops)
-    for rows, streamed in ((1, False), (8, True)):
+    for rows, there, streamed in ((1, True, False), (8, True, True), (8, False, False)):
+        monkeypatch.setattr(dequantize, "is_resident", lambda t, there=there: there)
         shape = (rows, 2**19 + 3)
         codes = torch.randint(0, 256, (-(-shape[0] * shape[1] // 2), 1), dtype=torch.uint8)
         absmax = torch.rand(-(-shape[0] * shape[1] // 64))

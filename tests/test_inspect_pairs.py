@@ -109,9 +109,9 @@ def test_inspect_reports_values_that_are_not_finite(tmp_path):
     assert any("NaN or infinity" in p for p in report.problems)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn])
 def test_inspect_reports_other_tensors_of_an_adapter_that_are_no_numbers(tmp_path, dtype):
-    bias = torch.tensor([1.0, math.inf]).to(dtype)
+    bias = torch.tensor([1.0, math.nan]).to(dtype)
     write_adapter(tmp_path, head=bias, tail=torch.ones(2), counts=torch.ones(2, dtype=torch.int64))
     (problem,) = inspect_path(tmp_path).problems
     assert problem.startswith("base_model.model.head.weight holds NaN or infinity")

@@ -60,7 +60,7 @@ def test_what_may_not_fit_is_left_to_the_checks(name, at):
     assert not ready(**operands() | {name: OTHERS[name][at]})
 
 
-@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_a", "lora_b", "seed"])
 def test_sparse_operands_are_refused(name):
     given = operands()
     given[name] = given[name].to_sparse()

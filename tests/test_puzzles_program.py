@@ -81,7 +81,7 @@ def test_puzzles_program_checks_the_file_here(tmp_path, monkeypatch, capsys):
         (["hint", "1", "--level", "9"], "hints of level 1 to 3"),
         (["check", "1", "--file", "nowhere.py"], "nowhere.py is no file"),
         # the exercises as they came are nobody's solution
-        (["check", "1"], "01-lora-forward.py is no file here: go to the folder"),
+        (["check", "1"], "01-lora-forward.py is no file here: want the one with your solution, in the folder"),
         (["check", "abc"], "1 to 13, or all"),
     ],
 )

@@ -102,6 +102,23 @@ def test_double_quant_that_is_neither_true_nor_false_is_refused(double_quant):
         lc.quantize_nf4(torch.eye(64), 64, double_quant)
 
 
+@pytest.mark.parametrize("nested_block_size", [2, 3, 8, 256])
+def test_scales_near_the_largest_number_stay_finite_in_any_second_level_blocks(nested_block_size):
+    """The nearest code may stand for more than its scale; one code less is taken where that is infinite."""
+    largest = torch.finfo(torch.float32).max
+    for seed in range(100):
+        weight = torch.rand(24, 32, generator=torch.Generator().manual_seed(seed)) * largest
+        weight[seed % 24, 0] = largest
+        q = quantize(weight, block_size=32, nested_block_size=nested_block_size)
+        assert q.dequantize().isfinite().all() and q.nested_block_size == nested_block_size
+
+
+@pytest.mark.parametrize("nested_block_size", [0, 2.0, "256", None])
+def test_second_level_blocks_of_no_size_are_refused(nested_block_size):
+    with pytest.raises(lc.ConfigError, match="nested_block_size is .*; want a whole number of at least 1"):
+        quantize(torch.eye(64), nested_block_size=nested_block_size)
+
+
 @pytest.mark.parametrize("state", [None, [], "weight"])
 def test_state_that_is_no_mapping_is_refused(state):
     with pytest.raises(lc.ConfigError, match="want a mapping of names to tensors"):
@@ -321,7 +338,7 @@ def test_weights_beyond_two_to_the_31st_are_decoded_where_they_lie(loops, start)
     scales = np.zeros((start + 192) // 64, np.float32)
     scales[start // 64 :] = q.absmax.numpy()
     got = np.full(192, np.nan, np.float32)
-    loops.decode(codes, scales, got, 64, start, start + 192)
+    loops.decode(codes, scales, got, 64, start, start + 192, False)
     assert torch.equal(torch.from_numpy(got), q.dequantize())
 
 

@@ -61,6 +61,9 @@ ESSENTIAL = (
 # Fields whose null means their default.
 NULLABLE = ("rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora", "use_dora")
 
+# fields of which one entry may stand for a list of it
+LISTED = ("layers_to_transform", "layers_pattern")
+
 # what a field is that a file leaves out
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(LoraConfig) if f.default is not dataclasses.MISSING}
 
@@ -171,7 +174,9 @@ def _meaning(name: str, value: Any) -> Any:
     value = DEFAULTS.get(name) if value is None else value
     if name == "init_lora_weights" and isinstance(value, str):
         value = _start(value)
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+    if name in LISTED and isinstance(value, (int, str)):
+        value = [value]
+    if isinstance(value, list) and len(set(map(type, value))) == 1 and type(value[0]) in (int, str):
         value = sorted(value)
     # an empty list, an empty dict and false all mean what leaving the field out means
     return value if value or name in ("r", "lora_alpha") else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lora_core.adapt.walk import adapter_layers, modules_of, plain_name, stated_embeddings, trainable_copies
+from lora_core.adapt.walk import adapter_layers, check_module, plain_name, stated_embeddings, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
@@ -34,7 +34,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: if this is no module.
     """
-    modules_of(model)
+    check_module(model)
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

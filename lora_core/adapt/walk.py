@@ -18,14 +18,15 @@ def plain_name(name: str) -> str:
     return name.replace(COMPILED, "")
 
 
-def modules_of(model: Any) -> dict[str, nn.Module]:
-    """Return every module of a model by name, the model itself under "".
-
-    Raises:
-        ConfigError: if the model is none.
-    """
+def check_module(model: Any) -> None:
+    """Raise ConfigError if a model is none."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; want a torch.nn.Module")
+
+
+def modules_of(model: Any) -> dict[str, nn.Module]:
+    """Return every module of a model by name, the model itself under ""; raise ConfigError if it is none."""
+    check_module(model)
     return dict(model.named_modules())
 
 

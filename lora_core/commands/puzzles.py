@@ -77,9 +77,8 @@ def _check(number: int, file: Path | None) -> bool:
     places = [file] if file else [Path(puzzle.file), Path(FOLDER) / puzzle.file]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise ConfigError(
-            f"{places[0]} is no file here: go to the folder that lora-core puzzles start has made, or give --file"
-        )
+        where = "" if file else ", in the folder that lora-core puzzles start has made or by --file"
+        raise ConfigError(f"{places[0]} is no file here: want the one with your solution{where}")
     solved, said = check_file(puzzle, path)
     typer.echo(f"{'ok  ' if solved else 'no  '}{puzzle.number:2}  {said}")
     return solved

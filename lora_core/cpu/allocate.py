@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import mmap
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,31 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         first = -(-dense.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         advise(first, (dense.data_ptr() + dense.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     return dense
+
+
+def is_resident(t: Tensor) -> bool:
+    """Say whether a contiguous tensor lies in memory that the process has already, and not in pages yet to be given.
+
+    By its first, its middle and its last page; never where the system cannot be asked.
+    """
+    ask = _residence()
+    if ask is None or not t.nbytes:
+        return False
+    first, found = t.data_ptr(), ctypes.c_ubyte()
+    for place in (first, first + t.nbytes // 2, first + t.nbytes - 1):
+        # pages begin at multiples of their size; of the answer one bit counts
+        if ask(place // mmap.PAGESIZE * mmap.PAGESIZE, 1, ctypes.byref(found)) or not found.value & 1:
+            return False
+    return True
+
+
+@functools.cache
+def _residence() -> Any:
+    """Return Linux's mincore, or None elsewhere. Source: mincore(2)."""
+    ask = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
+    if ask is not None:
+        ask.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return ask
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_core.cpu import compiled
-from lora_core.cpu.allocate import empty
+from lora_core.cpu.allocate import empty, is_resident
 from lora_core.cpu.chunks import CHUNK, GRAIN, run
 from lora_core.cpu.plain import nf4 as plain
 from lora_core.cpu.scales import Scales
@@ -15,8 +15,9 @@ from lora_core.ops.nf4_dequantize import op
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.quant.parts import check_parts
 
-# from so large a result on compiled loops write past the caches: on two cores of an Intel Xeon as fast at 2 MiB, 1.2 to
-# 1.5 times at 8; with a product of the result after it 1.0 to 1.15 times
+# from so large a result on compiled loops write past the caches: on two cores of an Intel Xeon as fast at 2 MiB, at 8
+# 1.2 to 1.5 times; with a product of the result after it 1.0 to 1.15 times. Not into pages that the system has yet to
+# give: it fills them with zeros, which the caches hold then, and so it took up to 1.2 times as long
 STREAMED_BYTES = 2**22
 
 
@@ -46,18 +47,18 @@ def nf4_dequantize(
         out = flat.view(torch.uint16).numpy()
     else:
         out = None
-    streamed = [] if loops is plain else [dense.nbytes >= STREAMED_BYTES]
+    streamed = dense.nbytes >= STREAMED_BYTES and is_resident(dense)
 
     def work(first: int, last: int) -> None:
         scales.decode(loops, first // block_size, -(-last // block_size))
         if out is not None:
-            loops.decode(packed, scales.values, out[first:last], block_size, first, last, *streamed)
+            loops.decode(packed, scales.values, out[first:last], block_size, first, last, streamed)
             return
         values = torch.empty(min(CHUNK, last - first), dtype=torch.float32)
         for start in range(first, last, CHUNK):
             stop = min(start + CHUNK, last)
             decoded = values[: stop - start]
-            loops.decode(packed, scales.values, decoded.numpy(), block_size, start, stop)
+            loops.decode(packed, scales.values, decoded.numpy(), block_size, start, stop, False)
             torch._foreach_copy_(flat[start:stop].split(GRAIN), decoded.split(GRAIN))
 
     run(work, flat.numel())

@@ -17,8 +17,8 @@ MEMORY: Any = torch.utils.deterministic
 def deterministic(device: torch.device) -> Iterator[None]:
     """Asks PyTorch for such operations, and takes the wish back afterwards.
 
-    On a GPU attention is then computed as written: of the others, one adds up gradients in any order, and asked to
-    only warn, PyTorch keeps it. What no operation has written yet is left as it is: to fill it would cost a step with
+    On a GPU attention is then computed as written: its other ways add up gradients in any order, and asked to only
+    warn, PyTorch keeps them. What no operation has written yet is left as it is: to fill it would cost a step with
     adapters, which has more small results, more than one without.
     """
     on_gpu = device.type == "cuda"

@@ -27,4 +27,4 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 def is_harmless(name: str, value: Any) -> bool:
     """Say whether a field with this value does nothing that is not implemented here."""
-    return name not in REFUSED or value in REFUSED[name]
+    return name not in REFUSED or any(type(value) is type(nothing) and value == nothing for nothing in REFUSED[name])

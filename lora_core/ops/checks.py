@@ -19,8 +19,12 @@ def check_tensors(op: str, tensors: dict[str, object]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{op}: {name} is a {type(tensor).__name__}; want a torch.Tensor")
-        if tensor.layout != torch.strided:
-            raise DtypeError(f"{op}: {name} is of layout {tensor.layout}; want a dense tensor, e.g. {name}.to_dense()")
+        _check_layout(op, name, tensor)
+
+
+def _check_layout(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise DtypeError(f"{op}: {name} is of layout {tensor.layout}; want a dense tensor, e.g. {name}.to_dense()")
 
 
 def check_kinds(op: str, tensors: dict[str, object], bias: object, scaling: object) -> float:
@@ -28,6 +32,8 @@ def check_kinds(op: str, tensors: dict[str, object], bias: object, scaling: obje
     check_tensors(op, tensors)
     if bias is not None and not isinstance(bias, Tensor):
         raise DtypeError(f"{op}: bias is a {type(bias).__name__}; want a torch.Tensor or None")
+    if isinstance(bias, Tensor):
+        _check_layout(op, "bias", bias)
     number = _plain(scaling)
     # NaN is within no bounds
     if not isinstance(number, (int, float)) or not -LARGEST <= number <= LARGEST:
@@ -113,6 +119,8 @@ def check_dropout(op: str, dropout: object, seed: object) -> float:
         raise ConfigError(f"{op}: dropout is {dropout!r}; want a probability in [0, 1)")
     if seed is not None and not isinstance(seed, Tensor):
         raise ConfigError(f"{op}: want a seed that is an int64 tensor of one element, or None; got {seed!r}")
+    if isinstance(seed, Tensor):
+        _check_layout(op, "seed", seed)
     if number and (not isinstance(seed, Tensor) or seed.numel() != 1 or seed.dtype != torch.int64):
         got = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
         raise ConfigError(f"{op}: dropout {dropout} needs a seed, an int64 tensor of one element; got {got}")

@@ -47,4 +47,5 @@ def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any
 
 
 def _fits(t: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    return type(t) in TENSORS and t.shape == shape and t.dtype == dtype and t.device == device
+    fits = type(t) in TENSORS and t.shape == shape and t.dtype == dtype and t.device == device
+    return fits and t.layout == torch.strided

@@ -111,7 +111,7 @@ def decode(
     block_size: int,
     first: int,
     last: int,
-    streamed: bool = False,
+    streamed: bool,
 ) -> None:
     """Decode elements first to last into values.
 

@@ -52,7 +52,7 @@ def multiply(
             start = (n + c) * columns
             # a row may begin inside a block
             begins[c] = start % block_size
-            nf4.decode(codes, absmax, room[c], block_size, start - begins[c], start + columns)
+            nf4.decode(codes, absmax, room[c], block_size, start - begins[c], start + columns, False)
         for m in range(0, rows, ROWS):
             multiply_tile(x, m, min(ROWS, rows - m), weights, begins, y, n, size)
 

@@ -12,7 +12,15 @@ from lora_core.cpu.chunks import CHUNK, GRAIN
 from lora_core.quant.codebook import codebook
 
 
-def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size: int, first: int, last: int) -> None:
+def decode(
+    codes: np.ndarray,
+    absmax: np.ndarray,
+    values: np.ndarray,
+    block_size: int,
+    first: int,
+    last: int,
+    streamed: bool,
+) -> None:
     """Decode elements first to last into values, with 4 bytes an element, at most 1 MiB, of scratch.
 
     Args:
@@ -22,6 +30,7 @@ def decode(codes: np.ndarray, absmax: np.ndarray, values: np.ndarray, block_size
         block_size: elements of a scale, a multiple of 32 that divides a grain.
         first: a multiple of a chunk.
         last: n at most.
+        streamed: of compiled loops' own, and nothing here.
     """
     pairs, scales, out = _pairs(), torch.from_numpy(absmax)[:, None], torch.from_numpy(values)
     index = np.empty((min(CHUNK, last - first) + 1) // 2, np.intp)

@@ -26,6 +26,9 @@ FOLDER = Path(__file__).resolve().parent
 # what may take tensors of two devices
 MOVES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
+# the library's operations that have no kernel: PyTorch's own run in them
+PLAIN = ("absmax_offset",)
+
 launched: Counter[str] = Counter()
 # a registration holds for as long as its library does
 _libraries: list[torch.library.Library] = []
@@ -117,12 +120,12 @@ def _held(value: Any) -> Any:
 
 def _implementation(func: Any) -> Callable[..., Any]:
     """Return what runs an operation on the tensors held: a kernel's launch for one of the library's own."""
-    if func.namespace != "lora_core":
+    name = func._schema.name.removeprefix("lora_core::")
+    if func.namespace != "lora_core" or name in PLAIN:
         return func
     from lora_core.ops import eager
 
     found = (run for (op, kind), run in eager._implementations.items() if kind == "cuda" and op._opoverload is func)
-    name = func._schema.name.removeprefix("lora_core::")
     launched[name] += 1
     return next(found)
 

@@ -126,10 +126,13 @@ def products(device_type: str) -> dict[str, Callable[[Any, Any], Any]]:
 
 def floor_ms(device: str, dtype: str, bytes_moved: int | None, flops: int | None) -> float | None:
     """Return the least time the work can take here: bytes at the copy rate or operations at the matmul rate."""
-    # bytes may be of what no matmul takes
-    times = [0.0 if bytes_moved is None else bytes_moved / copy_rate(device)]
-    times.append(0.0 if flops is None else flops / matmul_rate(device, dtype))
-    return None if bytes_moved is None and flops is None else 1e3 * max(times)
+    times = []
+    if bytes_moved is not None:
+        times.append(bytes_moved / copy_rate(device))
+    # bytes may be of a dtype that no matmul takes
+    if flops is not None:
+        times.append(flops / matmul_rate(device, dtype))
+    return 1e3 * max(times) if times else None
 
 
 def _best(run: Callable[[], Any], kind: str) -> float:

@@ -4,13 +4,13 @@ import math
 
 from torch import nn
 
-from lora_core.adapt.walk import modules_of
+from lora_core.adapt.walk import named_modules
 from lora_core.quant import QuantizedWeight
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameters; a quantised weight counts the weights it stands for."""
-    quantized = sum(m.shape.numel() for m in modules_of(model).values() if isinstance(m, QuantizedWeight))
+    quantized = sum(m.shape.numel() for _, m in named_modules(model) if isinstance(m, QuantizedWeight))
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return trainable, sum(_weights(p) for p in parameters) + quantized

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_core.adapt.kinds import has_pefts_adapter, is_transposed_linear
 from lora_core.adapt.siblings import called_together
-from lora_core.adapt.walk import modules_of
+from lora_core.adapt.walk import named_modules
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.bitsandbytes_weight import why_unreadable
@@ -78,7 +78,7 @@ def fuse(model: nn.Module, share: bool = True) -> FuseReport:
     report = FuseReport()
     inside: str | None = None
     module: Any
-    for name, module in modules_of(model).items():
+    for name, module in named_modules(model):
         if inside is not None and name.startswith(inside):
             continue
         found = _mixin(module)
@@ -121,7 +121,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         AdapterError: if a layer's class was swapped once more since, naming it; the model is unchanged.
         ConfigError: if the model is no module.
     """
-    fused: dict[str, Any] = {name: module for name, module in modules_of(model).items() if isinstance(module, Fused)}
+    fused: dict[str, Any] = {name: module for name, module in named_modules(model) if isinstance(module, Fused)}
     for name, module in fused.items():
         if "fused_from" not in vars(type(module)):
             raise AdapterError(

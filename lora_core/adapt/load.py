@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_core.adapt.configuration import config_from_peft
 from lora_core.adapt.files import WEIGHTS, folder_path, read_checkpoint
+from lora_core.adapt.finite import is_finite
 from lora_core.adapt.inject import inject, take_starts
 from lora_core.adapt.keys import PREFIX, adapter_tensors, base_tensors, canonical, unwrapped
 from lora_core.adapt.peft_differs import warn_where_peft_differs
@@ -182,7 +183,7 @@ def _check(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], base:
 
 
 def _warn_of_broken(folder: Path, given: dict[str, Tensor]) -> None:
-    broken = [name for name, tensor in given.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    broken = [name for name, tensor in given.items() if not is_finite(tensor)]
     if broken:
         warnings.warn(
             f"{folder / WEIGHTS} holds NaN or infinity in {len(broken)} tensors, the first {broken[0]}: its training "

@@ -24,25 +24,26 @@ def check_module(model: Any) -> None:
         raise ConfigError(f"model is a {type(model).__name__}; want a torch.nn.Module")
 
 
-def modules_of(model: Any) -> dict[str, nn.Module]:
-    """Return every module of a model by name, the model itself under ""; raise ConfigError if it is none."""
+def named_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Return model.named_modules(); raise ConfigError, at once, if there is no model."""
     check_module(model)
-    return dict(model.named_modules())
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    return modules
 
 
 def parts(model: nn.Module) -> dict[str, AdapterLayer | TrainableCopy]:
     """Return all that adapters have put into a model, by module name."""
-    return {name: m for name, m in modules_of(model).items() if isinstance(m, (AdapterLayer, TrainableCopy))}
+    return {name: m for name, m in named_modules(model) if isinstance(m, (AdapterLayer, TrainableCopy))}
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return the adapted layers of a model by module name."""
-    return {name: m for name, m in modules_of(model).items() if isinstance(m, AdapterLayer)}
+    return {name: m for name, m in named_modules(model) if isinstance(m, AdapterLayer)}
 
 
 def trainable_copies(model: nn.Module) -> dict[str, TrainableCopy]:
     """Return the modules trained whole (modules_to_save) by module name."""
-    return {name: m for name, m in modules_of(model).items() if isinstance(m, TrainableCopy)}
+    return {name: m for name, m in named_modules(model) if isinstance(m, TrainableCopy)}
 
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -92,11 +92,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where the run was."""
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), "of tensors on the GPU"
+    else:
+        threads = torch.get_num_threads()
+        name, memory = f"CPU, {threads} thread{'s' * (threads > 1)}", "of the process"
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}",
-        "memory": "of tensors on the GPU" if device.type == "cuda" else "of the process",
+        "device": name,
+        "memory": memory,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -20,7 +20,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.trainable:,}",
         f"{row.weight_bytes / MIB:.1f} MiB",
         f"{row.optimizer_bytes / MIB:.1f} MiB",
-        f"{row.step_ms:.0f} ms" if row.step_ms >= SHORT_MS else f"{row.step_ms:.1f} ms",
+        f"{row.step_ms:.{1 if row.step_ms < SHORT_MS else 0}f} ms",
         f"{row.before.code:.3f}",
         f"{row.after.code:.3f}",
         f"{row.before.prose:.3f}",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_core.adapt.configuration import KEPT, REFUSED, config_from_peft, differences
 from lora_core.adapt.files import CONFIG, embedded_config
+from lora_core.adapt.finite import is_finite
 from lora_core.adapt.keys import PREFIX, canonical
 from lora_core.adapt.names import matches
 from lora_core.errors import LoraCoreError
@@ -96,7 +97,7 @@ def _pair(report: Report, module: str, a: Tensor, b: Tensor, config: LoraConfig 
             f"{module}: A is {dtype} and B {_dtype(b)}, which cannot be computed with: save it again"
         )
         return None
-    finite = bool(a.isfinite().all()) and bool(b.isfinite().all())
+    finite = is_finite(a) and is_finite(b)
     if not finite:
         report.problems.append(f"{module}: A or B holds NaN or infinity; train again with a smaller learning rate")
     # a grouped convolution's B has R / groups columns: its product is not one matrix

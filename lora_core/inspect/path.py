@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from lora_core.adapt.files import CONFIG, folder_path
+from lora_core.adapt.finite import is_finite
 from lora_core.errors import CheckpointError
 from lora_core.inspect.adapter import HALF_A, describe_adapter
 from lora_core.inspect.files import Tensors, opened, read_json, weight_files
-from lora_core.inspect.finite import is_finite
 from lora_core.inspect.foreign import note_foreign
 from lora_core.inspect.quantised import describe_quantised
 from lora_core.inspect.report import Plain, Report

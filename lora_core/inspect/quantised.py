@@ -3,9 +3,9 @@
 import math
 import re
 
+from lora_core.adapt.finite import is_finite
 from lora_core.errors import LoraCoreError
 from lora_core.inspect.files import Tensors
-from lora_core.inspect.finite import is_finite
 from lora_core.inspect.report import Quantised, Report
 from lora_core.quant import QuantizedWeight
 

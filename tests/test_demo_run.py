@@ -251,7 +251,7 @@ def test_demo_interrupted_while_writing_leaves_whole_files(finished, tmp_path, m
     ],
 )
 def test_demo_command_refuses_bad_input(arguments, told, capsys, tmp_path):
-    output = [] if "--output" in arguments else ["--output", str(tmp_path)]
+    output = [] if "--output" in arguments else ["--output", str(tmp_path / "new")]
     with pytest.raises(SystemExit) as ended:
         main(["demo", *output, *arguments])
     assert ended.value.code == 2
@@ -266,7 +266,7 @@ def training_is_an_error(monkeypatch):
     def trained(*arguments):
         pytest.fail("the run went on")
 
-    monkeypatch.setattr(demo_run, "load_base", trained)
+    monkeypatch.setattr(demo_run, "load_text", trained)
     monkeypatch.setattr("lora_core.demo.pretrain.load_corpus", trained)
 
 

@@ -50,10 +50,11 @@ def run_demo(output: Path, settings: DemoSettings, device: torch.device) -> Resu
     """
     check_seed(settings.seed)
     check_steps(settings.steps)
-    check_output(output, FILES)
     require_matplotlib()
     started = time.perf_counter()
     base = load_base(settings.base)
+    # makes the folder: only what can run leaves one behind
+    check_output(output, FILES)
     forget_peak_memory(device)
     with progress_bars() as progress, deterministic(device):
         total = PREPARING + len(METHODS) * (settings.steps + MEASURING) + COMPARING

@@ -22,7 +22,7 @@ SAMPLE = {
     "dora_norm": ("bf16 bf16 rank 16 dense", "bf16 bf16 rank 64 words nested"),
     "gather_expand": ("bf16 bf16 scaled base transposed", "fp16 fp32 loose"),
     "gather_gradient": ("bf16 bf16 rank 64 scaled transposed", "fp16 fp32 rank 16 loose"),
-    "gather_shrink": ("bf16 bf16 rank 16 scaled added transposed", "bf16 bf16 rank 64 loose"),
+    "gather_shrink": ("bf16 bf16 rank 16 scaled transposed", "bf16 bf16 rank 64 loose"),
     "low_rank_matmul": (
         "bf16 bf16 128x128x64 rank 16",
         "fp16 fp16 64x64x64 rank 32 transposed",

@@ -158,10 +158,8 @@ def _gather(variant: Any, shape: Shape, wide: int) -> Work:
     words = variant.name.split()
     dtype, low = words[:2]
     m, r, adapters, columns = shape["M"], shape["R"], shape["G"], shape["N" if "scaled" in words else "K"]
-    narrow = m * r * (2 if "added" in words else 1)
-    return Work(
-        SIZE[dtype] * wide * m * columns + SIZE[low] * (narrow + adapters * r * columns), ((low, m * columns * r),)
-    )
+    narrow = SIZE[low] * r * (m + adapters * columns)
+    return Work(SIZE[dtype] * wide * m * columns + narrow, ((low, m * columns * r),))
 
 
 def _gather_expand(variant: Any, shape: Shape) -> Work:

@@ -27,7 +27,7 @@ from lora_core.kernels.groups import (
     tile_of_group,
     types,
 )
-from lora_core.kernels.tile import dot, meet, round_to, widen
+from lora_core.kernels.tile import dot, meet, round_to
 from lora_core.kernels.variant import DTYPE_PAIRS, TYPES, Variant, least_that_holds
 
 # of elements that are loaded one by one, what keeps every configuration in registers: columns of a step, warps, and
@@ -38,7 +38,6 @@ LOOSE_C, LOOSE_WARPS, LOOSE_STAGES = 64, 8, 3
 def _gather_shrink_kernel(
     x_ptr,
     p_ptr,
-    add_ptr,
     scaling_ptr,
     s_ptr,
     order_ptr,
@@ -53,12 +52,11 @@ def _gather_shrink_kernel(
     stride_pr,
     stride_pc,
     SCALED: tl.constexpr,
-    ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """S = factor x P^T + add for rows of x [M, C] and each group's rows of P [., C]."""
+    """S = factor x P^T for rows of x [M, C] and each group's rows of P [., C]."""
     group, row, row_ok, stored, offset, ranks = tile_of_group(
         order_ptr, starts_ptr, tile_ends_ptr, s_ends_ptr, offsets_ptr, G, BLOCK_M
     )
@@ -85,8 +83,6 @@ def _gather_shrink_kernel(
         acc *= tl.load(scaling_ptr + group, mask=ranks > 0, other=0.0)
     place = stored[:, None] + rank[None, :]
     ok = row_ok[:, None] & rank_ok[None, :]
-    if ADD:
-        acc += widen(tl.load(add_ptr + place, mask=ok, other=0.0))
     tl.store(s_ptr + place, round_to(acc, s_ptr.dtype.element_ty), mask=ok)
 
 
@@ -99,7 +95,7 @@ _FORMS = {"": _WIDE, "transposed": _TRANSPOSED, "loose": _LOOSE}
 
 def variants() -> Iterator[Variant]:
     """Every configuration the launch can choose."""
-    uses = ("", "scaled", "scaled added")
+    uses = ("", "scaled")
     for (dtype, low), use, (kind, taken) in itertools.product(DTYPE_PAIRS, uses, _FORMS.items()):
         if (kind == "transposed") != ("scaled" in use) and kind != "loose":
             continue
@@ -111,7 +107,6 @@ def variants() -> Iterator[Variant]:
                 types={**types(dtype, low), "scaling_ptr": "*fp32" if scaled else "*i64"},
                 constants={
                     "SCALED": scaled,
-                    "ADD": "added" in use,
                     "BLOCK_M": BLOCK_M,
                     "BLOCK_C": _columns(taken, low),
                     "BLOCK_R": ranks,
@@ -121,10 +116,10 @@ def variants() -> Iterator[Variant]:
             )
 
 
-def _form(x: Tensor, p: Tensor, scaled: bool, add: Tensor | None) -> Form:
+def _form(x: Tensor, p: Tensor, scaled: bool) -> Form:
     taken = _TRANSPOSED if scaled else _WIDE
     fits = p.stride(0) == 1 if scaled else in_wide_loads(p)
-    return taken if fits and in_wide_loads(x) and begins_aligned(p, add) else _LOOSE
+    return taken if fits and in_wide_loads(x) and begins_aligned(p) else _LOOSE
 
 
 def _columns(taken: Form, low: torch.dtype) -> int:
@@ -144,7 +139,6 @@ def launch_gather_shrink(
     ranks: Sequence[int],
     scaling: Tensor | None,
     out: Tensor,
-    add: Tensor | None = None,
 ) -> None:
     """Run the kernel; any strides of x and p.
 
@@ -156,18 +150,16 @@ def launch_gather_shrink(
         scaling: float32, one for each adapter, contiguous; None for 1.
         out: written but for what lies behind the last row: S or dL/dS as stored, dtype of p, shape [M max rank],
             contiguous.
-        add: dtype of p, shape [M max rank], contiguous, stored as S is; added; or None.
     """
     if not out.numel():
         return
     low = p.dtype
     ranks_of_program = least_that_holds(max(ranks), BLOCK_R[low])
-    taken = _form(x, p, scaling is not None, add)
+    taken = _form(x, p, scaling is not None)
     with torch.cuda.device_of(x):
         taken[(found.tiles, triton.cdiv(max(ranks), ranks_of_program))](
             x,
             p,
-            out if add is None else add,
             found.starts if scaling is None else scaling,
             out,
             *found[:4],
@@ -177,7 +169,6 @@ def launch_gather_shrink(
             *x.stride(),
             *p.stride(),
             SCALED=scaling is not None,
-            ADD=add is not None,
             BLOCK_M=BLOCK_M,
             BLOCK_C=_columns(taken, low),
             BLOCK_R=ranks_of_program,

@@ -49,7 +49,6 @@ def launch_grouped_lora(
 @near
 def launch_grouped_lora_backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -62,14 +61,13 @@ def launch_grouped_lora_backward(
     """Run the backward; operands and results as the op has them, None where needs says that none is wanted."""
     need_x, need_a, need_b = needs
     if left_to_reference("grouped_lora_backward", d_y, lora_a, lora_b, sides=(len(ranks),)):
-        return reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
-    log_launch("grouped_lora_backward", "kernels", scaling, hidden, d_hidden)
+        return reference.backward(d_y, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
+    log_launch("grouped_lora_backward", "kernels", scaling, hidden)
     found, scaling, hidden = groups(adapter, ranks), scaling.contiguous(), hidden.contiguous()
-    d_hidden = None if d_hidden is None else d_hidden.contiguous()
     d_x = d_lora_a = d_lora_b = None
     if need_x or need_a:
         d_s = lora_a.new_empty(len(d_y) * max(ranks, default=0))
-        launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_s, d_hidden)
+        launch_gather_shrink(d_y, lora_b.T, found, ranks, scaling, d_s)
         if need_x:
             d_x = launch_gather_expand(d_s, lora_a, found, ranks, None, None, d_y.dtype)
         if need_a and x is not None:

@@ -55,7 +55,6 @@ def launch_lora_linear(
 @near
 def launch_lora_linear_backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
@@ -78,13 +77,13 @@ def launch_lora_linear_backward(
     d_x = d_weight = None
     if left_to_reference("lora_linear_backward", grad, weight, lora_a, lora_b):
         d_x, d_weight, d_bias, d_lora_a, d_lora_b = reference.backward(
-            grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
+            grad, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
         )
     else:
         path = path or path_of(grad, (rows, columns), len(lora_a))
         needs = (need_x, need_bias, need_a, need_b)
         d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(
-            grad, d_hidden, flat, lora_a, lora_b, hidden, scaling, dropout, seed, needs, path
+            grad, flat, lora_a, lora_b, hidden, scaling, dropout, seed, needs, path
         )
         if need_x and d_s is not None:
             d_x = low_rank_linear(grad, weight.T, None, d_s, lora_a.T, 1 / (1 - dropout), dropout, seed, path)

@@ -104,7 +104,7 @@ def launch_lora_linears_backward(
     width = lora_as[0].shape[1]
     paths = [path or path_of(g, (width, g.shape[1]), len(a)) for g, a in zip(grads, lora_as, strict=True)]
     found = [
-        low_rank_gradients(g, None, own_x, a, b, s, scaling, p, seed, needs, own_path)
+        low_rank_gradients(g, own_x, a, b, s, scaling, p, seed, needs, own_path)
         for g, s, own_path, (a, b, scaling, p, seed) in zip(
             grads,
             hidden.split([len(a) for a in lora_as], 1),

@@ -95,16 +95,15 @@ def skinny_product(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     factor: float = 1.0,
-    add: Tensor | None = None,
 ) -> Tensor:
-    """Return factor drop(x) A^T + add by this path, where it can: S [M, R] of x [M, K] and A [R, K].
+    """Return factor drop(x) A^T by this path, where it can: S [M, R] of x [M, K] and A [R, K].
 
     Args:
-        x, lora_a, dropout, seed, factor, add: as in launch_shrink.
+        x, lora_a, dropout, seed, factor: as in launch_shrink.
     """
     if path == "library" and _library_can(x, lora_a, dropout):
-        return _scaled(x, lora_a, factor) if add is None else torch.addmm(add, x, lora_a.T, alpha=factor)
-    return launch_shrink(x, lora_a, dropout, seed, factor, add)
+        return _scaled(x, lora_a, factor)
+    return launch_shrink(x, lora_a, dropout, seed, factor)
 
 
 def _library_can(x: Tensor, other: Tensor, dropout: float = 0.0) -> bool:
@@ -122,7 +121,6 @@ def _scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
 
 def low_rank_gradients(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -149,19 +147,16 @@ def low_rank_gradients(
         and ranks <= row_sum.BLOCK_R[lora_b.dtype][0]
         and PART_BYTES * ranks < columns * d_y.element_size()
     )
-    log_launch(
-        "gradients of A and B", "one read of dy" if together and need_b else "a read of dy each", hidden, d_hidden
-    )
+    log_launch("gradients of A and B", "one read of dy" if together and need_b else "a read of dy each", hidden)
     if need_b and by_library:
         d_lora_b = _scaled(d_y.T, hidden.T, scaling)
     elif need_b:
-        d_lora_b, d_bias, d_s = launch_row_sum(
-            d_y, hidden, scaling, hidden_of=lora_b if together else None, add=d_hidden, bias=need_bias
-        )
+        shrink_by = lora_b if together else None
+        d_lora_b, d_bias, d_s = launch_row_sum(d_y, hidden, scaling, shrink_by=shrink_by, bias=need_bias)
     if need_bias and d_bias is None:
         d_bias = d_y.sum(0)
     if need_s and d_s is None:
-        d_s = skinny_product(d_y, lora_b.T, path, factor=scaling, add=d_hidden)
+        d_s = skinny_product(d_y, lora_b.T, path, factor=scaling)
     if need_a and x is not None and d_s is not None:
         d_lora_a = a_gradient(x, d_s, path, dropout, seed)
     return d_s, d_bias, d_lora_a, d_lora_b

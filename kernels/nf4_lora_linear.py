@@ -101,7 +101,6 @@ def packed_low_rank_linear(
 @near
 def launch_nf4_lora_linear_backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     codes: Tensor,
     absmax: Tensor,
@@ -134,10 +133,10 @@ def launch_nf4_lora_linear_backward(
         # without d_x the weight does not matter
         dense = w.dense(d_y.dtype) if need_x else d_y.new_empty(columns, rows)
         wanted = (need_x, False, *need_others)
-        wide = launch_lora_linear_backward(d_y, d_hidden, x, dense, *adapter, wanted)
+        wide = launch_lora_linear_backward(d_y, x, dense, *adapter, wanted)
         return wide[0], *wide[2:]
     path = path or path_of(grad, (rows, columns), len(lora_a))
-    d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, d_hidden, flat, *adapter, needs, path)
+    d_s, d_bias, d_lora_a, d_lora_b = low_rank_gradients(grad, flat, *adapter, needs, path)
     d_x = None
     if need_x and d_s is not None:
         d_x = packed_input_gradient(grad, w, d_s, lora_a, dropout, seed, path, panel_bytes=panel_bytes)

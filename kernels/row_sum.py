@@ -2,13 +2,13 @@
 
     P = factor drop(D)^T T        D [M, C], T [M, R], P [C, R]
     d_bias = column sums of D                              where asked for
-    d_hidden = factor D B + add                            where asked for, B [C, R]
+    d_s = factor D B                                       where asked for, B [C, R]
 
 With D = dL/dy, T = S and B it makes dL/dB, dL/db and dL/dS from one read of dL/dy; with D = x and T = dL/dS it makes
 (dL/dA)^T, dropout inside. A step of lora_linear's backward.
 
-A program owns BLOCK_C columns and a range of rows. Its parts, P over ranges of rows and d_hidden over blocks of
-columns, are added in a fixed order by split_sum.py: no atomics, the same bits every time. Bound by memory: reads D
+A program owns BLOCK_C columns and a range of rows. Its parts, P over ranges of rows and d_s over blocks of columns,
+are added in a fixed order by split_sum.py: no atomics, the same bits every time. Bound by memory: reads D
 once, and writes and reads parts of 4 M R C / BLOCK_C bytes.
 
 Reference: lora_core/reference/lora.py
@@ -45,11 +45,11 @@ SHORTEST = 256
 
 
 class RowSums(NamedTuple):
-    """What launch_row_sum returns: P, and, where asked for, d_bias [C] and d_hidden [M, R]."""
+    """What launch_row_sum returns: P, and, where asked for, d_bias [C] and d_s [M, R]."""
 
     product: Tensor
     d_bias: Tensor | None
-    d_hidden: Tensor | None
+    d_s: Tensor | None
 
 
 def _row_sum_kernel(
@@ -144,7 +144,7 @@ def variants() -> Iterator[Variant]:
     uses = ("transposed", "transposed dropout", "", "hidden", "bias", "bias hidden")
     for (dtype, low), use, kind in itertools.product(DTYPE_PAIRS, uses, ("", "narrow", "loose")):
         for block_r, split in itertools.product(_ranks(low, kind), (False, True)):
-            # the parts are float32 in any case; d_hidden of more ranks would need a second read of D after all
+            # the parts are float32 in any case; d_s of more ranks would need a second read of D after all
             if (split and low == torch.float32) or ("hidden" in use and block_r > BLOCK_R[low][0]):
                 continue
             yield Variant(
@@ -170,7 +170,7 @@ def variants() -> Iterator[Variant]:
                     "BLOCK_R": block_r,
                 },
                 options=_options(dtype, low, block_r, "hidden" in use, kind),
-                # the rows of P^T are ranks, those of d_hidden rows of D
+                # the rows of P^T are ranks, those of d_s rows of D
                 tile_m=0 if low == torch.float32 else max(block_r, _rows(low, kind) if "hidden" in use else 0),
             )
 
@@ -203,13 +203,12 @@ def launch_row_sum(
     factor: float = 1.0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    hidden_of: Tensor | None = None,
-    add: Tensor | None = None,
+    shrink_by: Tensor | None = None,
     bias: bool = False,
     transposed: bool = False,
     splits: int | None = None,
 ) -> RowSums:
-    """Run the kernel; any strides of d and hidden_of. Copies a T that is not contiguous.
+    """Run the kernel; any strides of d and shrink_by. Copies a T that is not contiguous.
 
     Args:
         d: D, float32, float16 or bfloat16, shape [M, C].
@@ -217,20 +216,19 @@ def launch_row_sum(
         factor: multiplies both products.
         dropout: probability of zeroing an element of D in P, in [0, 1); with transposed alone.
         seed: int64, one element; needed where dropout > 0.
-        hidden_of: B, dtype of t, shape [C, R], to have d_hidden as well.
-        add: dtype of t, shape [M, R], added to d_hidden; or None.
-        bias: whether to have the column sums as well; neither they nor d_hidden with transposed.
+        shrink_by: B, dtype of t, shape [C, R], to have d_s as well.
+        bias: whether to have the column sums as well; neither they nor d_s with transposed.
         transposed: whether to have P^T, shape [R, C].
         splits: parts of the sum over rows; by default as many as fill the device.
     Returns:
-        product [C, R] or [R, C] in the dtype of t, d_bias in that of d, d_hidden in that of t.
+        product [C, R] or [R, C] in the dtype of t, d_bias in that of d, d_s in that of t.
     """
     # rows of T are taken to lie one behind the other
     t = t.contiguous()
     (m, c), r = d.shape, t.shape[1]
-    low, kind = t.dtype, _kind(d, t, hidden_of)
+    low, kind = t.dtype, _kind(d, t, shrink_by)
     ranks = _ranks(low, kind)
-    block_r = least_that_holds(r, ranks) if hidden_of is None else ranks[0]
+    block_r = least_that_holds(r, ranks) if shrink_by is None else ranks[0]
     # without ranks there are column sums still
     grid_c, grid_r = triton.cdiv(c, BLOCK_C[low]), triton.cdiv(max(r, 1), block_r)
     splits = splits or splits_to_fill(d.device, grid_c * grid_r, m, SHORTEST)
@@ -240,37 +238,37 @@ def launch_row_sum(
     shape = (r, c) if transposed else (c, r)
     product = d.new_empty(shape if splits == 1 else (splits, *shape), dtype=low if splits == 1 else torch.float32)
     d_bias = d.new_empty((splits, c), dtype=torch.float32) if bias else None
-    d_hidden = None if hidden_of is None else d.new_empty((grid_c, m, r), dtype=torch.float32)
+    d_s = None if shrink_by is None else d.new_empty((grid_c, m, r), dtype=torch.float32)
     scale = factor / (1 - dropout)
     if c:
         with torch.cuda.device_of(d):
             _FORMS[transposed, kind][(grid_c, grid_r, splits)](
                 d,
                 t,
-                t if hidden_of is None else hidden_of,
+                t if shrink_by is None else shrink_by,
                 seed_or_none(seed, dropout, d.device),
                 product,
                 product if d_bias is None else d_bias,
-                product if d_hidden is None else d_hidden,
+                product if d_s is None else d_s,
                 m,
                 c,
                 r,
                 *d.stride(),
-                *((0, 1) if hidden_of is None else hidden_of.stride()),
+                *((0, 1) if shrink_by is None else shrink_by.stride()),
                 *((1, c) if transposed else (r, 1)),
                 rows_per_split,
                 scale if splits == 1 else 1.0,
                 threshold(dropout),
                 DROPOUT=dropout > 0,
                 BIAS=bias,
-                HIDDEN=hidden_of is not None,
+                HIDDEN=shrink_by is not None,
                 BLOCK_C=BLOCK_C[low],
                 BLOCK_M=block_m,
                 BLOCK_R=block_r,
-                **_options(d.dtype, low, block_r, hidden_of is not None, kind),
+                **_options(d.dtype, low, block_r, shrink_by is not None, kind),
             )
     return RowSums(
         product if splits == 1 else launch_split_sum(product, low, scale),
         None if d_bias is None else launch_split_sum(d_bias, d.dtype),
-        None if d_hidden is None else launch_split_sum(d_hidden, low, factor, add),
+        None if d_s is None else launch_split_sum(d_s, low, factor),
     )

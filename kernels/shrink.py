@@ -1,6 +1,6 @@
 """Triton kernel for a skinny product, with dropout inside: the low-rank path's way down.
 
-    S = factor drop(x) A^T + add        x [M, K], A [R, K], S [M, R]
+    S = factor drop(x) A^T        x [M, K], A [R, K], S [M, R]
 
 With x = dL/dy and A = B^T it is the backward's dL/dS = s (dL/dy) B. A step of lora_linear.
 
@@ -153,7 +153,6 @@ def launch_shrink(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     factor: float = 1.0,
-    add: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """Run the kernel; any strides.
@@ -164,7 +163,6 @@ def launch_shrink(
         dropout: probability of zeroing an element of x, in [0, 1).
         seed: int64, one element; needed where dropout > 0.
         factor: multiplies the product.
-        add: dtype of lora_a, shape [M, R], added to the product; or None.
         splits: parts of the sum; by default as many as fill the device.
     Returns:
         Shape [M, R], dtype of lora_a.
@@ -178,8 +176,7 @@ def launch_shrink(
     splits = splits or splits_to_fill(x.device, tiles, k, SHORTEST)
     k_per_split = triton.cdiv(triton.cdiv(max(k, 1), splits), BLOCK_K[low]) * BLOCK_K[low]
     splits = triton.cdiv(max(k, 1), k_per_split)
-    # what is added must be added after the parts are
-    together = splits == 1 and add is None
+    together = splits == 1
     s = x.new_empty((m, r) if together else (splits, m, r), dtype=low if together else torch.float32)
     factor = factor / (1 - dropout)
     if s.numel():
@@ -203,4 +200,4 @@ def launch_shrink(
                 BLOCK_R=block_r,
                 **_options(taken, low, block_r),
             )
-    return s if together else launch_split_sum(s, low, factor, add)
+    return s if together else launch_split_sum(s, low, factor)

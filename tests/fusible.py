@@ -117,4 +117,4 @@ def check_layer(layer, dtype):
     d_x, *rest = torch.autograd.grad(y, leaves, d_y)
     hidden = op(x.detach(), weight, None, lora_a.detach(), lora_b.detach(), scaling, 0.0, None)[1]
     grads = (d_x, None, None, *(rest or (None, None)))
-    check_backward(grads, d_y, None, x, weight, lora_a, lora_b, hidden, scaling)
+    check_backward(grads, d_y, x, weight, lora_a, lora_b, hidden, scaling)

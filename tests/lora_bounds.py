@@ -87,12 +87,12 @@ def rounded_sum(value: Tensor, low: float, eta: float, terms: int, magnitude: Te
 GRADIENTS = ("d_x", "d_weight", "d_bias", "d_lora_a", "d_lora_b")
 
 
-def check_backward(grads, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> None:
+def check_backward(grads, d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> None:
     """Fail unless grads (d_x, d_weight, d_bias, d_lora_a, d_lora_b), some None, are right up to rounding.
 
     All of shape [rows, columns]; hidden as the forward made it.
     """
-    found = backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed)
+    found = backward_bounds(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed)
     for name, got in zip(GRADIENTS, grads, strict=True):
         truth, bound = found[name]
         if got is not None:
@@ -109,7 +109,7 @@ def check_backward_of_several(d_x, pairs, d_ys, layers, x) -> None:
         layers: (weight, lora_a, lora_b, hidden, scaling, dropout, seed) of every layer.
         x: shape [rows, K].
     """
-    found = [backward_bounds(g, None, x, *layer) for g, layer in zip(d_ys, layers, strict=True)]
+    found = [backward_bounds(g, x, *layer) for g, layer in zip(d_ys, layers, strict=True)]
     for (d_a, d_b), own in zip(pairs, found, strict=bool(pairs)):
         assert_within_bound(d_a.cpu(), *own["d_lora_a"])
         assert_within_bound(d_b.cpu(), *own["d_lora_b"])
@@ -122,20 +122,17 @@ def check_backward_of_several(d_x, pairs, d_ys, layers, x) -> None:
         assert_within_bound(d_x.cpu(), sum(truths), bound)
 
 
-def backward_bounds(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> dict:
+def backward_bounds(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> dict:
     """Return (truth, bound) of each gradient by name, and the magnitudes of what d_x is the sum of."""
     u, low, eta = units(d_y, lora_a)
-    g, dh, x, weight, a, b, s = wide(d_y, d_hidden, x, weight, lora_a, lora_b, hidden)
+    g, x, weight, a, b, s = wide(d_y, x, weight, lora_a, lora_b, hidden)
     rows, columns, rank = g.shape[0], g.shape[1], a.shape[0]
     factor, d = abs(scaling), masked(x, dropout, seed)
-    dh_or_0 = torch.zeros_like(s) if dh is None else dh
     product, product_magnitude = g @ b, g.abs() @ b.abs()
-    d_s, d_s_magnitude = scaling * product + dh_or_0, factor * product_magnitude + dh_or_0.abs()
-    # the product is rounded before it is scaled, and again then, and the sum with d_hidden
+    d_s, d_s_magnitude = scaling * product, factor * product_magnitude
+    # the product is rounded before it is scaled, and again then
     d_s_bound = rounded_sum(product, low, eta, columns, product_magnitude) * scaling
-    d_s_bound += Roundings.of(low * (scaling * product).abs() + eta / 2)
-    if dh is not None:
-        d_s_bound += Roundings.of(low * d_s.abs())
+    d_s_bound += Roundings.of(low * d_s.abs() + eta / 2)
     mask = masked(torch.ones_like(x), dropout, seed)
     low_rank = mask * (d_s @ a)
     base = g @ weight

@@ -178,11 +178,10 @@ MUTATIONS = (
     Mutation(PRODUCT, "k_ok = k + step < K", "k_ok = k + step < K - 1", IN_LINEAR),
     Mutation(ROWS, "t = t.contiguous()", "t = t + 0", ANY_STRIDES),
     Mutation(GROUPED, "scaling.contiguous(), hidden.contiguous()", "scaling.contiguous(), hidden", GROUPED_STRIDES),
-    Mutation(GROUPED, "else d_hidden.contiguous()", "else d_hidden", GROUPED_STRIDES),
     Mutation(ROWS, "(tile * M + row)[:, None]", "(tile * 0 + row)[:, None]", IN_PARTS),
     Mutation(ROWS, "        if DROPOUT:", "        if DROPOUT and BLOCK_M < 32:", IN_ROWS),
     Mutation(ROWS, "split * C * R +", "split * C * 0 +", IN_ROWS),
-    Mutation(LOW_RANK, "add=d_hidden, bias=need_bias", "bias=need_bias", IN_BACKWARD),
+    Mutation(LOW_RANK, "hidden, scaling, shrink_by", "hidden, 1.0, shrink_by", IN_BACKWARD),
     Mutation(LINEAR, "lora_a.T, 1 / (1 - dropout), dropout", "lora_a.T, 1.0, dropout", IN_BACKWARD),
     Mutation(NF4, "    if split == 0:", "    if split >= 0:", IN_NF4_SPLIT),
     Mutation(NF4, "round_to(w, x_ptr.dtype.element_ty)", "(w * 1.01).to(x_ptr.dtype.element_ty)", IN_NF4),
@@ -258,7 +257,7 @@ MUTATIONS = (
     Mutation(QUANTIZE, "tl.broadcast_to(block[:, None]", "tl.broadcast_to(0 * block[:, None]", IN_QUANTIZE),
     Mutation(LINEARS, "flat, a, paths[0], p, seed", "flat, a, paths[0], 0.0, seed", IN_LINEARS),
     Mutation(LINEARS, "1 / (1 - p), p, seed, path, d_x)", "1 / (1 - p), p, seed, path)", IN_LINEARS_BACKWARD),
-    Mutation(LOW_RANK, "path, factor=scaling, add=d_hidden", "path, factor=scaling", IN_BACKWARD),
+    Mutation(LOW_RANK, "path, factor=scaling", "path, factor=1.0", IN_BACKWARD),
     Mutation(LOW_RANK, "torch.mm(d_s.T, x)", "torch.mm(d_s.T, -x)", IN_BACKWARD),
     Mutation(
         LOW_RANK, "total.addmm_(hidden, lora_b.T, alpha", "total.addmm_(hidden, lora_b.T, beta=0, alpha", IN_TOTAL
@@ -321,7 +320,10 @@ MUTATIONS = (
     Mutation(COMPILED_SPREAD, "builder.select(is_there, v, none)", "v", IN_INFINITE_ROW),
     Mutation(COMPILED_SPREAD, "load(builder, at, VECTOR)", "none", IN_FEW_ROWS_BACK),
     Mutation(
-        "lora_core/cpu/nf4_lora_linear.py", "d_s if d_hidden is None else d_s + d_hidden", "d_s", IN_FEW_ROWS_BACK
+        "lora_core/cpu/nf4_lora_linear.py",
+        "add_low_rank(base, d_s.float()",
+        "add_low_rank(base, 2 * d_s.float()",
+        IN_FEW_ROWS_BACK,
     ),
     Mutation(
         "lora_core/cpu/compiled/stream.py",

@@ -87,7 +87,7 @@ def packed_layers(x, w, bias, adapter, d_y, path) -> None:
     y, hidden = nf4_lora_linear.launch_nf4_lora_linear(x, *w, bias, *adapter, path, panel_bytes=1)
     lora_a, lora_b, *rest = adapter
     needs = (True,) * 4
-    nf4_lora_linear.launch_nf4_lora_linear_backward(d_y, None, x, *w, lora_a, lora_b, hidden, *rest, needs, path, 1)
+    nf4_lora_linear.launch_nf4_lora_linear_backward(d_y, x, *w, lora_a, lora_b, hidden, *rest, needs, path, 1)
 
 
 def several_layers(x, weight, w, bias, adapter, path) -> None:
@@ -105,7 +105,7 @@ def groups(x, d_y, lora_a, lora_b) -> None:
     scaling = torch.ones(2, device=DEVICE)
     y, hidden = grouped_lora.launch_grouped_lora(x, d_y, lora_a, lora_b, ranks, adapter, scaling)
     grouped_lora.launch_grouped_lora_backward(
-        d_y, None, x, lora_a, lora_b, ranks, adapter, scaling, hidden, (True, True, True)
+        d_y, x, lora_a, lora_b, ranks, adapter, scaling, hidden, (True, True, True)
     )
 
 

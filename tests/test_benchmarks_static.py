@@ -146,8 +146,8 @@ def test_work_of_many_adapters_reads_each():
     m, g, r = 64, 64, 16
     up = of("gather_expand", "bf16 bf16 scaled base transposed", M=m, R=r, G=g)
     assert up == work.Work(2 * (2 * m * N + m * r + g * r * N), (("bf16", m * N * r),))
-    down = of("gather_shrink", "bf16 bf16 rank 16 scaled added transposed", M=m, R=r, G=g)
-    assert down.moved == 2 * (m * N + 2 * m * r + g * r * N)
+    down = of("gather_shrink", "bf16 bf16 rank 16 scaled transposed", M=m, R=r, G=g)
+    assert down.moved == 2 * (m * N + m * r + g * r * N)
     # the gradient of A from x, in half precision under float32
     gradient = of("gather_gradient", "fp16 fp32 rank 16 loose", M=m, R=r, G=g)
     assert gradient.moved == 2 * m * K + 4 * (m * r + g * r * K) and gradient.single == m * K * r

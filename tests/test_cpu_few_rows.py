@@ -66,21 +66,20 @@ def test_few_rows_match_the_formula(m, n, k, r, dtypes, block_size, nested, bias
     st.integers(1, 40).map(lambda i: 32 * i),
     *OF_A_LAYER,
 )
-def test_few_rows_match_the_formula_backward(m, n, k, r, dtypes, block_size, nested, also, dropout, seed):
-    """Also where a gradient reaches S by another way."""
+def test_few_rows_match_the_formula_backward(m, n, k, r, dtypes, block_size, nested, bias, dropout, seed):
     x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed)
-    d_y, d_hidden = torch.randn(m, n, dtype=dtypes[0]), torch.randn(m, r, dtype=dtypes[1]) if also else None
+    d_y = torch.randn(m, n, dtype=dtypes[0])
     q = lc.quantize_nf4(weight, block_size, nested)
     taken = few.few_rows_back(d_y, Packed.of(q)) is not None
     assert taken or m > compiled.load("nf4_product").PICKED_ROWS
     hidden = shrink(x, lora_a, dropout, SEED)
     rest = (lora_a, lora_b, hidden, 0.5, dropout, SEED)
-    grads = nf4_lora_linear_backward(d_y, d_hidden, x, *Packed.of(q), *rest, (True, True, True, True))
-    assert all(g.is_contiguous() for g in grads)
+    grads = nf4_lora_linear_backward(d_y, x, *Packed.of(q), *rest, (True, bias, True, True))
+    assert all(g.is_contiguous() for g in grads if g is not None) and (grads[1] is not None) == bias
     wide = q.dequantize(dtypes[0])
     d_x, d_bias, d_a, d_b = grads
-    check_backward((d_x, None, d_bias, d_a, d_b), d_y, d_hidden, x, wide, *rest)
-    alone, *others = nf4_lora_linear_backward(d_y, d_hidden, None, *Packed.of(q), *rest, (True, False, False, False))
+    check_backward((d_x, None, d_bias, d_a, d_b), d_y, x, wide, *rest)
+    alone, *others = nf4_lora_linear_backward(d_y, None, *Packed.of(q), *rest, (True, False, False, False))
     assert torch.equal(alone, d_x) and others == [None] * 3
 
 

@@ -76,17 +76,17 @@ for r, m in itertools.product((1, 16, 100), many):
     use = f"dense backward r={r}"
     rest = (a, b, hidden, 0.5, 0.0, None)
     needs = (True, False, True, True, True)
-    launches["launch_lora_linear_backward"](d_y, None, x, weight, *rest, needs, path="fused")
+    launches["launch_lora_linear_backward"](d_y, x, weight, *rest, needs, path="fused")
     use = f"nf4 r={r}"
     launches["launch_nf4_lora_linear"](x, *packed, None, a, b, 0.5, 0.0, None, path="fused", panel_bytes=2**30)
     use = f"nf4 backward r={r}"
-    launches["launch_nf4_lora_linear_backward"](d_y, None, x, *packed, *rest, (True,) * 4, path="fused", panel_bytes=1)
+    launches["launch_nf4_lora_linear_backward"](d_y, x, *packed, *rest, (True,) * 4, path="fused", panel_bytes=1)
     ranks, adapter, scaling = [r // 2, r - r // 2], torch.zeros(m, dtype=torch.int64), torch.ones(2)
     widest = a.new_zeros(m * max(ranks))
     use = f"grouped r={r}"
     launches["launch_grouped_lora"](x, d_y, a, b, ranks, adapter, scaling)
     use = f"grouped backward r={r}"
-    launches["launch_grouped_lora_backward"](d_y, None, x, a, b, ranks, adapter, scaling, widest, (True,) * 3)
+    launches["launch_grouped_lora_backward"](d_y, x, a, b, ranks, adapter, scaling, widest, (True,) * 3)
 use = "weight"
 for n in (N, 2 * N, 7 * N):
     w = torch.zeros(n, K)

@@ -42,7 +42,7 @@ def lora(o: dict[str, Tensor]) -> list[Tensor]:
 
 def lora_backward(o: dict[str, Tensor]) -> list[Tensor]:
     rest = (o["x"], o["weight"], o["lora_a"], o["lora_b"], o["hidden"], 0.5, 0.3, o["seed"])
-    grads = launch_lora_linear_backward(o["d_y"], None, *rest, (True, False, False, True, True), "fused")
+    grads = launch_lora_linear_backward(o["d_y"], *rest, (True, False, False, True, True), "fused")
     return [grads[i] for i in (0, 3, 4)]
 
 
@@ -56,7 +56,7 @@ def nf4(o: dict[str, Tensor]) -> list[Tensor]:
 
 def nf4_backward(o: dict[str, Tensor]) -> list[Tensor]:
     rest = (o["lora_a"], o["lora_b"], o["hidden"], 0.5, 0.3, o["seed"], (True, False, True, True), "fused")
-    grads = launch_nf4_lora_linear_backward(o["d_y"], None, o["x"], *packed(o), *rest)
+    grads = launch_nf4_lora_linear_backward(o["d_y"], o["x"], *packed(o), *rest)
     return [grads[i] for i in (0, 2, 3)]
 
 
@@ -90,7 +90,7 @@ def grouped(o: dict[str, Tensor]) -> list[Tensor]:
 
 def grouped_backward(o: dict[str, Tensor]) -> list[Tensor]:
     rest = (o["lora_a"], o["lora_b"], RANKS, o["adapter"], o["scaling"], o["close hidden"].view(-1))
-    return [*launch_grouped_lora_backward(o["d_y"], None, o["x"], *rest, (True, True, True))]
+    return [*launch_grouped_lora_backward(o["d_y"], o["x"], *rest, (True, True, True))]
 
 
 def operands_of(shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def test_kernels_can_be_captured_in_a_cuda_graph(name):
             return grouped_lora(x, lora_a, lora_b, [10, 6], adapter, scaling)
         y, hidden = launch_lora_linear(x, weight, None, lora_a, lora_b, 0.5, 0.3, seed)
         return launch_lora_linear_backward(
-            y, None, x, weight, lora_a, lora_b, hidden, 0.5, 0.3, seed, (True, False, False, True, True)
+            y, x, weight, lora_a, lora_b, hidden, 0.5, 0.3, seed, (True, False, False, True, True)
         )[0]
 
     side = torch.cuda.Stream()

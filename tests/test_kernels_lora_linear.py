@@ -49,18 +49,16 @@ def test_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, bias, scaling
     check_forward(y, *operands, hidden, ROUNDED[path])
 
 
-@given(sizes, widths, widths, ranks, dtype_pairs, scalings, dropouts, paths, st.booleans(), seeds, layouts)
-def test_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, scaling, dropout, path, through, seed, lie):
-    """`through`: a gradient reaches S by another way, too."""
+@given(sizes, widths, widths, ranks, dtype_pairs, scalings, dropouts, paths, seeds, layouts)
+def test_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, scaling, dropout, path, seed, lie):
     x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
     # of y.sum() it is one element for all
     d_y = laid_out(values(m * n, dtypes[0], 1.0, seed + 1).view(m, n).to(DEVICE), lie)
-    d_hidden, hidden = values(2 * m * r, dtypes[1], 1.0, seed + 2).view(2, m, r).to(DEVICE)
+    hidden = values(m * r, dtypes[1], 1.0, seed + 2).view(m, r).to(DEVICE)
     rest = (x, weight, lora_a, lora_b, hidden, scaling, dropout, SEED)
-    d_hidden = d_hidden if through else None
-    grads = launch_lora_linear_backward(d_y, d_hidden, *rest, (True,) * 5, path=path)
+    grads = launch_lora_linear_backward(d_y, *rest, (True,) * 5, path=path)
     assert [g.dtype for g in grads] == [dtypes[0]] * 3 + [dtypes[1]] * 2
-    check_backward(grads, d_y, d_hidden, *rest)
+    check_backward(grads, d_y, *rest)
 
 
 @given(st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([4, 40]), dropouts)
@@ -68,25 +66,23 @@ def test_lora_linear_backward_kernels_make_just_what_is_needed(needs, r, dropout
     """Every subset, by one read of dL/dy (r = 4) and by two (r = 40): the same as all together, the rest None."""
     x, weight, _, lora_a, lora_b = linear_operands(9, 20, 35, r, torch.bfloat16, torch.bfloat16, 0, DEVICE)
     d_y, hidden = torch.randn(9, 20, device=DEVICE).bfloat16(), torch.randn(9, r, device=DEVICE).bfloat16()
-    run = (d_y, None, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
+    run = (d_y, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
     grads = launch_lora_linear_backward(*run, needs)
     for got, need in zip(grads, needs, strict=True):
         assert need or got is None
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-    check_backward(wanted, d_y, None, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
+    check_backward(wanted, d_y, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
 
 
 @given(sizes, st.sampled_from([1, 63, 64, 65, 300]), ranks, dtype_pairs, dropouts, st.integers(1, 5), seeds)
 def test_shrink_kernel_splits_its_sum_without_a_trace(m, k, r, dtypes, dropout, splits, seed):
-    """However the sum over K is cut, and whatever is added, the product is the formula's."""
+    """However the sum over K is cut, the product is the formula's."""
     x, _, _, lora_a, lora_b = linear_operands(m, 1, k, r, *dtypes, seed, DEVICE)
-    add = values(m * r, dtypes[1], 1.0, seed).view(m, r).to(DEVICE)
-    s = launch_shrink(x, lora_a, dropout, SEED, -0.7, add, splits)
+    s = launch_shrink(x, lora_a, dropout, SEED, -0.7, splits)
     wide = x.double().cpu()
     keep = keep_mask(SEED.cpu(), m, k, dropout) / (1 - dropout)
-    product = (wide * keep) @ lora_a.double().cpu().T
-    truth = -0.7 * product + add.double().cpu()
-    magnitude = 0.7 * (wide * keep).abs() @ lora_a.double().cpu().T.abs() + add.double().cpu().abs()
+    truth = -0.7 * (wide * keep) @ lora_a.double().cpu().T
+    magnitude = 0.7 * (wide * keep).abs() @ lora_a.double().cpu().T.abs()
     unit = torch.finfo(dtypes[1]).eps / 2
     assert_within_bound(s.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (k + splits + 2) ** 0.5 * magnitude)
 
@@ -126,11 +122,11 @@ def test_row_sum_kernel_splits_its_sums_without_a_trace(m, c, r, dtypes, dropout
 def test_row_sum_kernel_adds_the_gradient_of_hidden_over_columns(m, c, r, dtypes, splits, seed):
     """Columns of several programs: each writes a part of its own, in each range of rows."""
     d = values(m * c, dtypes[0], 1.0, seed).view(m, c).to(DEVICE)
-    t, add = values(2 * m * r, dtypes[1], 1.0, seed + 1).view(2, m, r).to(DEVICE)
+    t = values(m * r, dtypes[1], 1.0, seed + 1).view(m, r).to(DEVICE)
     lora_b = values(c * r, dtypes[1], 1.0, seed + 2).view(c, r).to(DEVICE)
-    got = launch_row_sum(d, t, 0.3, hidden_of=lora_b, add=add, splits=splits).d_hidden
-    wide, low, plus = d.double().cpu(), lora_b.double().cpu(), add.double().cpu()
-    truth, magnitude = 0.3 * wide @ low + plus, 0.3 * wide.abs() @ low.abs() + plus.abs()
+    got = launch_row_sum(d, t, 0.3, shrink_by=lora_b, splits=splits).d_s
+    wide, low = d.double().cpu(), lora_b.double().cpu()
+    truth, magnitude = 0.3 * wide @ low, 0.3 * wide.abs() @ low.abs()
     unit = torch.finfo(dtypes[1]).eps / 2
     assert_within_bound(got.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (c + 4) ** 0.5 * magnitude)
 
@@ -189,10 +185,11 @@ def test_dropout_in_the_kernels_is_the_references_mask(m, k, p, seed, dtypes):
     d_a = launch_row_sum(x, torch.eye(m, device=DEVICE).to(low), 1.0, p, seed, transposed=True).product
     assert torch.equal(d_a.cpu() != 0, keep)
     for path in PATHS:
-        d_y, weight = torch.zeros(m, 3, device=DEVICE, dtype=dtype), torch.zeros(3, k, device=DEVICE, dtype=dtype)
-        hidden, lora_b = torch.zeros(m, k, device=DEVICE, dtype=low), torch.zeros(3, k, device=DEVICE, dtype=low)
-        rest = (torch.ones_like(hidden), None, weight, eye.to(low), lora_b, hidden, 1.0, p, seed)
-        d_x = launch_lora_linear_backward(d_y, *rest, (True, False, False, False, False), path=path)[0]
+        # as many outputs as columns of x: dL/dS is ones where dL/dy and B are
+        d_y, weight = torch.ones(m, k, device=DEVICE, dtype=dtype), torch.zeros(k, k, device=DEVICE, dtype=dtype)
+        hidden = torch.zeros(m, k, device=DEVICE, dtype=low)
+        rest = (d_y, None, weight, eye.to(low), eye.to(low), hidden, 1.0, p, seed)
+        d_x = launch_lora_linear_backward(*rest, (True, False, False, False, False), path=path)[0]
         assert torch.equal(d_x.cpu() != 0, keep)
 
 
@@ -208,8 +205,8 @@ def test_lora_linear_kernels_take_any_strides(m, wider, dtype):
         y, hidden = launch_lora_linear(spread[0], spread[1], bias, *spread[2:], 0.5, 0.3, SEED, path=path)
         check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, 0.3, SEED, hidden, "either")
         rest = (*spread, hidden.T.contiguous().T if wider else hidden, 0.5, 0.3, SEED)
-        grads = launch_lora_linear_backward(d_y, None, *rest, (True,) * 5, path=path)
-        check_backward(grads, d_y, None, *rest)
+        grads = launch_lora_linear_backward(d_y, *rest, (True,) * 5, path=path)
+        check_backward(grads, d_y, *rest)
 
 
 @pytest.mark.parametrize("operand", ["x", "weight"])
@@ -248,9 +245,9 @@ def test_a_weight_stored_by_columns_is_loaded_16_bytes_at_once(dropout, caplog):
     with caplog.at_level(logging.DEBUG, "lora_core.kernels"):
         y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, dropout, SEED, path="fused")
         rest = (x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
-        grads = launch_lora_linear_backward(torch.ones_like(y), None, *rest, (True,) * 5, path="fused")
+        grads = launch_lora_linear_backward(torch.ones_like(y), *rest, (True,) * 5, path="fused")
     check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, dropout, SEED, hidden, rounded="either")
-    check_backward(grads, torch.ones_like(y), None, *rest)
+    check_backward(grads, torch.ones_like(y), *rest)
     assert [m for m in caplog.messages if m.startswith("low_rank_matmul")] == ["low_rank_matmul: loads of 16 bytes"] * 2
 
 
@@ -260,9 +257,9 @@ def test_an_a_whose_rows_lie_apart_is_loaded_as_they_lie():
     lora_a = torch.randn(4, 40, device=DEVICE).bfloat16()[:, :32]
     y, hidden = launch_lora_linear(x, weight, bias, lora_a, lora_b, 0.5, 0.0, None, path="fused")
     rest = (x, weight, lora_a, lora_b, hidden, 0.5, 0.0, None)
-    grads = launch_lora_linear_backward(torch.ones_like(y), None, *rest, (True,) * 5, path="fused")
+    grads = launch_lora_linear_backward(torch.ones_like(y), *rest, (True,) * 5, path="fused")
     check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden, rounded="either")
-    check_backward(grads, torch.ones_like(y), None, *rest)
+    check_backward(grads, torch.ones_like(y), *rest)
 
 
 def test_an_update_without_a_product_is_loaded_16_bytes_at_once(caplog):
@@ -282,7 +279,7 @@ def test_lora_linear_kernels_take_any_leading_dimensions(lead):
     assert y.shape == (*lead, 6)
     check_forward(y, x, weight, bias, lora_a, lora_b, 0.5, hidden=hidden, rounded="either")
     grads = launch_lora_linear_backward(
-        torch.ones_like(y), None, x, weight, lora_a, lora_b, hidden, 0.5, 0.0, None, (True,) * 5
+        torch.ones_like(y), x, weight, lora_a, lora_b, hidden, 0.5, 0.0, None, (True,) * 5
     )
     assert [g.shape for g in grads] == [t.shape for t in (x, weight, bias, lora_a, lora_b)]
     assert 0 not in lead or all(bool((g == 0).all()) for g in grads)
@@ -298,7 +295,7 @@ def test_lora_linear_kernels_give_the_same_bits_twice_and_change_no_operand(path
         y, hidden = launch_lora_linear(*operands, 0.5, 0.3, SEED, path=path)
         x, weight, _, lora_a, lora_b = operands
         rest = (x, weight, lora_a, lora_b, hidden, 0.5, 0.3, SEED, (True,) * 5)
-        runs.append((y, hidden, *launch_lora_linear_backward(d_y, None, *rest, path=path)))
+        runs.append((y, hidden, *launch_lora_linear_backward(d_y, *rest, path=path)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(operands, before, strict=True))
 
@@ -325,6 +322,6 @@ def test_lora_linear_kernels_run_float64_on_the_reference():
     assert y.dtype == torch.float64
     x, weight, _, lora_a, lora_b = operands
     rest = (x, weight, lora_a, lora_b, hidden, 0.5, 0.2, SEED)
-    grads = launch_lora_linear_backward(torch.ones_like(y), None, *rest, (True,) * 5)
+    grads = launch_lora_linear_backward(torch.ones_like(y), *rest, (True,) * 5)
     check_forward(y, *operands, 0.5, 0.2, SEED, hidden)
-    check_backward(grads, torch.ones_like(y), None, *rest)
+    check_backward(grads, torch.ones_like(y), *rest)

@@ -52,18 +52,15 @@ def test_nf4_lora_linear_kernels_match_the_formula(m, n, k, r, dtypes, block, ne
     check_forward(y, x, dense, b, lora_a, lora_b, 0.5, dropout, SEED, hidden, "either")
 
 
-@given(tokens, sizes, columns, ranks, dtype_pairs, block_sizes, st.booleans(), dropouts, paths, st.booleans(), seeds)
-def test_nf4_lora_linear_backward_kernels_match_the_formula(
-    m, n, k, r, dtypes, block, nested, dropout, path, through, seed
-):
+@given(tokens, sizes, columns, ranks, dtype_pairs, block_sizes, st.booleans(), dropouts, paths, seeds)
+def test_nf4_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, block, nested, dropout, path, seed):
     x, weight, _, lora_a, lora_b = linear_operands(m, n, k, r, *dtypes, seed, DEVICE)
     w, dense = quantised(weight, block, nested)
     d_y = values(m * n, dtypes[0], 1.0, seed + 1).view(m, n).to(DEVICE)
-    d_hidden, hidden = values(2 * m * r, dtypes[1], 1.0, seed + 2).view(2, m, r).to(DEVICE)
-    d_hidden = d_hidden if through else None
+    hidden = values(m * r, dtypes[1], 1.0, seed + 2).view(m, r).to(DEVICE)
     rest = (lora_a, lora_b, hidden, -0.7, dropout, SEED)
-    d_x, *others = launch_nf4_lora_linear_backward(d_y, d_hidden, x, *w, *rest, (True,) * 4, path)
-    check_backward((d_x, None, *others), d_y, d_hidden, x, dense, *rest)
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, x, *w, *rest, (True,) * 4, path)
+    check_backward((d_x, None, *others), d_y, x, dense, *rest)
 
 
 @given(st.integers(1, MOST_TOKENS), sizes, st.sampled_from([64, 67, 512]), st.integers(1, 5), st.booleans(), seeds)
@@ -148,8 +145,8 @@ def test_nf4_backward_kernels_in_panels_of_columns_match_the_formula(n, k, r, dt
     hidden = values(m * r, dtypes[1], 1.0, seed + 2).view(m, r).to(DEVICE)
     rest = (lora_a, lora_b, hidden, -0.7, dropout, SEED)
     # panels as small as they can be
-    d_x, *others = launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest, (True,) * 4, path, panel_bytes=1)
-    check_backward((d_x, None, *others), d_y, None, x, dense, *rest)
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, x, *w, *rest, (True,) * 4, path, panel_bytes=1)
+    check_backward((d_x, None, *others), d_y, x, dense, *rest)
 
 
 @given(st.sampled_from([1, 7]), many_columns, paths, st.sampled_from([1, 2**20]), seeds)
@@ -177,11 +174,11 @@ def test_nf4_lora_linear_backward_kernels_make_just_what_is_needed(needs, m, dro
     w, dense = quantised(weight, 64, True)
     d_y, hidden = torch.randn(m, 20, device=DEVICE).bfloat16(), torch.randn(m, 4, device=DEVICE)
     rest = (lora_a, lora_b, hidden, 0.5, dropout, SEED)
-    d_x, *others = launch_nf4_lora_linear_backward(d_y, None, x if needs[2] else None, *w, *rest, needs)
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, x if needs[2] else None, *w, *rest, needs)
     for got, need in zip((d_x, *others), needs, strict=True):
         assert need or got is None
     d_x, *others = (g if need else None for g, need in zip((d_x, *others), needs, strict=True))
-    check_backward((d_x, None, *others), d_y, None, x, dense, *rest)
+    check_backward((d_x, None, *others), d_y, x, dense, *rest)
 
 
 @pytest.mark.parametrize("m", [3, 70])
@@ -199,8 +196,8 @@ def test_nf4_lora_linear_kernels_take_any_strides(m, spread):
     check_forward(y, x, dense, bias, lora_a, lora_b, 0.5, 0.3, SEED, hidden, "either")
     d_y = torch.randn(21, m, device=DEVICE).bfloat16().T
     rest = (*loose[1:], hidden.T.contiguous().T, 0.5, 0.3, SEED)
-    d_x, *others = launch_nf4_lora_linear_backward(d_y, None, loose[0], *scattered, *rest, (True,) * 4)
-    check_backward((d_x, None, *others), d_y, None, loose[0], dense, *rest)
+    d_x, *others = launch_nf4_lora_linear_backward(d_y, loose[0], *scattered, *rest, (True,) * 4)
+    check_backward((d_x, None, *others), d_y, loose[0], dense, *rest)
 
 
 @pytest.mark.parametrize("m", [3, 70])
@@ -220,7 +217,7 @@ def test_nf4_lora_linear_kernels_take_any_second_level_block(m, nested_block, mo
         w = Packed(codes, *scales, (21, 600), 64, nested_block)
         y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.3, SEED)
         rest = (lora_a, lora_b, hidden, 0.5, 0.3, SEED, (True,) * 4)
-        grads = launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest)
+        grads = launch_nf4_lora_linear_backward(d_y, x, *w, *rest)
         norm = launch_nf4_dora_norm(*w, torch.bfloat16, lora_a, lora_b, 0.5)
         dense = launch_nf4_columns(as_read(w), 512, 88, torch.bfloat16)
         tensors, formats = flatten([w, w])
@@ -242,7 +239,7 @@ def test_nf4_lora_linear_kernels_give_the_same_bits_twice_and_change_no_operand(
     for _ in range(2):
         y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.3, SEED)
         rest = (lora_a, lora_b, hidden, 0.5, 0.3, SEED, (True,) * 4)
-        runs.append((y, hidden, *launch_nf4_lora_linear_backward(d_y, None, x, *w, *rest)))
+        runs.append((y, hidden, *launch_nf4_lora_linear_backward(d_y, x, *w, *rest)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(operands, before, strict=True))
 
@@ -272,7 +269,7 @@ def test_nf4_lora_linear_kernels_take_any_leading_dimensions_and_no_adapter(lead
     assert y.shape == (*lead, 6) and hidden.shape[1] == 0
     check_forward(y, x, dense, None, *none, 0.0, rounded="either")
     rest = (*none, hidden, 0.0, 0.0, None)
-    d_x, *_ = launch_nf4_lora_linear_backward(torch.ones_like(y), None, x, *w, *rest, (True, True, True, True))
+    d_x, *_ = launch_nf4_lora_linear_backward(torch.ones_like(y), x, *w, *rest, (True, True, True, True))
     assert d_x.shape == x.shape
 
 
@@ -284,5 +281,5 @@ def test_nf4_lora_linear_kernels_run_float64_on_the_reference():
     check_forward(y, x, dense, bias, lora_a, lora_b, 0.5, 0.2, SEED, hidden, "either")
     rest = (lora_a, lora_b, hidden, 0.5, 0.2, SEED)
     for needs in ((True,) * 4, (False, True, True, True)):
-        d_x, *others = launch_nf4_lora_linear_backward(torch.ones_like(y), None, x, *w, *rest, needs)
-        check_backward((d_x if needs[0] else None, None, *others), torch.ones_like(y), None, x, dense, *rest)
+        d_x, *others = launch_nf4_lora_linear_backward(torch.ones_like(y), x, *w, *rest, needs)
+        check_backward((d_x if needs[0] else None, None, *others), torch.ones_like(y), x, dense, *rest)

@@ -81,7 +81,7 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
     (m, n, k), r, p = (choose(SIZES) for _ in range(3)), choose(RANKS), choose((0.0, 0.4))
     x, weight, d_y = o.matrix(m, k, dtype), o.matrix(n, k, dtype), o.matrix(m, n, dtype)
     a, b, hidden = o.matrix(r, k, low), o.matrix(n, r, low), o.matrix(m, r, low)
-    bias, d_hidden = choose((None, torch.zeros(2 * n, dtype=dtype)[1::2])), choose((None, o.matrix(m, r, low)))
+    bias = choose((None, torch.zeros(2 * n, dtype=dtype)[1::2]))
     packed, path, panels = o.weight(n, k), choose(("fused", "library")), choose((1, 2**20))
     ranks = [choose((0, 1, 8, 17)) for _ in range(choose((1, 3, 70)))]
     adapter, scaling = torch.zeros(m, dtype=torch.int64), torch.ones(2 * len(ranks))[::2]
@@ -89,10 +89,10 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
     drop, needs = (0.5, p, torch.tensor([1, 2])[1:]), tuple(o.draw.random() < 0.7 for _ in range(5))
     with recorded(run=False) as found:
         launch_lora_linear(x, weight, bias, a, b, *drop, path=path)
-        launch_lora_linear_backward(d_y, d_hidden, x, weight, a, b, hidden, *drop, needs, path=path)
+        launch_lora_linear_backward(d_y, x, weight, a, b, hidden, *drop, needs, path=path)
         launch_nf4_lora_linear(x, *packed, bias, a, b, *drop, path=path, panel_bytes=panels)
         rest = (a, b, hidden, *drop, needs[:4])
-        launch_nf4_lora_linear_backward(d_y, d_hidden, x, *packed, *rest, path=path, panel_bytes=panels)
+        launch_nf4_lora_linear_backward(d_y, x, *packed, *rest, path=path, panel_bytes=panels)
         tensors, formats = flatten([weight, Packed(*packed)])
         pairs, drops = ([a, a], [b, b]), ([0.5] * 2, [p] * 2, [drop[2]] * 2)
         launch_lora_linears(x, tensors, formats, [x[0, :0]] * 2, *pairs, *drops, path)
@@ -107,7 +107,7 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
             launch_absmax_dequantize(packed[1], *packed[2:4], packed[6])
         launch_nf4_quantize(weight, packed[5])
         sums = launch_grouped_lora(x, choose((None, d_y)), *grouped)[1]
-        launch_grouped_lora_backward(d_y, None, x, *grouped, sums, needs[:3])
+        launch_grouped_lora_backward(d_y, x, *grouped, sums, needs[:3])
     assert found <= listed(), sorted(map(str, found - listed()))[:1]
 
 

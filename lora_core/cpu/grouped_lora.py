@@ -43,7 +43,6 @@ def grouped_lora(
 
 def grouped_lora_backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -61,15 +60,13 @@ def grouped_lora_backward(
         d_x = d_lora_a = d_lora_b = None
         if need_x or need_a:
             d_s = torch.where(own, d_y @ lora_b * factors, 0)
-            if d_hidden is not None:
-                d_s = d_s + _unstored(d_hidden, own, adapter)
             d_x = d_s @ lora_a if need_x else None
             d_lora_a = d_s.T @ x if need_a and x is not None else None
         if need_b:
             d_lora_b = d_y.T @ torch.where(own, _unstored(hidden, own, adapter) * factors, 0)
         if all(g is None or _is_finite(g) for g in (d_x, d_lora_a, d_lora_b)):
             return d_x, d_lora_a, d_lora_b
-    return reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
+    return reference.backward(d_y, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs)
 
 
 def _pays(rows: Tensor, lora_a: Tensor, lora_b: Tensor, ranks: Sequence[int]) -> bool:
@@ -97,7 +94,7 @@ def _stored(every: Tensor, own: Tensor, adapter: Tensor, ranks: Sequence[int]) -
 
 
 def _unstored(hidden: Tensor, own: Tensor, adapter: Tensor) -> Tensor:
-    """Return S, or its gradient, with a column for every rank, zero where a row's adapter has none."""
+    """Return S with a column for every rank, zero where a row's adapter has none."""
     order = adapter.argsort(stable=True)
     by_adapter = hidden.new_zeros(own.shape).masked_scatter_(own[order], hidden)
     return torch.empty_like(by_adapter).index_copy_(0, order, by_adapter)

@@ -33,7 +33,6 @@ def lora_linear(
 
 def lora_linear_backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
@@ -47,14 +46,13 @@ def lora_linear_backward(
     """Return what the reference returns, up to rounding."""
     columns, rows = weight.shape
     flat, grad = None if x is None else x.reshape(-1, rows), d_y.reshape(-1, columns)
-    d_x, *others = gradients(grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
+    d_x, *others = gradients(grad, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
     d_weight, d_bias, d_lora_a, d_lora_b = others
     return None if d_x is None else d_x.view(*d_y.shape[:-1], rows), d_weight, d_bias, d_lora_a, d_lora_b
 
 
 def gradients(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     weight: Tensor | None,
     lora_a: Tensor,
@@ -67,13 +65,11 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients (d_x, d_weight, d_bias, d_lora_a, d_lora_b); arguments as in reference.lora.backward."""
     if not runs_here(d_y, lora_a):
-        return reference.backward(d_y, d_hidden, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
+        return reference.backward(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
     need_x, need_weight, need_bias, need_a, need_b = needs
     d_x = d_lora_a = None
     if need_x or need_a:
         d_s = hidden_gradient(d_y, lora_b, scaling)
-        if d_hidden is not None:
-            d_s = d_s + d_hidden
         if need_a and x is not None:
             d_lora_a = a_gradient(d_s, x, dropout, seed)
         if need_x and weight is not None:

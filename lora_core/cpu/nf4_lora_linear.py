@@ -48,7 +48,6 @@ def nf4_lora_linear(
 
 def nf4_lora_linear_backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     codes: Tensor,
     absmax: Tensor,
@@ -74,11 +73,10 @@ def nf4_lora_linear_backward(
     weight = w.dense(d_y.dtype) if need_x and base is None else None
     wanted = (weight is not None, False, need_bias, need_a, need_b)
     d_x, _, d_bias, d_lora_a, d_lora_b = gradients(
-        grad, d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
+        grad, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
     )
     if base is not None:
         d_s = hidden_gradient(grad.to(lora_b.dtype), lora_b, scaling)
-        d_s = d_s if d_hidden is None else d_s + d_hidden
         d_x = add_low_rank(base, d_s.float(), lora_a.float(), dropout, seed).to(d_y.dtype)
     return None if d_x is None else d_x.view(*d_y.shape[:-1], rows), d_bias, d_lora_a, d_lora_b
 

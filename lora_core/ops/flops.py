@@ -37,7 +37,7 @@ def _(x: Shape, weight: Shape, bias: Any, lora_a: Shape, *rest: Any, **out: Any)
 
 
 @register_flop_formula(torch.ops.lora_core.lora_linear_backward)
-def _(d_y: Shape, d_hidden: Any, x: Any, weight: Any, lora_a: Shape, *rest: Any, **out: Any) -> int:
+def _(d_y: Shape, x: Any, weight: Any, lora_a: Shape, *rest: Any, **out: Any) -> int:
     need_x, need_weight, _, need_a, need_b = rest[-1]
     return _backward(d_y, lora_a, need_x, need_weight, need_a, need_b)
 
@@ -51,7 +51,7 @@ def _(x: Shape, *rest: Any, **out: Any) -> int:
 @register_flop_formula(torch.ops.lora_core.nf4_lora_linear_backward)
 def _(d_y: Shape, *rest: Any, **out: Any) -> int:
     need_x, _, need_a, need_b = rest[-1]
-    return _backward(d_y, rest[9], need_x, False, need_a, need_b)
+    return _backward(d_y, rest[8], need_x, False, need_a, need_b)
 
 
 @register_flop_formula(torch.ops.lora_core.lora_linears)

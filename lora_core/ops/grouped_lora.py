@@ -54,7 +54,6 @@ def _(
 @torch.library.custom_op("lora_core::grouped_lora_backward", mutates_args=())
 def backward_op(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -65,14 +64,13 @@ def backward_op(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor]
-    grads = present(d_y, reference.backward(d_y, d_hidden, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs))
+    grads = present(d_y, reference.backward(d_y, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs))
     return grads
 
 
 @backward_op.register_fake
 def _(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -92,18 +90,18 @@ def _(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, base, lora_a, lora_b, ctx.ranks, adapter, scaling = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     need_x, ctx.need_base, need_a, need_b, *_ = ctx.needs_input_grad
     ctx.needs = (need_x, need_a, need_b)
-    ctx.rows, ctx.dtype = x.shape[0], x.dtype
     ctx.save_for_backward(x if need_a else None, lora_a, lora_b, adapter, scaling, output[1])
 
 
-def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_y: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     x, lora_a, lora_b, adapter, scaling, hidden = ctx.saved_tensors
     if d_y is None:
-        d_y = hidden.new_zeros(ctx.rows, lora_b.shape[0], dtype=ctx.dtype)
-    grads = call(backward_op, d_y, d_hidden, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
+        return (None,) * 7
+    grads = call(backward_op, d_y, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
     d_x, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, d_y if ctx.need_base else None, d_lora_a, d_lora_b, None, None, None
 

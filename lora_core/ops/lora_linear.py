@@ -59,7 +59,6 @@ def _(
 @torch.library.custom_op("lora_core::lora_linear_backward", mutates_args=())
 def backward_op(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
@@ -73,7 +72,7 @@ def backward_op(
     columns, rows = weight.shape
     flat = None if x is None else x.reshape(-1, rows)
     d_x, *others = reference.backward(
-        d_y.reshape(-1, columns), d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
+        d_y.reshape(-1, columns), flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
     )
     grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     grads = present(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
@@ -83,7 +82,6 @@ def backward_op(
 @backward_op.register_fake
 def _(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
@@ -105,20 +103,20 @@ def _(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.lead = x.shape[:-1]
     need_x, need_weight, _, need_a, *_ = ctx.needs_input_grad
     # without d_x the shape of W does: W itself may change before the backward
     kept = weight if need_x else weight.new_empty(()).expand(weight.shape)
     ctx.save_for_backward(x if need_weight or need_a else None, kept, lora_a, lora_b, output[1], seed)
 
 
-def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_y: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     if d_y is None:
-        d_y = weight.new_zeros(*ctx.lead, weight.shape[0])
+        return (None,) * 8
     needs = ctx.needs_input_grad[:5]
-    grads = call(backward_op, d_y, d_hidden, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
+    grads = call(backward_op, d_y, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *wanted, None, None, None
 

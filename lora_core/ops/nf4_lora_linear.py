@@ -74,7 +74,6 @@ def _(
 @torch.library.custom_op("lora_core::nf4_lora_linear_backward", mutates_args=())
 def backward_op(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     codes: Tensor,
     absmax: Tensor,
@@ -100,7 +99,7 @@ def backward_op(
     flat = None if x is None else x.reshape(-1, rows)
     wanted = (need_x, False, need_bias, need_a, need_b)
     d_x, _, *others = reference.backward(
-        d_y.reshape(-1, columns), d_hidden, flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
+        d_y.reshape(-1, columns), flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
     )
     grads: tuple[Tensor, Tensor, Tensor, Tensor]
     grads = present(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
@@ -110,7 +109,6 @@ def backward_op(
 @backward_op.register_fake
 def _(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     codes: Tensor,
     absmax: Tensor,
@@ -138,19 +136,19 @@ def _(
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, *packed, shape, block_size, nested_block_size, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.format = (shape, block_size, nested_block_size)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.lead, ctx.dtype = x.shape[:-1], x.dtype
     need_x, need_bias, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
     ctx.needs = (need_x, need_bias, need_a, need_b)
     ctx.save_for_backward(x if need_a else None, *packed, lora_a, lora_b, output[1], seed)
 
 
-def _backward(ctx, d_y: Tensor | None, d_hidden: Tensor | None):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_y: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     x, *packed, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     if d_y is None:
-        d_y = hidden.new_zeros(*ctx.lead, ctx.format[0][0], dtype=ctx.dtype)
+        return (None,) * 14
     adapter = (lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed)
-    grads = call(backward_op, d_y, d_hidden, x, *packed, *ctx.format, *adapter, ctx.needs)
+    grads = call(backward_op, d_y, x, *packed, *ctx.format, *adapter, ctx.needs)
     d_x, d_bias, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, *[None] * 7, d_bias, d_lora_a, d_lora_b, None, None, None
 

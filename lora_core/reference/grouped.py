@@ -100,7 +100,6 @@ def forward(
 
 def backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -122,8 +121,6 @@ def backward(
     for member in found:
         rows, part, factor = member.rows, member.part, factors[member.adapter]
         d_s = factor * (grad[rows] @ lora_b[:, part])
-        if d_hidden is not None:
-            d_s = d_s + member.of(d_hidden)
         if d_x is not None:
             d_x[rows] = d_s @ lora_a[part]
         if d_lora_a is not None and rows_of_x is not None:

@@ -104,7 +104,6 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_
 
 def backward(
     d_y: Tensor,
-    d_hidden: Tensor | None,
     x: Tensor | None,
     weight: Tensor | None,
     lora_a: Tensor,
@@ -119,7 +118,6 @@ def backward(
 
     Args:
         d_y: G, shape [M, N].
-        d_hidden: a gradient that reaches S by another way, shape [M, R], or None.
         x: shape [M, K]; enters d_weight and d_lora_a only, else None will do.
         weight: shape [N, K]; enters d_x only, else None will do.
         lora_a, lora_b, hidden, scaling, dropout, seed: as the forward had or made them.
@@ -132,8 +130,6 @@ def backward(
         d_lora_b = (low.T @ hidden).mul_(scaling)
     if need_a or need_x:
         d_s = (low @ lora_b).mul_(scaling)
-        if d_hidden is not None:
-            d_s = d_s + d_hidden
     if need_a and x is not None:
         d_lora_a = d_s.T @ drop(x.to(lora_a.dtype), dropout, seed)
     if need_x and weight is not None:

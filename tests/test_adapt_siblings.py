@@ -217,6 +217,49 @@ def test_siblings_train_under_checkpointing_as_without(name, reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+class Drawing(Attention):
+    """Draws random numbers between the calls of layers that share their input."""
+
+    def forward(self, x):
+        mixed = torch.nn.functional.dropout(self.q_proj(x), 0.5) * self.k_proj(x)
+        return self.o_proj(mixed + self.v_proj(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_siblings_with_dropout_draw_their_masks_where_they_are_called(reentrant):
+    """Else the same call without gradients, as reentrant checkpointing makes it, would draw others."""
+    config = lc.LoraConfig(r=4, target_modules=TARGETS, lora_dropout=0.3)
+    model = lc.add_adapter(Drawing(), config)
+    randomise(model)
+    lc.fuse(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        model.zero_grad()
+        with Calls() as calls:
+            y = run(inputs().requires_grad_())
+        assert calls.together == 0 and calls.alone == 4
+        y.square().sum().backward()
+        grads.append([p.grad.clone() for p in trained])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_hook_before_a_sibling_runs_before_its_operands_are_read():
+    """As FSDP's, which gathers them."""
+    model = own()
+    want = model(inputs())
+    lc.fuse(model)
+    held = model.k_proj.lora_b["default"].detach().clone()
+    model.k_proj.lora_b["default"].data.zero_()
+
+    def gather(layer, _):
+        layer.lora_b["default"].data.copy_(held)
+
+    model.k_proj.register_forward_pre_hook(gather)
+    assert (model(inputs()) - want).abs().max() <= APART * want.abs().max()
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_siblings_follow_autocast(name):
     model = MAKERS[name]()

@@ -62,9 +62,9 @@ def fuse(model: nn.Module, share: bool = True) -> FuseReport:
     objects under the same names: an optimiser, a state dict and PEFT's own verbs go on working. Outputs and gradients
     are the same up to rounding; in training, dropout's masks are drawn by this library's generator.
 
-    Adapted layers that their parent's forward calls with one variable, as query, key and value or gate and up, read it
-    once together: the first called computes for all of them, and each returns its own output when it is called. Their
-    backward is one, too: where losses of their outputs go backward one after the other, pass share=False.
+    Adapted layers without dropout that their parent's forward calls with one variable, as query, key and value or gate
+    and up, read it once together: the first called computes for all of them, and each returns its own output when it is
+    called. Their backward is one, too: where losses of their outputs go backward one after the other, pass share=False.
 
     Args:
         model: any module; layers already fused are left so.

@@ -4,8 +4,8 @@ Query, key and value of an attention, gate and up of an MLP: together they read 
 layer is still called and still returns its own output, so that hooks, names and the parent's code stay as they are.
 An output is handed out only for the very tensor it was computed from, where nothing that it depends on has changed: not
 the tensor, grad mode or autocast, nor the layer that asks. For any other, and for few rows, a layer computes alone. So
-it does with dropout and without gradients: reentrant checkpointing may come back to each layer by itself, and has to
-meet the mask that it drew by itself.
+it does with dropout: masked by each layer's own mask, x is read once for each anyway, and a seed that is not drawn when
+its layer is called is another one where checkpointing runs the call again.
 """
 
 import weakref
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.layers.dropout import fresh_seed
 from lora_core.ops.checks import autocast_dtype, autocast_on
 from lora_core.ops.eager import transformed
 from lora_core.ops.lora_linears import Layer, lora_linears
@@ -29,7 +28,7 @@ class Term(NamedTuple):
     """What a layer adds to the common operation.
 
     Args:
-        layer: its operands, without a seed.
+        layer: its operands.
         compute: dtype that x is cast to.
         result: dtype of the layer's output.
         state: the layer's term_state.
@@ -102,8 +101,8 @@ class Siblings:
         return y
 
     def _compute(self, members: list[Any], x: Tensor) -> Held | None:
-        if any(m._backward_hooks or m._backward_pre_hooks for m in members):
-            # PyTorch hands such a layer a tensor of its own
+        if any(m._backward_hooks or m._backward_pre_hooks or m._forward_pre_hooks for m in members):
+            # the first two get a tensor of their own from PyTorch; the third, as FSDP's, may make a layer's operands
             return None
         terms = [m.term(x) for m in members]
         found: list[Term] = [t for t in terms if t is not None]
@@ -111,10 +110,8 @@ class Siblings:
         if len(members) < len(self._members) or len(found) < len(members) or len(kinds) > 1:
             return None
         layers = [t.layer for t in found]
-        if not torch.is_grad_enabled() and any(layer.dropout for layer in layers):
+        if any(layer.dropout for layer in layers):
             return None
-        # drawn when it is clear that they will be used, in the order in which the layers would draw them
-        layers = [layer._replace(seed=fresh_seed(x.device)) if layer.dropout else layer for layer in layers]
         compute = x if autocast_on(x) else x.to(found[0].compute)
         ys = lora_linears(compute, layers)
         outputs: list[Tensor | None] = [y.to(found[0].result) for y in ys]

@@ -258,7 +258,7 @@ def _check_gradients(
 
 def _gradients(scaling: float, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     d_y = x.new_ones(len(x), len(weight))
-    grads = lora.backward(d_y, None, x, weight, a, b, x @ a.T, scaling, 0.0, None, (True, False, False, True, True))
+    grads = lora.backward(d_y, x, weight, a, b, x @ a.T, scaling, 0.0, None, (True, False, False, True, True))
     return tuple(g for g in grads if g is not None)
 
 
@@ -297,7 +297,7 @@ def _check_grouped_backward(device: str) -> str:
         ones = x.new_ones(M, N, dtype=torch.float64)
         rest = (wide(a), wide(b), ranks, adapter, wide(scaling))
         hidden = grouped.forward(wide(x), None, *rest)[1]
-        return grouped.backward(ones, None, wide(x), *rest, hidden, (True,) * 3)
+        return grouped.backward(ones, wide(x), *rest, hidden, (True,) * 3)
 
     for name, g, t, m in zip(("x", "lora_a", "lora_b"), got, gradients(_double), gradients(_magnitude), strict=True):
         right = t is not None and m is not None and _within(g, t, m, M + N + K + R)

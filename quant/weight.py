@@ -1,5 +1,6 @@
 """QuantizedWeight: a frozen weight in 4 bits, with what is needed to get it back."""
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,6 +185,16 @@ class QuantizedWeight(nn.Module):
         return self
 
     # the state dict holds bitsandbytes' keys, the packed codes as "packed"; NF4Linear renames that to its own "weight"
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what has a key in the state dict and no attribute: torch.distributed.checkpoint follows every key."""
+        if name not in bitsandbytes.COMPUTED:
+            return super().__getattr__(name)
+        found = bitsandbytes.entries(self)
+        state = {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
+        if not state and name not in found:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return types.SimpleNamespace(**state) if state else found[name]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for key, value in bitsandbytes.entries(self).items():

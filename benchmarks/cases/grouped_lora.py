@@ -45,7 +45,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         y, hidden = grouped.forward(x, base, a, b, ranks, adapter, scaling.double())
         if d_y is None:
             return y
-        return grouped.backward(d_y, None, x, a, b, ranks, adapter, scaling.double(), hidden, (True, True, True))
+        return grouped.backward(d_y, x, a, b, ranks, adapter, scaling.double(), hidden, (True, True, True))
 
     leaves = tuple(t.requires_grad_() for t in (x, lora_a, lora_b))
     operands = (x, base, lora_a, lora_b)

@@ -66,9 +66,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: want the name of a folder, new or not, to save the adapter in")
     try:
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file: want the name of a folder, new or not, to save the adapter in")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}; save somewhere else") from None
@@ -107,12 +107,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: if a file is missing, truncated or foreign, or the two are not of one generation.
     """
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"there is no folder {folder}: want a local folder with {CONFIG} and {WEIGHTS}; download an adapter first"
-        )
-    if not (folder / WEIGHTS).exists():
-        raise CheckpointError(_no_weights(folder))
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"there is no folder {folder}: want a local folder with {CONFIG} and {WEIGHTS}; download an adapter "
+                "first"
+            )
+        if not (folder / WEIGHTS).exists():
+            raise CheckpointError(_no_weights(folder))
+    except OSError as error:
+        raise CheckpointError(f"cannot read the folder {folder}: {error.strerror}; want one that can be read") from None
     written = _read_config(folder / CONFIG)
     tensors, embedded = _read_weights(folder / WEIGHTS)
     if written is None and embedded is None:

@@ -7,7 +7,6 @@ from torch import nn
 
 from lora_core.adapt.checkpointing import let_gradients_in
 from lora_core.adapt.fast_path import settle_fast_paths
-from lora_core.adapt.keys import unwrapped
 from lora_core.adapt.kinds import adapted_kind
 from lora_core.adapt.saved import find_saved, with_task_heads
 from lora_core.adapt.switch import set_adapter
@@ -20,8 +19,10 @@ from lora_core.adapt.walk import (
     parts,
     places,
     plain_name,
+    refuse_wrapped,
     replace,
     require_editable,
+    unwrapped,
 )
 from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import AdapterError, ConfigError, NonFiniteError
@@ -57,10 +58,12 @@ def add_adapter(
         DtypeError: if a matching weight is of a dtype that cannot be adapted.
         NonFiniteError: if "pissa" or "olora" is to start from a weight that holds NaN or infinity.
         AdapterError: if the name is taken, an adapter is merged, adapters are disabled for a while, PEFT has put
-            adapters into the model, or another adapter trains biases too.
+            adapters into the model, another adapter trains biases too, or processes are synchronised already (DDP,
+            FSDP).
     Source: Hu et al. 2021.
     """
     inner = unwrapped(model)
+    refuse_wrapped(model, f"add adapter {adapter_name!r}")
     if isinstance(config, LoraConfig):
         config = with_task_heads(inner, config)
     inject(inner, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=autocast_adapter_dtype)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lora_core.adapt.walk import adapter_layers, check_module, plain_name, stated_embeddings, trainable_copies
+from lora_core.adapt.walk import adapter_layers, plain_name, stated_embeddings, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
@@ -26,22 +26,6 @@ NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.[^.]+$")
 
 # With bias="all" PEFT itself writes the biases of modules_to_save so once more, the adapter's name left out of some.
 NAMED_COPY = re.compile(r"\.modules_to_save\.([^.]+\.)?")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile's and data parallelism's wrappers, whose names are not in a checkpoint.
-
-    Raises:
-        ConfigError: if this is no module.
-    """
-    check_module(model)
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def key(*parts: str) -> str:

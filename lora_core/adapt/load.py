@@ -13,11 +13,11 @@ from lora_core.adapt.configuration import config_from_peft
 from lora_core.adapt.files import WEIGHTS, folder_path, read_checkpoint
 from lora_core.adapt.finite import is_finite
 from lora_core.adapt.inject import inject, take_starts
-from lora_core.adapt.keys import PREFIX, adapter_tensors, base_tensors, canonical, unwrapped
+from lora_core.adapt.keys import PREFIX, adapter_tensors, base_tensors, canonical
 from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
-from lora_core.adapt.walk import adapter_layers, plain_name
+from lora_core.adapt.walk import adapter_layers, plain_name, refuse_wrapped, unwrapped
 from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
@@ -58,10 +58,13 @@ def load_adapter(
             if the model is on the meta device. The model is left as it was.
         ConfigError: if the configuration asks for what is not implemented.
         TargetNotFoundError: if no module matches.
-        AdapterError: if the name is taken, or an adapter is merged.
+        AdapterError: if the name is taken, an adapter is merged, or it is to be trained and processes are synchronised
+            already (DDP, FSDP).
     Source: PEFT's checkpoint format.
     """
     inner = unwrapped(model)
+    if is_trainable:
+        refuse_wrapped(model, f"load adapter {adapter_name!r} to train it")
     checkpoint = read_checkpoint(folder_path(folder))
     config = _without_absent(inner, config_from_peft(checkpoint.config))
     given = _canonical_tensors(checkpoint.tensors)

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.fast_path import settle_fast_paths
-from lora_core.adapt.keys import unwrapped
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
 from lora_core.adapt.names import inside_any, matches
 from lora_core.adapt.target import output_head
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
-from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace
+from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace, unwrapped
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.linear import LoraLinear, LoraTransposedLinear
 from lora_core.layers.nf4_linear import NF4Linear

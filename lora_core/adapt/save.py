@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from lora_core.adapt.configuration import config_to_peft
 from lora_core.adapt.files import folder_path, write_checkpoint
-from lora_core.adapt.keys import adapter_tensors, key, unwrapped
+from lora_core.adapt.keys import adapter_tensors, key
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.peft_differs import warn_where_peft_differs
-from lora_core.adapt.walk import adapter_layers, original_modules, plain_name, require_adapters, trainable_copies
+from lora_core.adapt.walk import (
+    adapter_layers,
+    original_modules,
+    plain_name,
+    require_adapters,
+    trainable_copies,
+    unwrapped,
+)
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear
 from lora_core.methods.lora import LoraConfig, pattern_matches
@@ -27,7 +34,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     An adapter started by "pissa" or "olora" is written as a plain one of twice the rank for the original base weight:
     A' = [A; A0], B' = [B, -B0]. Patterns of rank or alpha that contradict each other at a layer are written as whole
     names, so that their order, which PEFT changes, means nothing. A process killed while saving leaves the previous
-    checkpoint whole. Saving while merged is allowed.
+    checkpoint whole. Saving while merged is allowed. Of a model that processes share, every process has to call it:
+    after fully_shard as it is, after FullyShardedDataParallel inside its summon_full_params.
 
     Args:
         model: a model with this adapter.
@@ -35,24 +43,49 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         adapter_name: which; its name is not written.
     Raises:
         AdapterError: if there is no such adapter.
-        CheckpointError: if the adapter has no values yet (meta device), or the folder is a file.
+        CheckpointError: if the adapter has no values yet (meta device) or only a process's share of them, or the folder
+            is a file.
     Source: PEFT's checkpoint format; Meng et al. 2024 (arXiv 2404.02948), appendix C, for the plain form of PiSSA.
     """
     model = unwrapped(model)
     require_adapters(model, [adapter_name])
     config = adapter_config(model, adapter_name)
-    tensors = adapter_tensors(model, adapter_name, config)
-    unreal = next((name for name, t in tensors.items() if t.is_meta), None)
-    if unreal:
-        raise CheckpointError(
-            f"cannot save {adapter_name!r}: {unreal} is on the meta device and has no values; load or initialise the "
-            "model first"
-        )
+    tensors = _whole(model, adapter_name, adapter_tensors(model, adapter_name, config))
     tensors, config = _plain_lora(model, adapter_name, tensors, config)
     config = _resolved(model, adapter_name, config)
     warn_where_peft_differs(model, adapter_name)
     values = _with_base_name(model, config_to_peft(config))
     write_checkpoint(folder_path(folder), values, _on_cpu(tensors))
+
+
+def _whole(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors, those that are offloaded or shared out among processes with all their values."""
+    found = dict(tensors)
+    for name, layer in adapter_layers(model).items():
+        if adapter_name not in layer.adapters:
+            continue
+        wanted = layer.pair_shapes(layer.adapters[adapter_name].rank)
+        for part, matrices, shape in zip(
+            (layer.PEFT_A, layer.PEFT_B), (layer.lora_a, layer.lora_b), wanted, strict=True
+        ):
+            place = key(name, part)
+            if found[place].is_meta:
+                found[place] = matrices.bring(adapter_name)
+            if found[place].shape != shape:
+                raise CheckpointError(
+                    f"cannot save {adapter_name!r}: {place} is {tuple(found[place].shape)} here, a share of "
+                    f"{tuple(shape)}: save inside FullyShardedDataParallel.summon_full_params(model)"
+                )
+    for name, tensor in found.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"cannot save {adapter_name!r}: {name} is on the meta device and has no values; load or initialise the "
+                "model first, or take accelerate's hooks off, which keep them elsewhere"
+            )
+        gather = getattr(tensor, "full_tensor", None)
+        # a DTensor, of which every process holds a part
+        found[name] = tensor if gather is None else gather()
+    return found
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig:
@@ -74,7 +107,7 @@ def _plain_lora(
     tensors = dict(tensors)
     for name, layer in layers.items():
         start = layer.start_of(adapter_name)
-        a, b = layer.lora_a[adapter_name].detach(), layer.lora_b[adapter_name].detach()
+        a, b = (tensors[key(name, part)].detach() for part in (layer.PEFT_A, layer.PEFT_B))
         start_a, start_b = start[0].to(a), start[1].to(b)
         tensors[key(name, layer.PEFT_A)] = torch.cat([a, start_a], dim=0)
         tensors[key(name, layer.PEFT_B)] = torch.cat([b, -start_b], dim=1)

@@ -4,24 +4,56 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
 
-# torch.compile puts this between a module and its parts
-COMPILED = "_orig_mod."
+# the child that holds a module inside the wrapper of torch.compile, of activation checkpointing and of FSDP
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+# what keeps the processes of a training together, by the parameters that are there when it is put around a module
+SYNCHRONISED = frozenset(("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"))
 
 
 def plain_name(name: str) -> str:
-    """Return a module's name without what torch.compile put into it."""
-    return name.replace(COMPILED, "")
+    """Return a module's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED) if "_" in name else name
 
 
 def check_module(model: Any) -> None:
     """Raise ConfigError if a model is none."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; want a torch.nn.Module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of compiling, averaging and parallelism, whose names no checkpoint has.
+
+    Raises:
+        ConfigError: if this is no module.
+    """
+    check_module(model)
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
+            model = model.module
+            continue
+        inside = next((child for name, child in model.named_children() if name in WRAPPED), None)
+        if inside is None:
+            return model
+        model = inside
+
+
+def refuse_wrapped(model: nn.Module, verb: str) -> None:
+    """Raise AdapterError where PyTorch would not synchronise a new parameter: it has counted them when it wrapped."""
+    for name, module in model.named_modules():
+        kind = next((base.__name__ for base in type(module).__mro__ if base.__name__ in SYNCHRONISED), None)
+        if kind is not None:
+            raise AdapterError(
+                f"cannot {verb}: {name or 'the model'} is wrapped by {kind}, which does not synchronise parameters "
+                "that come later: each process would train its own; add adapters first, then wrap"
+            )
 
 
 def named_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -4,8 +4,7 @@ from torch import nn
 
 from lora_core.adapt.checkpointing import keep_gradients_out
 from lora_core.adapt.fast_path import settle_fast_paths
-from lora_core.adapt.keys import unwrapped
-from lora_core.adapt.walk import parts, places, replace
+from lora_core.adapt.walk import parts, places, replace, unwrapped
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
 

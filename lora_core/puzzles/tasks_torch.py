@@ -87,7 +87,7 @@ def check_backward(solve: Callable[..., Any]) -> None:
         d_y, s = drawn(shape[0], shape[1]), 16 / shape[-1] / 3
 
         def grads(d_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, s: float = s) -> list[Tensor]:
-            found = backward(d_y, None, x, weight, a, b, x @ a.T, s, 0.0, None, (True, False, False, True, True))
+            found = backward(d_y, x, weight, a, b, x @ a.T, s, 0.0, None, (True, False, False, True, True))
             return [t for t in found if t is not None]
 
         want = grads(d_y, x, weight, a, b)

@@ -127,7 +127,7 @@ def _low_rank_matmul_kernel(
         BLOCK_N,
         BLOCK_R,
     )
-    acc += widen(tl.load(bias_ptr + column, mask=(column < N) & (has_bias != 0), other=0.0))[None, :]
+    acc += widen(tl.load(bias_ptr + column, mask=column < N * has_bias, other=0.0))[None, :]
 
     step = tl.arange(0, BLOCK_K)
     # int64: the stride of a view times BLOCK_K can pass 2^31

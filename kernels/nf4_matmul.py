@@ -111,7 +111,7 @@ def _nf4_matmul_kernel(
             BLOCK_Y,
             BLOCK_R,
         )
-        bias = tl.load(bias_ptr + column, mask=(column < width) & (has_bias != 0), other=0.0)
+        bias = tl.load(bias_ptr + column, mask=column < width * has_bias, other=0.0)
         acc += widen(bias)[None, :]
 
     first = split * per_split

@@ -124,7 +124,7 @@ def _row_sum_kernel(
     tl.store(product_ptr + place, total, mask=column_ok[:, None] & rank_ok[None, :])
     if BIAS:
         # every program of a column's ranks has the same sum
-        tl.store(bias_ptr + split * C + column, bias, mask=column_ok & (tl.program_id(1) == 0))
+        tl.store(bias_ptr + split * C + column, bias, mask=column < tl.where(tl.program_id(1) == 0, C, 0))
 
 
 # by whether P^T is written, and kind: rows of D, and of T and B where ranks are a multiple of 16 too

@@ -168,7 +168,7 @@ MUTATIONS = (
     Mutation(SHRINK, "factor = factor / (1 - dropout)", "factor = factor * 1.0", IN_SHRINK),
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
     Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
-    Mutation(PRODUCT, "(has_bias != 0)", "(has_bias != 0) & (BLOCK_M < 64)", IN_LINEAR),
+    Mutation(PRODUCT, "N * has_bias", "N * has_bias * (BLOCK_M < 64)", IN_LINEAR),
     Mutation("kernels/form.py", "(t.shape[unit] | t.stride", "(t.stride", WIDE_LOADS),
     Mutation(SHRINK, "if not in_wide_loads(x):", "if x.stride(1) != 1:", IN_SHRINK),
     Mutation(PRODUCT, " and (unit == 1 or lora_b.stride(1) % ALIGNMENT == 0)", "", LYING_APART),

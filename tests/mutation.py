@@ -281,7 +281,7 @@ MUTATIONS = (
     Mutation(EAGER, "type(made)(map(_own, made))", "made", IN_PLACE),
     Mutation(EAGER, "like.new_empty(0) if t is None else t for t in made", "t for t in made", IN_NONE),
     Mutation(EAGER, "with outside_autocast(_first(args)):", "if True:", IN_AUTOCAST),
-    Mutation("lora_core/adapt/bypassed.py", "return frozenset(read - called)", "return frozenset()", IN_BYPASSED),
+    Mutation("lora_core/adapt/bypassed.py", "frozenset(read - called)", "frozenset()", IN_BYPASSED),
     Mutation(CPU, "mul_(scaling).contiguous()", "contiguous()", IN_CPU),
     Mutation(CPU_GROUPED, "if _is_finite(y):", "if True:", IN_CPU_GROUPED),
     Mutation(CPU_GROUPED, "index_copy_(0, order, by_adapter)", "copy_(by_adapter)", IN_CPU_GROUPED_BACKWARD),

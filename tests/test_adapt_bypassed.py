@@ -1,6 +1,7 @@
 """Layers that a module works with and never calls: no adapter there, and no 4-bit weight."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -68,6 +69,65 @@ def test_all_linear_and_quantising_leave_out_what_is_never_called():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+class TwoWays(nn.Module):
+    """Calls its layers in one forward, and works with a weight in another; the configuration rules a branch out."""
+
+    def __init__(self, kernels: bool = False) -> None:
+        super().__init__()
+        self.kernels, self.config = kernels, types.SimpleNamespace()
+        self.inner, self.outer, self.steps, self.clamped = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel_forward(x) if self.kernels else self.slow_forward(x)
+
+    def kernel_forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.inner(x), self.outer.weight)
+
+    def slow_forward(self, x: Tensor) -> Tensor:
+        x = self.limit(self.outer(self.inner(x)))
+        if hasattr(self.config, "is_quantized"):
+            return self.steps(x)
+        else:
+            return x @ self.steps.weight
+
+    def limit(self, x: Tensor) -> Tensor:
+        weight = self.clamped.weight.clamp(-1, 1)
+        assert weight.isfinite().all()
+        return self.clamped(x)
+
+
+def test_what_is_called_in_some_ways_forward_alone_is_left_out_and_named():
+    model = nn.Sequential(TwoWays())
+    with pytest.warns(UserWarning, match="'all-linear' leaves out 0.outer: in one of its ways forward"):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules="all-linear"))
+    assert adapter_layers(model).keys() == {"0.inner", "0.clamped"}
+    with pytest.warns(UserWarning, match="an adapter may do nothing at 0.outer"):
+        lc.add_adapter(nn.Sequential(TwoWays()), lc.LoraConfig(r=2, target_modules=["inner", "outer"]))
+    with pytest.raises(lc.ConfigError, match="steps belongs to a TwoWays, which uses its weight without calling it"):
+        lc.add_adapter(nn.Sequential(TwoWays()), lc.LoraConfig(r=2, target_modules=["steps"]))
+
+
+def test_the_branch_that_a_module_takes_counts():
+    model = nn.Sequential(TwoWays(), TwoWays())
+    model[1].config.is_quantized = True
+    assert bypassed(model, "0.steps") and not bypassed(model, "1.steps")
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_weights_that_are_worked_with_stay_in_full_precision(kernels):
+    model = nn.Sequential(TwoWays(kernels))
+    with pytest.warns(UserWarning, match="leaves 0.outer, 0.clamped in full precision"):
+        lc.quantize_model(model, skip_modules=[])
+    assert isinstance(model[0].inner, NF4Linear)
+    model(torch.randn(3, 64))
+
+
+def test_an_encoder_that_is_kept_off_its_fast_path_is_adapted_whole():
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 48))
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules="all-linear"))
+    assert adapter_layers(model).keys() == {"0.linear1", "0.linear2"}
+
+
 def test_what_is_never_called_is_refused_by_name_saying_whose_it_is():
     for model in (nn.Sequential(Reader()), nn.Sequential(nn.MultiheadAttention(8, 2))):
         name = "read" if isinstance(model[0], Reader) else "out_proj"
@@ -76,16 +136,24 @@ def test_what_is_never_called_is_refused_by_name_saying_whose_it_is():
 
 
 @pytest.mark.peer("transformers")
-def test_every_adapter_of_a_state_space_model_is_trained_and_merges():
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.filterwarnings("ignore:target_modules:UserWarning", "ignore:quantize_model:UserWarning")
+def test_every_adapter_of_a_state_space_model_is_trained_and_merges(kind, quantised):
     import transformers
 
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
-    model = transformers.MambaForCausalLM(config)
+    of_kind = getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}ForCausalLM")
+    model = of_kind[1](of_kind[0](vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4))
+    if quantised:
+        lc.quantize_model(model, lc.NF4Config(block_size=32))
     lc.add_adapter(model, lc.LoraConfig(r=4, target_modules="all-linear"))
     randomise(model)
     tokens = torch.randint(0, 64, (2, 10))
     model.train()(tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if quantised:
+        # merging quantises anew
+        return
     with torch.no_grad():
         before = model.eval()(tokens).logits
         lc.merge_adapter(model)

@@ -1,5 +1,6 @@
 """Which modules a configuration chooses, to adapt and to train whole, and what it is told of the rest."""
 
+import copy
 import sys
 import warnings
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import lora_core as lc
 from lora_core.adapt.walk import adapter_layers, trainable_copies
+from lora_core.layers.adapter import AdapterLayer
 
 
 def adapt(model, **config):
@@ -166,8 +168,47 @@ def test_stacked_experts_that_all_linear_leaves_out_are_named():
             self.gate_up_proj = nn.Parameter(torch.randn(4, 8, 8))
 
     model = nn.ModuleDict({"experts": Experts(), "fc": nn.Linear(8, 8)})
-    with pytest.warns(UserWarning, match=r"'all-linear' leaves stacked weights out.*experts\.gate_up_proj"):
-        adapt(model, target_modules="all-linear")
+    for wanted in ("all-linear", ["fc", "up_proj"], ["fc", "experts.gate_up_proj"]):
+        with pytest.warns(UserWarning, match=r"target_modules leaves stacked weights out.*experts\.gate_up_proj"):
+            adapt(copy.deepcopy(model), target_modules=wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, target_modules=["fc"])
+
+
+def test_a_classifier_as_large_as_a_small_table_is_no_output_head():
+    """As BERT's of two classes beside its table of two token types."""
+
+    class Classifier(nn.Module):
+        def __init__(self, answers):
+            super().__init__()
+            self.words, self.types = nn.Embedding(50, 8), nn.Embedding(2, 8)
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, answers)
+
+    for answers, adapted in ((2, True), (50, False)):
+        model = adapt(Classifier(answers), target_modules="all-linear")
+        assert isinstance(model.head, AdapterLayer) == adapted
+
+
+@pytest.mark.peer("transformers", "peft")
+def test_all_linear_reaches_a_classifier_of_two_classes_as_pefts():
+    import peft
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, intermediate_size=48))
+    found = adapt(copy.deepcopy(model), target_modules="all-linear")
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert adapter_layers(found).keys() == set(theirs.base_model.targeted_module_names)
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_refused():
+    class Causal(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+    with pytest.raises(lc.ConfigError, match="0 is a Causal, whose forward is not that of the convolution"):
+        adapt(nn.Sequential(Causal(4, 4, 3)), target_modules=["0"])
 
 
 @pytest.mark.parametrize(

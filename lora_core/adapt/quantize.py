@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lora_core.adapt.bypassed import bypassed
+from lora_core.adapt.bypassed import bypassed, works_on
 from lora_core.adapt.fast_path import settle_fast_paths
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
 from lora_core.adapt.names import inside_any, matches
@@ -64,20 +64,18 @@ def quantize_model(
     head = output_head(unwrapped(model)) if skip_modules is None else None
     chosen = {m: names for m, names in where.items() if m is not head and _chosen(model, m, names, skip_modules or ())}
     ties = Ties(model)
-    own = {m: names for m, names in chosen.items() if _is_used_otherwise(m)}
+    own = {m: names for m, names in chosen.items() if _is_used_otherwise(model, m, names)}
     chosen = {m: names for m, names in chosen.items() if m not in own and not ties.of(m.weight)}
+    told = ", ".join(names[0] for names in own.values())
+    why = f"{told} in full precision: a forward, hooks, a parametrisation or another use of the weight would be lost"
     if not chosen and not any(isinstance(m, NF4Linear) for m in where):
         raise TargetNotFoundError(
             f"quantize_model: no linear layer to quantise outside skip_modules={skip_modules!r}; want nn.Linear or "
             "transformers' Conv1D in floating point, which no other library has quantised"
+            + (f"; it has to leave {why}" if own else "")
         )
     if own:
-        warnings.warn(
-            f"quantize_model leaves {', '.join(names[0] for names in own.values())} in full precision: a forward, "
-            "hooks or a parametrisation of its own would be lost",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn(f"quantize_model leaves {why}", UserWarning, stacklevel=2)
     for module, names in chosen.items():
         _check(module.get_parameter("weight"), names[0], config.block_size)
     _warn_of_unmatched(model, skip_modules)
@@ -104,9 +102,11 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
     return not any(inside_any(plain_name(name), skip) for name in names)
 
 
-def _is_used_otherwise(module: nn.Module) -> bool:
-    """Say whether a linear layer does more than x W^T + b, or computes its weight: an NF4 layer would not."""
+def _is_used_otherwise(model: nn.Module, module: nn.Module, names: list[str]) -> bool:
+    """Say whether a layer does more than x W^T + b, or its module more than to call it: an NF4 layer could not."""
     plain = LoraTransposedLinear if is_transposed_linear(module) else LoraLinear
+    if any(works_on(model, name) for name in names):
+        return True
     return not plain(module).is_as_written() or not isinstance(module._parameters.get("weight"), nn.Parameter)
 
 

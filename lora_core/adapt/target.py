@@ -6,15 +6,16 @@ A name matches a list when it is an entry or ends in "." + an entry; it matches 
 import re
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora_core.adapt.bypassed import bypassed
+from lora_core.adapt.bypassed import bypassed, sometimes_bypassed
 from lora_core.adapt.kinds import is_linear
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.saved import TASK_HEADS, saves
 from lora_core.adapt.unsupported import refuse_unsupported
 from lora_core.adapt.untargeted import (
     nothing_found,
+    warn_of_bypassed,
     warn_of_experts,
     warn_of_idle_patterns,
     warn_of_inner,
@@ -43,12 +44,15 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     candidates = dict(original_modules(model))
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         head = output_head(model, config.task_type)
-        found = [n for n, m in candidates.items() if is_linear(m) and m is not head and not bypassed(model, n)]
-        warn_of_experts(candidates)
+        linear = [n for n, m in candidates.items() if is_linear(m) and m is not head and not bypassed(model, n)]
+        found = [n for n in linear if not sometimes_bypassed(model, n)]
+        warn_of_bypassed("'all-linear' leaves out", set(linear).difference(found))
     else:
         names = wanted if isinstance(wanted, str) else frozenset(wanted)
         found = [n for n in candidates if matches(plain_name(n), names)]
         warn_of_unmatched("target_modules", wanted, candidates)
+        warn_of_bypassed("an adapter may do nothing at", {n for n in found if sometimes_bypassed(model, n)})
+    warn_of_experts(wanted, candidates)
     found = [n for n in found if not _left_out(plain_name(n), config)]
     found = [n for n in found if _layer_chosen(plain_name(n), config)]
     warn_of_inner(found)
@@ -66,7 +70,7 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
     """Return the layer that turns hidden states into scores, which "all-linear" leaves out.
 
     A transformers model says which it is. Elsewhere it is the module called lm_head, or the last linear layer if it
-    leads from an embedding's dimension to its vocabulary.
+    leads from the dimension of the largest embedding to its vocabulary.
     """
     head = stated_embeddings(model, "output")
     if head is not None:
@@ -80,9 +84,12 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
     for name, module in linear:
         if name.split(".")[-1] == "lm_head":
             return module
-    tables = {m.weight.shape for _, m in modules if isinstance(m, nn.Embedding)}
+    if hasattr(model, "get_output_embeddings"):
+        # asked above: a classifier as large as a table of token types is none
+        return None
+    tables = [m.weight for _, m in modules if isinstance(m, nn.Embedding)]
     last: Any = linear[-1][1] if linear else None
-    if last is not None and last.weight.shape in tables:
+    if last is not None and tables and last.weight.shape == max(tables, key=Tensor.numel).shape:
         return cast(nn.Module, last)
     return None
 

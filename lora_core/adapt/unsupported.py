@@ -29,6 +29,12 @@ def refuse_unshaped(model: nn.Module, verb: str) -> None:
             )
 
 
+def _convolves_otherwise(module: nn.Module) -> bool:
+    """Say whether a convolution's class has a forward of its own: it may pad, or compute its kernel."""
+    own = next((kind.forward for kind in (nn.Conv1d, nn.Conv2d) if isinstance(module, kind)), None)
+    return own is not None and type(module).forward is not own
+
+
 def _looks_up_otherwise(module: nn.Module) -> bool:
     """Say whether an embedding has a forward of its own, as learned positions do; one that scales says by how much."""
     if not isinstance(module, nn.Embedding) or hasattr(module, "embed_scale"):
@@ -55,6 +61,11 @@ def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
             raise ConfigError(
                 f"{name} is a {type(module).__name__}, whose forward looks up other rows than it is given: an adapter "
                 "would look up the wrong ones; leave it out with exclude_modules"
+            )
+        if _convolves_otherwise(module):
+            raise ConfigError(
+                f"{name} is a {type(module).__name__}, whose forward is not that of the convolution it derives from: "
+                "an adapter would add another one's output; leave it out with exclude_modules"
             )
     if is_held_by_others(module):
         raise ConfigError(

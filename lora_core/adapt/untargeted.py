@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -47,23 +47,45 @@ def warn_of_inner(found: list[str]) -> None:
         )
 
 
-def warn_of_experts(candidates: dict[str, nn.Module]) -> None:
-    """Warn of weights that "all-linear" does not reach: a mixture's experts in one tensor of three dimensions."""
+def warn_of_bypassed(what: str, names: Iterable[str]) -> None:
+    """Warn of layers whose weight their module takes itself in some of its forwards."""
+    told = sorted(names)
+    if told:
+        more = f" and {len(told) - SHOWN_STACKED} more" if len(told) > SHOWN_STACKED else ""
+        warnings.warn(
+            f"target_modules: {what} {', '.join(told[:SHOWN_STACKED])}{more}: in one of its ways forward their module "
+            "works with the weight itself and does not call the layer",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
+    """Warn of weights that target_modules means and does not reach: experts in one tensor of three dimensions."""
     stacked = [
         f"{name}.{key}"
         for name, module in candidates.items()
         if adapted_kind(module) is None
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
+        if _means(wanted, key)
     ]
     if stacked:
         more = f" and {len(stacked) - SHOWN_STACKED} more" if len(stacked) > SHOWN_STACKED else ""
         warnings.warn(
-            f"target_modules 'all-linear' leaves stacked weights out, which are in no linear layer: "
+            f"target_modules leaves stacked weights out, which are in no linear layer: "
             f"{', '.join(stacked[:SHOWN_STACKED])}{more}",
             UserWarning,
             stacklevel=5,
         )
+
+
+def _means(wanted: Sequence[str] | str, stacked: str) -> bool:
+    """Say whether one of these names is a stacked weight's, or that of a part of it as gate_proj of gate_up_proj."""
+    if isinstance(wanted, str):
+        return wanted.lower() == ALL_LINEAR
+    words = set(stacked.split("_"))
+    return any(stacked == name or set(name.split("_")) < words for name in (w.split(".")[-1] for w in wanted))
 
 
 def nothing_found(config: LoraConfig, candidates: dict[str, nn.Module]) -> str:

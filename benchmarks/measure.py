@@ -63,7 +63,8 @@ def measure(case: Case, options: argparse.Namespace, progress: Any) -> bool:
     for line in lines:
         console.print(line)
     console.print(f"appended {len(records)} rows to {path}\n")
-    return held and not raised and checks[ours].passed
+    # what is claimed is claimed of the suite's shapes
+    return (held or bool(options.shape)) and not raised and checks[ours].passed
 
 
 def _print_missing(case: Case, console: Console) -> None:

@@ -75,5 +75,17 @@ def quantize(
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
-    """Return a weight in NF4; see quantize."""
+    """Return a weight in NF4, the 4-bit code whose levels suit normally distributed weights.
+
+    Args:
+        weight: float32, float16 or bfloat16, any shape and strides.
+        block_size: elements sharing one scale; a power of two from 32 to 4096.
+        double_quant: quantise the scales to 8 bits as well.
+    Returns:
+        The frozen weight, on the same device.
+    Raises:
+        DtypeError, ConfigError: if the weight or the block size cannot be.
+        NonFiniteError: if the weight holds NaN or infinity, saying where.
+    Source: Dettmers et al. 2023, section 3.
+    """
     return quantize(weight, "nf4", block_size, double_quant)

@@ -110,6 +110,13 @@ def test_configuration_fields_that_change_the_forward_are_refused(folder, name, 
     assert_refused(folder, name, "not implemented", "PEFT", error=lc.ConfigError)
 
 
+def test_configuration_changed_by_hand_to_what_is_not_implemented_is_refused_as_that(folder):
+    """The copy inside the weights says otherwise, but to put the file back is not what was wanted."""
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**values, "lora_bias": True}))
+    assert_refused(folder, "sets lora_bias to True", "not implemented", error=lc.ConfigError)
+
+
 @pytest.mark.parametrize("start", ["loftq", "corda", "lora_ga", "LoftQ"])
 def test_configuration_starts_that_changed_the_base_weight_are_refused(folder, start):
     rewrite(folder, config={"init_lora_weights": start})

@@ -143,6 +143,38 @@ def test_merged_adapters_take_no_gradient_until_unmerged():
     assert sum(p.requires_grad for p in model.parameters()) == 24
 
 
+@pytest.mark.parametrize("prepare", [lambda model: None, TinyDecoder.requires_grad_], ids=["frozen", "whole"])
+def test_a_backward_while_merged_is_refused_in_training(prepare):
+    """Else nothing would be trained, without a word; in eval mode a gradient of the input is one."""
+    model = adapted(targets=TARGETS["everything"]).train()
+    lc.merge_adapter(model)
+    prepare(model)
+    with pytest.raises(lc.AdapterError, match=r"cannot train while \['default'\] is merged.*call unmerge_adapter"):
+        model(tokens()).sum().backward()
+    with torch.no_grad():
+        assert not model(tokens()).requires_grad
+    lc.unmerge_adapter(model)
+    model(tokens()).sum().backward()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_merged_adapter_that_is_not_trained_lets_a_gradient_through(train, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 2))
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0", "3"]))
+    lc.merge_adapter(model)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    # what comes behind may change the output in place
+    assert model.train()(x).requires_grad
+    if train:
+        lc.unmerge_adapter(model)
+        lc.save_adapter(model, tmp_path)
+        lc.delete_adapter(model, "default")
+        lc.load_adapter(model, tmp_path)
+        lc.merge_adapter(model)
+    model.train(train)(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_merge_and_unload_leaves_plain_layers():
     model = adapted(targets=TARGETS["everything"])
     kinds = [type(m) for m in TinyDecoder().modules()]

@@ -276,6 +276,16 @@ def test_benchmark_run_records_every_sound_provider(tmp_path, monkeypatch, capsy
     assert "best rival" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("given", "status"), [([], run.FAILED), (["--shape", "N=64"], 0)])
+def test_what_is_claimed_decides_at_the_suites_shapes_alone(given, status, tmp_path, monkeypatch, capsys):
+    claimed = dataclasses.replace(planted_case(0.0), claims=(Claim(limit_ms=0.0),))
+    monkeypatch.setattr(run, "case_names", lambda: ["planted"])
+    monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])
+    monkeypatch.setattr(run, "cases_of", lambda *_: iter([claimed]))
+    assert run.main(["--suite", "cpu", "--samples", "2", "--results", str(tmp_path), *given]) == status
+    assert "DOES NOT HOLD: under 0 ms" in capsys.readouterr().out
+
+
 def test_benchmark_run_neither_times_nor_records_a_wrong_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "case_names", lambda: ["planted"])
     monkeypatch.setattr(run, "shapes_of", lambda *_: [{"N": 64}])

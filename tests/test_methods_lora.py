@@ -149,7 +149,7 @@ def test_start_from_the_weight_is_undone_by_disabling_and_deleting(init):
     assert_within_rounding(old, whole, residual, *start, depth=4 + 1)
 
 
-def test_start_from_the_weight_of_an_nf4_base_keeps_the_sum_within_the_cost_of_requantising():
+def test_start_from_the_weight_of_an_nf4_base_keeps_the_sum_within_the_cost_of_requantising(tmp_path):
     model = nn.Sequential(nn.Linear(64, 64))
     lc.quantize_model(model, skip_modules=[])
     old = model[0].weight.dequantize(torch.float32)
@@ -157,6 +157,8 @@ def test_start_from_the_weight_of_an_nf4_base_keeps_the_sum_within_the_cost_of_r
     new = model[0].read_weight() + model[0].delta("default")
     # NF4 errs by about a tenth of a Gaussian weight, and the residual is smaller than the weight
     assert 0 < (new - old).norm() < 0.15 * old.norm()
+    with pytest.warns(UserWarning, match="started from 4-bit weights.*saved for the original ones"):
+        lc.save_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

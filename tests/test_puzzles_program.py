@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 from puzzled import edited, said_of, solution
@@ -90,6 +91,13 @@ def test_puzzles_program_refuses_bad_input(arguments, says, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as ended:
         program(["puzzles", *arguments])
     assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_puzzles_program_finds_the_exercises_of_a_checkout(capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(SystemExit) as ended:
+        program(["puzzles", "check", "1"])
+    assert ended.value.code == 1 and "is not written yet" in capsys.readouterr().out
 
 
 def test_puzzles_is_a_frozen_catalogue():

@@ -74,7 +74,7 @@ def uses(parent: nn.Module) -> Uses:
 
 
 @functools.cache
-def _uses(kind: type[nn.Module], answers: tuple[bool, ...]) -> Uses:
+def _uses(kind: Any, answers: tuple[bool, ...]) -> Uses:
     return read_uses(_methods(kind), dict(zip(_questions(kind), answers, strict=True)))
 
 
@@ -130,7 +130,7 @@ def _live(method: ast.AST, own: str, has: dict[tuple[str, str], bool]) -> Iterat
 
 
 @functools.cache
-def _questions(kind: type[nn.Module]) -> tuple[tuple[str, str], ...]:
+def _questions(kind: Any) -> tuple[tuple[str, str], ...]:
     """Return what the conditions of a class's methods ask by hasattr, as (path, name)."""
     found: dict[tuple[str, str] | None, None] = {}
     for method in _methods(kind):
@@ -176,7 +176,7 @@ def _takes_numbers(outer: ast.AST) -> bool:
 
 
 @functools.cache
-def _methods(kind: type[nn.Module]) -> tuple[ast.FunctionDef, ...]:
+def _methods(kind: Any) -> tuple[ast.FunctionDef, ...]:
     """Return what can be read of a class's own methods and of those it inherits, nn.Module's left out."""
     own = (base for base in kind.__mro__ if base not in nn.Module.__mro__)
     found = (source_of(method) for base in own for method in vars(base).values())

@@ -79,12 +79,7 @@ def config_from_peft(values: Mapping[str, Any]) -> LoraConfig:
     given = dict(values)
     _require_lora(given.pop("peft_type", None))
     given.pop("inference_mode", None)
-    for name, value in given.items():
-        if not is_harmless(name, value):
-            raise ConfigError(
-                f"adapter_config.json sets {name} to {value!r}, which changes what the model computes and is not "
-                f"implemented: want {REFUSED[name][0]!r}; load this adapter with PEFT, or train one without {name}"
-            )
+    refuse_unimplemented(given)
     fields = {name: given.pop(name) for name in LoraConfig.field_names() if name in given}
     fields = {name: value for name, value in fields.items() if value is not None or name not in NULLABLE}
     start = fields.get("init_lora_weights")
@@ -93,6 +88,16 @@ def config_from_peft(values: Mapping[str, Any]) -> LoraConfig:
         fields["init_lora_weights"] = _start(start)
     _report_unknown([name for name in given if name not in KEPT and name not in REFUSED])
     return LoraConfig(**fields, extra=given)
+
+
+def refuse_unimplemented(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an adapter_config.json asks for another forward than is implemented."""
+    for name, value in values.items():
+        if not is_harmless(name, value):
+            raise ConfigError(
+                f"adapter_config.json sets {name} to {value!r}, which changes what the model computes and is not "
+                f"implemented: want {REFUSED[name][0]!r}; load this adapter with PEFT, or train one without {name}"
+            )
 
 
 def config_to_peft(config: LoraConfig) -> dict[str, Any]:

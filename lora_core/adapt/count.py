@@ -23,7 +23,11 @@ def _weights(parameter: nn.Parameter) -> int:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print `trainable params: X || all params: Y || trainable%: Z`, in PEFT's format."""
+    """Print `trainable params: X || all params: Y || trainable%: Z`, in PEFT's format.
+
+    Args:
+        model: any module; a quantised weight counts the weights it stands for.
+    """
     trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

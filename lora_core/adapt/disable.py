@@ -17,6 +17,10 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Biases trained with bias="all" or "lora_only" are part of the base layers and stay as they are. Inside the block
     adapters are neither added, switched, merged nor deleted.
 
+    Args:
+        model: a model with adapters.
+    Returns:
+        A context manager that gives the model.
     Raises:
         AdapterError: if the model has no adapters.
     """

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_core.adapt.configuration import differences
+from lora_core.adapt.configuration import differences, refuse_unimplemented
 from lora_core.adapt.json_text import parse_json, parse_json_file
 from lora_core.errors import CheckpointError
 
@@ -106,6 +106,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: if a file is missing, truncated or foreign, or the two are not of one generation.
+        ConfigError: if the configuration was changed to what is not implemented.
     """
     try:
         if not folder.is_dir():
@@ -119,11 +120,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"cannot read the folder {folder}: {error.strerror}; want one that can be read") from None
     written = _read_config(folder / CONFIG)
     tensors, embedded = _read_weights(folder / WEIGHTS)
-    if written is None and embedded is None:
-        raise CheckpointError(f"{folder} has no {CONFIG}: want the file that was saved beside {WEIGHTS}")
-    if written is None or written == embedded:
-        assert embedded is not None
+    if embedded is not None and (written is None or written == embedded):
         return Checkpoint(embedded, tensors)
+    if written is None:
+        raise CheckpointError(f"{folder} has no {CONFIG}: want the file that was saved beside {WEIGHTS}")
     token = _interrupted_save(folder, written)
     if token is not None:
         warnings.warn(
@@ -141,6 +141,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if embedded is None:
         return Checkpoint(written, tensors)
     differing = differences(written, embedded)
+    # what no version of this library has written was put in by hand
+    refuse_unimplemented(written)
     if differing:
         told = "; ".join(f"{name} is {a!r}, the weights were saved with {b!r}" for name, (a, b) in differing.items())
         raise CheckpointError(

@@ -117,6 +117,10 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Layers elsewhere that read their input together with one of them are fused still, each on its own.
 
+    Args:
+        model: any module.
+    Returns:
+        model.
     Raises:
         AdapterError: if a layer's class was swapped once more since, naming it; the model is unchanged.
         ConfigError: if the model is no module.

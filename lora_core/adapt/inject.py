@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -179,9 +180,8 @@ def _adapted(model: nn.Module, name: str, where: dict[nn.Module, list[str]]) -> 
     module = model.get_submodule(name)
     if isinstance(module, AdapterLayer):
         return module
-    kind = adapted_kind(module)
-    assert kind is not None
-    layer = kind(module)
+    kind: Any = adapted_kind(module)
+    layer: AdapterLayer = kind(module)
     replace(model, where[module], layer)
     return layer
 

@@ -25,7 +25,8 @@ from lora_core.adapt.walk import (
 )
 from lora_core.adapt.withdraw import tidy
 from lora_core.errors import AdapterError
-from lora_core.layers.adapter import AdapterLayer, Merged
+from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.merged import Merged
 from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
 
@@ -76,10 +77,9 @@ class MergeReport:
 def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> MergeReport:
     """Add adapters' updates to the base weights, so that they cost nothing at inference.
 
-    While merged, the model runs these adapters and no others, and with them their modules_to_save; of an adapter
-    nothing but the base's own biases that it trains takes a gradient; switching, adding and deleting are refused;
-    saving an adapter works. The model's own state dict holds the merged weights beside the matrices: load it only into
-    a model merged alike.
+    While merged, the model runs these adapters and no others, and with them their modules_to_save; switching, adding,
+    deleting and, in training mode, a backward are refused; saving an adapter works. The model's own state dict holds
+    the merged weights beside the matrices: load it only into a model merged alike.
 
     Args:
         model: a model with adapters.
@@ -98,6 +98,8 @@ def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = 
 def unmerge_adapter(model: nn.Module) -> None:
     """Restore the weights as they were before merge_adapter, bit for bit.
 
+    Args:
+        model: a model with merged adapters; changed in place.
     Raises:
         AdapterError: if nothing is merged.
     """

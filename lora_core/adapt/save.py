@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_core.adapt.walk import (
 )
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear
+from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.methods.lora import LoraConfig, pattern_matches
 
 
@@ -32,10 +34,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT and load_adapter read.
 
     An adapter started by "pissa" or "olora" is written as a plain one of twice the rank for the original base weight:
-    A' = [A; A0], B' = [B, -B0]. Patterns of rank or alpha that contradict each other at a layer are written as whole
-    names, so that their order, which PEFT changes, means nothing. A process killed while saving leaves the previous
-    checkpoint whole. Saving while merged is allowed. Of a model that processes share, every process has to call it:
-    after fully_shard as it is, after FullyShardedDataParallel inside its summon_full_params.
+    A' = [A; A0], B' = [B, -B0]; on a 4-bit weight, of which what the start left was quantised anew, up to that
+    rounding. Patterns of rank or alpha that contradict each other at a layer are written as whole names, so that their
+    order, which PEFT changes, means nothing. A process killed while saving leaves the previous checkpoint whole. Saving
+    while merged is allowed. Of a model that processes share, every process has to call it: after fully_shard as it is,
+    after FullyShardedDataParallel inside its summon_full_params.
 
     Args:
         model: a model with this adapter.
@@ -104,6 +107,13 @@ def _plain_lora(
     layers = {n: m for n, m in adapter_layers(model).items() if adapter_name in m.adapters}
     if not any(adapter_name in layer.lora_start for layer in layers.values()):
         return tensors, config
+    if any(isinstance(layer, LoraNF4Linear) for layer in layers.values()):
+        warnings.warn(
+            f"adapter {adapter_name!r} started from 4-bit weights, of which what was left was quantised anew; it is "
+            "saved for the original ones, with which it computes the same up to that rounding",
+            UserWarning,
+            stacklevel=3,
+        )
     tensors = dict(tensors)
     for name, layer in layers.items():
         start = layer.start_of(adapter_name)

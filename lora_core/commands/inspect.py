@@ -16,7 +16,7 @@ def inspect(
 ) -> None:
     """Show the method, rank, scaling, targets, norms and bits per parameter of a checkpoint; nothing is unpickled.
 
-    Exit status 1 if something is wrong with it.
+    Exit status 1 if something is wrong with what it holds, 2 if it cannot be read.
     """
     import dataclasses
     import json

@@ -74,7 +74,8 @@ def _check(number: int, file: Path | None) -> bool:
     from lora_core.puzzles.run import check_file
 
     puzzle = find_puzzle(number)
-    places = [file] if file else [Path(puzzle.file), Path(FOLDER) / puzzle.file]
+    folders = (Path(), Path(FOLDER), Path("docs/puzzles"))
+    places = [file] if file else [folder / puzzle.file for folder in folders]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         where = "" if file else ", in the folder that lora-core puzzles start has made or by --file"

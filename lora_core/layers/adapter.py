@@ -7,13 +7,14 @@ A subclass says which shapes A and B have, what their product adds to the base w
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.errors import AdapterError, DeviceError
+from lora_core.layers.merged import Merged, refuse_backward
 
 # adapters over a half-precision base are kept in fp32, as PEFT does: their small updates vanish in 8 bits of mantissa
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -75,21 +76,6 @@ class Matrices(nn.ParameterDict):
         matrix = self._parameters.get(name)
         # one that is computed, by a parametrisation, is kept elsewhere
         return self[name] if matrix is None else matrix
-
-
-@dataclass
-class Merged:
-    """Which adapters are inside a model's weights, and a CPU copy of what this layer's weight was before.
-
-    The copy is empty where none of them has a part in the layer: as long as they are merged, it runs no other.
-    """
-
-    names: tuple[str, ...]
-    backup: dict[str, Tensor] = field(repr=False, default_factory=dict)
-
-    @property
-    def backup_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.backup.values())
 
 
 def reads_from_base(*names: str) -> Callable[[type[T]], type[T]]:
@@ -258,6 +244,13 @@ class AdapterLayer(nn.Module):
     def running(self) -> tuple[str, ...]:
         """Return the adapters that the next forward adds to the base layer's output."""
         return self.active if self.enabled and self.merged is None else ()
+
+    def handed_out(self, y: Tensor) -> Tensor:
+        """Return the layer's output; while merged, in training mode, as one that no gradient passes."""
+        if self.merged is None or not self.training:
+            return y
+        trained = any(self.adapters[name].trainable for name in self.merged.names if name in self.adapters)
+        return refuse_backward(y, self.merged.names) if trained else y
 
     def start_of(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A and B at an adapter's start, which was taken out of the base weight."""

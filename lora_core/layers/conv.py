@@ -77,7 +77,7 @@ class LoraConv(AdapterLayer):
                 self.convolve(dropped, lora_a), lora_b, groups=self.base_layer.groups
             )
             y = y + (low_rank * adapter.scaling).to(y.dtype)
-        return y
+        return self.handed_out(y)
 
     def convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
         """Apply a kernel over all input channels where the base layer applies its own."""

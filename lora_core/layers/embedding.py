@@ -64,4 +64,4 @@ class LoraEmbedding(AdapterLayer):
             hidden = F.embedding(input, lora_a.T, padding_idx=self.base_layer.padding_idx)
             low_rank = (hidden @ lora_b.T) * (self.adapters[name].scaling * self.embed_scale)
             y = y + low_rank.to(y.dtype)
-        return y
+        return self.handed_out(y)

@@ -97,7 +97,7 @@ class LoraLinear(AdapterLayer):
         for lora_a, lora_b, scaling in self.owed():
             start = lora_delta(x.to(lora_a.dtype), lora_a.to(x.device), lora_b.to(x.device), scaling)
             y = y + start.to(y.dtype)
-        return y
+        return self.handed_out(y)
 
     def is_as_written(self) -> bool:
         return runs_as_written(self.base_layer, nn.Linear.forward)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_core.layers.adapter import Merged
+from lora_core.layers.merged import Merged
 
 # never the running module's: the wrapper's own, and where accelerate keeps a module's hook and the forward it replaced
 OWN = frozenset(("original", "copies", "merged", "chosen", "active", "enabled", "_hf_hook", "_old_forward"))

@@ -1,4 +1,4 @@
-"""Our speed over the best rival's, comparison by comparison, with the spread inside which it says nothing.
+"""Our speed relative to the best rival, comparison by comparison, with the spread inside which it says nothing.
 
 What has a spread above 100% is left out. A picture holds so many bars at most; which it leaves out it says.
 """
@@ -46,7 +46,7 @@ class Bar:
 
 
 def bars(figure: Any, found: list[Run], ink: str = INK, grid: str = GRID, elsewhere: Sequence[str] = ()) -> bool:
-    """Draw our speed over the best rival's, lines in these colours; return whether there was anything to draw.
+    """Draw our speed relative to the best rival, lines in these colours; return whether there was anything to draw.
 
     Args:
         figure: to draw into.
@@ -72,7 +72,7 @@ def bars(figure: Any, found: list[Run], ink: str = INK, grid: str = GRID, elsewh
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_yticks(places, [bar.label for bar in shown], fontsize=7)
     axes.set_ylim(-0.7, len(shown) - 0.3)
-    notes = ["speed over the best rival's; the line is the spread, grey a tie"]
+    notes = ["speed relative to the best rival; the line is the spread, grey a tie"]
     if len(shown) < len(lines):
         notes.append(f"{len(shown)} of {len(lines)} comparisons: R={RANK} first, evenly spread where too many")
     if elsewhere:

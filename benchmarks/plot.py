@@ -1,6 +1,6 @@
 """Draw what is on record: `python -m benchmarks.plot` writes pictures beside the records, a set for each device.
 
-bars      our speed over the best rival's, comparison by comparison (benchmarks/bars.py); an operation with more of
+bars      our speed relative to the best rival, comparison by comparison (benchmarks/bars.py); an operation with more of
           them than a picture holds has one of its own
 roofline  operations a second over operations a byte, under the copy and matmul rates measured on that device
 scaling   time over tokens, rank, adapters and model size, with the exponent of the upper half of the sizes
@@ -112,7 +112,8 @@ def roofline(figure: Any, found: list[Run]) -> bool:
         edge = peaks[dtype] / copy
         axes.plot([low, edge, max(high, edge)], [low * copy, peaks[dtype], peaks[dtype]], color=INK, linewidth=1)
         axes.annotate(f"{dtype}: {peaks[dtype]:.3g} GFLOP/s", (max(high, edge), peaks[dtype]), ha="right", va="bottom")
-    axes.annotate(f"{copy:.3g} GB/s", (low, low * copy), va="bottom", rotation=30)
+    offset = {"xytext": (0, 10), "textcoords": "offset points"}
+    axes.annotate(f"{copy:.3g} GB/s", (low, low * copy), va="bottom", rotation=30, **offset)
     ops = sorted({r.op for r in points})
     kinds = {"rivals": (COLOURS[1], 12), "lora_core": (COLOURS[0], 26)}
     for kind, (colour, size) in kinds.items():

@@ -30,7 +30,7 @@ COMMAND = "python -m benchmarks.results_table"
 HEAD = ["what", "shape", "ours, ms", "best rival, ms", "speed", "peak memory, MiB"]
 # of an operation that a device has more comparisons of than MOST, those of these sizes are listed
 MOST, LISTED = 40, {"M": (1, 16, 4096), "R": (16,)}
-GPU_PLACE = "Measured on a GPU: not measured yet. `python -m benchmarks.run --suite gpu` fills this in."
+GPU_PLACE = "On a GPU the suite is not measured yet: `python -m benchmarks.run --suite gpu` fills this in."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def _line(run: list[Record]) -> str:
         return row([what, shape, _own(mine), "", "", _mib(mine)])
     best = rivals[0]
     ratio, within, word = compare(run, mine.provider, best.provider)
-    speed = f"{ratio:.2f}x, {word} within {within:.0%}"
+    speed = f"{ratio:.2f}x, {word} (spread {within:.0%})"
     if within > WIDEST_SPREAD:
         speed = f"not measurable here (spread {within:.0%})"
     memory = f"{_mib(mine)} against {_mib(best)}"

@@ -53,13 +53,13 @@ def test_rows_of_one_run_stand_together_and_the_newest_counts(tmp_path):
 def test_results_table_names_the_best_rival_and_no_lower_bound(tmp_path):
     write(tmp_path, *rows(1.0, 2.0, 0.5, 1.0))
     (line,) = [line for line in results_table.table(tmp_path).splitlines() if "nf4_quantize" in line]
-    assert "| 1 | 2 (bitsandbytes) | 2.00x, faster within" in line and "0.5" not in line
+    assert "| 1 | 2 (bitsandbytes) | 2.00x, faster (spread" in line and "0.5" not in line
     assert "N=8 K=4" in line and "NF4" in line
 
 
 def test_results_table_calls_a_ratio_inside_its_spread_a_tie(tmp_path):
     write(tmp_path, *rows(1.0, 1.05, 0.5, 1.2))
-    assert "1.05x, tie within 20%" in results_table.table(tmp_path)
+    assert "1.05x, tie (spread 20%)" in results_table.table(tmp_path)
 
 
 def test_results_table_gives_no_ratio_where_the_spread_is_wider_than_the_ratio(tmp_path):

@@ -16,7 +16,7 @@ def numbers() -> dict[str, Any]:
     """Return the runs that README.md lists."""
     runs = listed(ops=FILES[ROOT / "README.md"])
     return {
-        "title": f"Speed over the best rival's: {runs[0][0].device}",
+        "title": f"Speed relative to the best rival: {runs[0][0].device}",
         "runs": [[asdict(row) for row in run] for run in runs],
     }
 

@@ -22,7 +22,7 @@ from lora_core.kernels.low_rank import a_gradient, low_rank_gradients, low_rank_
 from lora_core.kernels.nf4_lora_linear import packed_input_gradient, packed_low_rank_linear
 from lora_core.kernels.reach import left_to_reference, near
 from lora_core.ops.eager import register
-from lora_core.ops.lora_linears import absent, backward, backward_op, forward, op
+from lora_core.ops.lora_linears import backward, backward_op, empty_to_none, forward, op
 from lora_core.ops.packed import Packed, unflatten
 
 
@@ -59,7 +59,7 @@ def launch_lora_linears(
         parts = list(hidden.split(ranks, 1))
     log.debug("linears: %d layers, ranks %s", len(lora_as), ranks)
     ys = []
-    layers = zip(unflatten(tensors, formats), absent(biases), parts, lora_bs, scalings, paths, strict=True)
+    layers = zip(unflatten(tensors, formats), empty_to_none(biases), parts, lora_bs, scalings, paths, strict=True)
     for w, bias, s, b, scaling, own_path in layers:
         if isinstance(w, Packed):
             y = packed_low_rank_linear(flat, w, bias, s, b, scaling, own_path)

@@ -8,14 +8,10 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
-import sys
 from typing import Any
 
 # what the files of lora_core/ops call the operations they define
 OPERATIONS = ("op", "backward_op", "nf4_op")
-
-# kernel files whose import waits for the first call of their operation
-_deferred: set[str] = set()
 
 
 def load() -> None:
@@ -32,7 +28,6 @@ def defer_kernels(device_type: str) -> None:
     for name in _modules("lora_core.kernels"):
         if importlib.util.find_spec(f"lora_core.ops.{name}") is None:
             continue
-        _deferred.add(name)
         operations = importlib.import_module(f"lora_core.ops.{name}")
         for operation in (operations.__dict__.get(attribute) for attribute in OPERATIONS):
             if operation is not None:
@@ -75,12 +70,15 @@ def implementation(op: str, device_type: str) -> str:
     """Return the module whose code runs an op on this type of device; "reference" where no fast path is loaded.
 
     Args:
-        op: its name without the namespace, such as "nf4_dequantize". A fast path lives in a file of that name, an
-            op's backward beside its forward.
+        op: its name without the namespace, such as "nf4_dequantize".
         device_type: "cpu" or "cuda".
     """
-    package = {"cpu": "lora_core.cpu", "cuda": "lora_core.kernels"}.get(device_type, "")
-    name = op.removesuffix("_backward")
-    found = f"{package}.{name}"
-    deferred = device_type == "cuda" and name in _deferred
-    return found if deferred or found in sys.modules else "reference"
+    from lora_core.ops.eager import registered
+
+    found = registered(f"lora_core::{op}", device_type)
+    if found is None:
+        return "reference"
+    if isinstance(found, functools.partial):
+        # a first call, which will import the file it is made for
+        return f"lora_core.kernels.{found.args[0]}"
+    return found.__module__

@@ -142,8 +142,8 @@ import torch
 torch.cuda.is_available = lambda: True
 import lora_core as lc
 from lora_core import backends
-for name in ("lora_linear", "lora_linear_backward", "nf4_dequantize", "dora_norm", "grouped_lora"):
-    file = name.removesuffix("_backward")
+for name in ("lora_linear", "lora_linear_backward", "nf4_dequantize", "dora_norm", "nf4_dora_norm", "grouped_lora"):
+    file = "dora_norm" if name == "nf4_dora_norm" else name.removesuffix("_backward")
     assert backends.implementation(name, "cuda") == f"lora_core.kernels.{file}"
     assert backends.implementation(name, "cpu") in ("reference", f"lora_core.cpu.{file}")
 for op in ("op", "backward_op"):

@@ -226,7 +226,7 @@ def test_absmax_ops_pass_opcheck_and_run_backwards():
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        ({"absmax": torch.rand(2, 3)}, ShapeError, r"scales \[b\].*\(2, 3\)"),
+        ({"absmax": torch.rand(2, 3)}, ShapeError, r"absmax \[b\].*\(2, 3\)"),
         ({"absmax": torch.rand(3).half()}, DtypeError, "torch.float16"),
         ({"offset": torch.zeros(2)}, ShapeError, r"one element; got .* and \(2,\)"),
         ({"block_size": 0}, ConfigError, "block_size is 0"),

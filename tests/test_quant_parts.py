@@ -349,7 +349,7 @@ CODES_300 = torch.zeros(300, dtype=torch.uint8)
     ("call", "error", "message"),
     [
         (lambda: nf4_quantize([1.0]), lc.DtypeError, "weight is a list"),
-        (lambda: absmax_quantize([1.0], torch.zeros(())), lc.DtypeError, "scales is a list"),
+        (lambda: absmax_quantize([1.0], torch.zeros(())), lc.DtypeError, "absmax is a list"),
         (lambda: absmax_quantize(torch.ones(3), torch.zeros(()), "256"), lc.ConfigError, "block_size is '256'"),
         (lambda: absmax_quantize(torch.ones(3), torch.zeros((), device="meta")), lc.DeviceError, "offset on meta"),
         (

@@ -29,8 +29,8 @@ def lora_linears(
         return ops.forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
     weights = (dense(w, x.dtype) for w in unflatten(tensors, formats))
     flat = x.reshape(-1, x.shape[-1])
-    absent = ops.absent
-    ys, hidden = _forward(flat, weights, absent(biases), lora_as, lora_bs, scalings, dropouts, absent(seeds))
+    given = ops.empty_to_none
+    ys, hidden = _forward(flat, weights, given(biases), lora_as, lora_bs, scalings, dropouts, given(seeds))
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), hidden]
 
 
@@ -55,7 +55,7 @@ def lora_linears_backward(
     weights = (dense(w, d_ys[0].dtype) for w in unflatten(tensors, formats))
     flat = None if x is None else x.reshape(-1, x.shape[-1])
     rows = [g.reshape(-1, g.shape[-1]) for g in d_ys]
-    d_x, d_lora_a, d_lora_bs = _backward(rows, flat, weights, *adapters, ops.absent(seeds), need_x, need_pairs)
+    d_x, d_lora_a, d_lora_bs = _backward(rows, flat, weights, *adapters, ops.empty_to_none(seeds), need_x, need_pairs)
     d_x = None if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
     return [d_x, d_lora_a, *d_lora_bs]
 

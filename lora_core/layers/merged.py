@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import AdapterError
-from lora_core.ops.eager import transformed
+from lora_core.ops.eager import inside_functorch
 
 
 @dataclass
@@ -47,7 +47,7 @@ def refuse_backward(y: Tensor, names: tuple[str, ...]) -> Tensor:
 
     A compiler or a transform of torch.func gets the output as it is.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or inside_functorch():
         return y
     refused: Tensor = _Refused.apply(y, y.new_empty(0).requires_grad_(), names)
     return refused

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_core.ops.checks import autocast_dtype, autocast_on
-from lora_core.ops.eager import transformed
+from lora_core.ops.eager import inside_functorch
 from lora_core.ops.lora_linears import Layer, lora_linears
 
 # putting all A on top of each other costs what reading x costs for as many rows as there are ranks: with few rows, as
@@ -74,7 +74,7 @@ class Siblings:
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return what layer makes of x if it can be had for all at once, else None."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or not x.dim():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch() or not x.dim():
             # what is held between two calls is no part of a graph
             return None
         if x.is_inference() or x.numel() <= FEW_ROWS * x.shape[-1]:

@@ -36,7 +36,7 @@ def absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size
         DtypeError, ShapeError, DeviceError, ConfigError: if the operands do not fit together.
     Source: Dettmers et al. 2023, section 3.
     """
-    check(codes, offset, block_size, "absmax_dequantize")
+    check("absmax_dequantize", "codes", codes, torch.uint8, offset, block_size)
     check_tensors("absmax_dequantize", {"absmax2": absmax2})
     check_devices("absmax_dequantize", {"codes": codes, "absmax2": absmax2})
     if absmax2.dtype != torch.float32:

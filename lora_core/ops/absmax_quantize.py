@@ -48,22 +48,23 @@ def absmax_quantize(absmax: Tensor, offset: Tensor, block_size: int = NESTED_BLO
         NonFiniteError: if absmax or offset holds NaN or infinity.
     Source: Dettmers et al. 2023, section 3.
     """
-    check(absmax, offset, block_size, "absmax_quantize")
+    check("absmax_quantize", "absmax", absmax, torch.float32, offset, block_size)
     check_finite(absmax, "scales to quantise")
     check_finite(offset, "the offset of scales to quantise")
     codes, absmax2 = op(absmax.detach(), offset.detach(), block_size)
     return codes, absmax2
 
 
-def check(scales: Tensor, offset: Tensor, block_size: int, name: str) -> None:
-    """Raise unless the operands that both directions share are sound."""
-    check_tensors(name, {"scales": scales, "offset": offset})
-    check_devices(name, {"scales": scales, "offset": offset})
-    check_nested_block_size(f"{name}: block_size", block_size)
+def check(op: str, name: str, scales: Tensor, dtype: torch.dtype, offset: Tensor, block_size: int) -> None:
+    """Raise unless the operands that both directions share are sound: scales of this name and dtype, and an offset."""
+    check_tensors(op, {name: scales, "offset": offset})
+    check_devices(op, {name: scales, "offset": offset})
+    check_nested_block_size(f"{op}: block_size", block_size)
     if offset.numel() != 1 or scales.dim() != 1:
         raise ShapeError(
-            f"{name}: want scales [b] and an offset of one element; got {tuple(scales.shape)} and {tuple(offset.shape)}"
+            f"{op}: want {name} [b] and an offset of one element; got {tuple(scales.shape)} and {tuple(offset.shape)}"
         )
-    wanted = torch.float32 if name == "absmax_quantize" else torch.uint8
-    if scales.dtype != wanted or offset.dtype != torch.float32:
-        raise DtypeError(f"{name}: want {wanted} and an offset torch.float32; got {scales.dtype} and {offset.dtype}")
+    if scales.dtype != dtype or offset.dtype != torch.float32:
+        raise DtypeError(
+            f"{op}: want {name} of {dtype} and an offset of torch.float32; got {scales.dtype} and {offset.dtype}"
+        )

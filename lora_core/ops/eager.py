@@ -1,8 +1,13 @@
-"""Runs operations past PyTorch's dispatcher where nobody listens there.
+"""Calls an operation's implementation directly, past PyTorch's dispatcher, where only autograd has to know of the call.
 
 An operation written in Python costs some 100 microseconds a call in the dispatcher, more than a small layer's products.
 Tracing, faking, transforming and counting need it; in plain eager code autograd alone has to know, and
-torch.autograd.Function tells it for a tenth of that. What runs is the same either way.
+torch.autograd.Function tells it for a tenth of that. What runs is the same either way:
+
+    wrapper, as lora_linear
+      intercepted (compiling, a mode, functorch, a tensor subclass)?  operation -> dispatcher -> implementation
+      gradients?                                                      autograd.Function       -> implementation
+      neither                                                                                    implementation
 """
 
 import types
@@ -15,7 +20,7 @@ from torch import Tensor
 from lora_core.ops.checks import outside_autocast
 
 # types of arguments, other than lists, that do not handle operations themselves
-_DEAF = frozenset({Tensor, torch.nn.Parameter, torch.Size, torch.dtype, tuple, float, int, bool, types.NoneType})
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.Size, torch.dtype, tuple, float, int, bool, types.NoneType})
 # what runs an operation on a type of device
 _implementations: dict[tuple[Any, str], Callable[..., Any]] = {}
 
@@ -26,32 +31,38 @@ def register(operation: Any, device_type: str, implementation: Callable[..., Any
     In place of a result that nobody wants it returns None; the dispatcher, which takes none, gets an empty tensor.
     """
 
-    def heard(*args: Any, **kwargs: Any) -> Any:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         made = implementation(*args, **kwargs)
-        return made if isinstance(made, Tensor) else present(_first(args), made)
+        return made if isinstance(made, Tensor) else none_to_empty(_first(args), made)
 
-    operation.register_kernel(device_type)(heard)
+    operation.register_kernel(device_type)(kernel)
     _implementations[operation, device_type] = implementation
 
 
-def present(like: Tensor, made: Any) -> Any:
+def registered(name: str, device_type: str) -> Callable[..., Any] | None:
+    """Return what was registered to run the operation of this name, "lora_core::lora_linear", or None."""
+    found = ((operation._qualname, device, run) for (operation, device), run in _implementations.items())
+    return next((run for own, device, run in found if (own, device) == (name, device_type)), None)
+
+
+def none_to_empty(like: Tensor, made: Any) -> Any:
     """Return the results of an operation with an empty tensor, of the device and dtype of `like`, in place of None."""
     # a tensor each: an operation may not return one twice
     return type(made)(like.new_empty(0) if t is None else t for t in made)
 
 
 def call(operation: Any, *args: Any) -> Any:
-    """Return operation(*args), past the dispatcher if nobody listens: not autograd, either.
+    """Return operation(*args), directly where nothing intercepts it and no gradient is asked for.
 
     Outside autocast: a backward computes in the dtypes of its forward.
     """
     with outside_autocast(_first(args)):
-        run = None if torch.is_grad_enabled() else _unheard(operation, args)
+        run = None if torch.is_grad_enabled() else _direct_implementation(operation, args)
         return operation(*args) if run is None else run(*args)
 
 
 def differentiable(operation: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Register an operation's derivative, and return what calls it, past the dispatcher if only autograd listens.
+    """Register an operation's derivative, and return what calls it, past the dispatcher where nothing intercepts it.
 
     Args:
         operation: a torch.library.CustomOpDef whose first argument is a tensor; it returns several tensors, in a list
@@ -63,7 +74,7 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
 
     def forward(ctx: Any, *args: Any) -> Any:
         made = _implementations[operation, args[0].device.type](*args)
-        output = type(made)(map(_own, made))
+        output = type(made)(map(_without_view, made))
         save(ctx, args, output)
         return output
 
@@ -79,7 +90,7 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     apply = _function(operation, *methods)
 
     def run(*args: Any) -> Any:
-        alone = _unheard(operation, args)
+        alone = _direct_implementation(operation, args)
         if alone is None:
             return operation(*args)
         if not torch.is_grad_enabled():
@@ -97,11 +108,11 @@ def _function(operation: Any, forward: Callable[..., Any], backward: Callable[..
     name = "".join(part.capitalize() for part in operation._opoverload._opname.split("_"))
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda space: space.update(methods))
-    # past what Function.apply does for functorch, which does not listen here
+    # past what Function.apply does for functorch, which is not at work here
     return super(torch.autograd.Function, function).apply
 
 
-def _own(result: Tensor) -> Tensor:
+def _without_view(result: Tensor) -> Tensor:
     """Return a result that autograd does not take for a view: one of several may not be changed in place."""
     return torch.ops.aten._unsafe_view.default(result, result.shape) if result._is_view() else result
 
@@ -134,37 +145,37 @@ def _nested(flat: Sequence[Any], layout: Sequence[int]) -> Iterator[Any]:
         first += abs(length)
 
 
-def _unheard(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """Return what runs the operation if no one but autograd listens to the dispatcher, else None."""
-    if listened():
+def _direct_implementation(operation: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """Return what runs the operation on these arguments, or None where the dispatcher has to be asked."""
+    if dispatch_is_intercepted():
         return None
-    if not _DEAF.issuperset(map(type, args)) and not all(map(_is_deaf, args)):
+    if not _PLAIN_TYPES.issuperset(map(type, args)) and not all(map(_is_plain, args)):
         return None
     return _implementations.get((operation, _first(args).device.type))
 
 
-def _is_deaf(value: Any) -> bool:
-    """Say whether a value is no tensor, nor a list with one, whose class handles operations itself."""
+def _is_plain(value: Any) -> bool:
+    """Say whether a value is, or holds, no tensor of a class that handles operations itself."""
     tensors = value if type(value) is list else (value,)
     return all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors if isinstance(t, Tensor))
 
 
-def listened() -> bool:
-    """Say whether tracing, transforming or a mode listens to the dispatcher."""
+def dispatch_is_intercepted() -> bool:
+    """Say whether a compiler, a tracer, a transform or a mode has to see operations go through the dispatcher."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or transformed()
+        or inside_functorch()
         or torch._C._get_tracing_state() is not None
     )
 
 
-def in_batch(t: Tensor) -> bool:
+def is_batched_gradient(t: Tensor) -> bool:
     """Say whether a gradient stands for one of a batch of them (is_grads_batched): it has no memory of its own."""
     return torch._C._functorch.is_legacy_batchedtensor(t)
 
 
-def transformed() -> bool:
+def inside_functorch() -> bool:
     """Say whether a transform of torch.func is at work, whose tensors have no memory of their own."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -20,7 +20,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable, listened, present
+from lora_core.ops.eager import call, differentiable, dispatch_is_intercepted, none_to_empty
 from lora_core.quant.blockwise import has_values
 from lora_core.reference import grouped as reference
 
@@ -64,7 +64,7 @@ def backward_op(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor]
-    grads = present(d_y, reference.backward(d_y, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs))
+    grads = none_to_empty(d_y, reference.backward(d_y, x, lora_a, lora_b, ranks, adapter, scaling, hidden, needs))
     return grads
 
 
@@ -189,7 +189,7 @@ def _check(
         name, {"x": x, "lora_a": lora_a, "lora_b": lora_b, "adapter": adapter, "scaling": scaling, "base": base}
     )
     # on a GPU asking would wait for it; whoever traces or transforms has no answer
-    if adapter.device.type != "cpu" or listened() or not has_values(adapter):
+    if adapter.device.type != "cpu" or dispatch_is_intercepted() or not has_values(adapter):
         return
     low, high = (t.item() for t in adapter.aminmax())
     if low < -1 or high >= len(ranks):

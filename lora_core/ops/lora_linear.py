@@ -20,7 +20,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable, present
+from lora_core.ops.eager import call, differentiable, none_to_empty
 from lora_core.ops.ready import ready
 from lora_core.reference import lora as reference
 
@@ -75,7 +75,7 @@ def backward_op(
         d_y.reshape(-1, columns), flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs
     )
     grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    grads = present(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
+    grads = none_to_empty(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
     return grads
 
 

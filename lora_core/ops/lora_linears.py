@@ -23,7 +23,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable, present
+from lora_core.ops.eager import call, differentiable, none_to_empty
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
 from lora_core.reference import lora_linears as reference
 
@@ -50,9 +50,6 @@ class Layer(NamedTuple):
     seed: Tensor | None = None
 
 
-# in the schema an empty tensor stands for no bias, and for no seed
-
-
 def forward(
     x: Tensor,
     tensors: Sequence[Tensor],
@@ -67,7 +64,9 @@ def forward(
     """Return every y_i, then S, by the reference."""
     weights = _dense(tensors, formats, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
-    ys, hidden = reference.forward(flat, weights, absent(biases), lora_as, lora_bs, scalings, dropouts, absent(seeds))
+    ys, hidden = reference.forward(
+        flat, weights, empty_to_none(biases), lora_as, lora_bs, scalings, dropouts, empty_to_none(seeds)
+    )
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), hidden]
 
 
@@ -110,10 +109,10 @@ def backward(
     rows = [g.reshape(-1, g.shape[-1]) for g in d_ys]
     weights = _dense(tensors, formats, d_ys[0].dtype)
     d_x, d_lora_a, d_lora_bs = reference.backward(
-        rows, flat, weights, lora_as, lora_bs, hidden, scalings, dropouts, absent(seeds), need_x, need_pairs
+        rows, flat, weights, lora_as, lora_bs, hidden, scalings, dropouts, empty_to_none(seeds), need_x, need_pairs
     )
     d_x = None if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
-    grads: list[Tensor] = present(d_ys[0], [d_x, d_lora_a, *d_lora_bs])
+    grads: list[Tensor] = none_to_empty(d_ys[0], [d_x, d_lora_a, *d_lora_bs])
     return grads
 
 
@@ -142,8 +141,8 @@ def _(
     return [d_x, lora_as[0].new_empty(hidden.shape[1], columns), *(b.new_empty(b.shape) for b in lora_bs)]
 
 
-def absent(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return None for each empty tensor."""
+def empty_to_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return None for each empty tensor: in the schema it stands for no bias, and for no seed."""
     return [t if t.numel() else None for t in tensors]
 
 

@@ -21,7 +21,7 @@ from lora_core.ops.checks import (
     outside_autocast,
     refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable, present
+from lora_core.ops.eager import call, differentiable, none_to_empty
 from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
 from lora_core.quant import QuantizedWeight
@@ -102,7 +102,7 @@ def backward_op(
         d_y.reshape(-1, columns), flat, weight, lora_a, lora_b, hidden, scaling, dropout, seed, wanted
     )
     grads: tuple[Tensor, Tensor, Tensor, Tensor]
-    grads = present(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
+    grads = none_to_empty(d_y, (None if d_x is None else d_x.view(*d_y.shape[:-1], rows), *others))
     return grads
 
 

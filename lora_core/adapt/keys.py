@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from lora_core.adapt.biases import trained_biases
 from lora_core.adapt.walk import adapter_layers, plain_name, stated_embeddings, trainable_copies
 from lora_core.errors import CheckpointError
-from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods.lora import LoraConfig
 from lora_core.quant import QuantizedWeight
@@ -97,19 +97,10 @@ def _biases(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str
 
     A layer that another adapter alone has wrapped keeps its plain name: without that adapter there is no wrapper.
     """
-    if config.bias == "none":
-        return {}
-    inside = tuple(f"{name}." for name in trainable_copies(model))
+    others = [f"{name}.base_layer." for name, m in adapter_layers(model).items() if adapter_name not in m.adapters]
     found: dict[str, Tensor] = {}
-    # a module reached by two names has two biases in a checkpoint, as in PEFT's
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, last = name.rpartition(".")
-        if last != "bias" or name.startswith(inside) or not parameter.is_floating_point():
-            continue
-        outer = model.get_submodule(owner.rpartition(".")[0])
-        adapted = isinstance(outer, AdapterLayer)
-        if isinstance(outer, AdapterLayer) and adapter_name in outer.adapters:
-            found[key(name)] = parameter
-        elif config.bias == "all":
-            found[key(owner.removesuffix(".base_layer") if adapted else owner, last)] = parameter
+    for name, parameter in trained_biases(model, adapter_name, config.bias):
+        wrapper = next((prefix for prefix in others if name.startswith(prefix)), None)
+        plain = name if wrapper is None else name.replace(wrapper, wrapper.removesuffix("base_layer."), 1)
+        found[key(plain)] = parameter
     return found

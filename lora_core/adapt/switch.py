@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lora_core.adapt.biases import trained_biases
 from lora_core.adapt.walk import (
-    adapter_layers,
     adapter_names,
     parts,
     require_adapters,
@@ -43,7 +43,7 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     for part in parts(model).values():
         part.activate(tuple(names))
     for name, config in trained_configs(model, names).items():
-        for bias in chosen_biases(model, name, config.bias).values():
+        for _, bias in trained_biases(model, name, config.bias):
             bias.requires_grad_(True)
 
 
@@ -92,24 +92,3 @@ def trained_configs(model: nn.Module, names: Sequence[str]) -> dict[str, LoraCon
             elif part.trainable.get(name):
                 found[name] = part.configs[name]
     return found
-
-
-def chosen_biases(model: nn.Module, adapter_name: str, which: str) -> dict[str, nn.Parameter]:
-    """Return the bias parameters, by name, that an adapter trains whose LoraConfig.bias is "none", "all", "lora_only".
-
-    Of "lora_only" those of the layers it adapts: no others are saved with it.
-    """
-    if which == "none":
-        return {}
-    layers = adapter_layers(model).items()
-    adapted = tuple(f"{name}.base_layer." for name, layer in layers if adapter_name in layer.adapters)
-    # a module trained whole has its own bias, and its original none to train
-    whole = tuple(f"{name}." for name in trainable_copies(model))
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.split(".")[-1] == "bias"
-        and not name.startswith(whole)
-        and parameter.is_floating_point()
-        and (which == "all" or name.startswith(adapted))
-    }

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_core.adapt.fast_path import SWITCHES
 from lora_core.adapt.source import source_of
-from lora_core.layers.linear import is_patched
+from lora_core.layers.as_written import is_patched
 from lora_core.quant import QuantizedWeight
 
 # what is asked of a weight without multiplying by it

@@ -12,19 +12,12 @@ from lora_core.adapt.siblings import called_together
 from lora_core.adapt.walk import named_modules
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
-from lora_core.layers.bitsandbytes_weight import why_unreadable
-from lora_core.layers.fused import (
-    Fused,
-    FusedBitsandbytes,
-    FusedLora,
-    FusedPeft,
-    fused_class,
-    is_as_written,
-    is_four_bit,
-    oddity,
-    own_forward,
-)
-from lora_core.layers.linear import LoraLinear, is_patched
+from lora_core.layers.as_written import is_patched
+from lora_core.layers.bitsandbytes_weight import is_four_bit, why_unreadable
+from lora_core.layers.fused import Fused, fused_class
+from lora_core.layers.fused_lora import FusedLora
+from lora_core.layers.fused_peft import FusedBitsandbytes, FusedPeft, is_as_written, oddity, own_forward
+from lora_core.layers.linear import LoraLinear
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.layers.siblings import Siblings
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora_core.adapt.source import source_of
-from lora_core.layers.linear import is_patched
+from lora_core.layers.as_written import is_patched
 
 
 def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:

@@ -1,4 +1,4 @@
-"""Reading the weight of a bitsandbytes Linear4bit where it lies: the same bytes, no copy.
+"""bitsandbytes' Linear4bit, its weight read where it lies: the same bytes, no copy; and its output by one operation.
 
 bitsandbytes is not imported: a layer is given by whoever found it. Source: bitsandbytes 0.50, QuantState.
 """
@@ -6,7 +6,10 @@ bitsandbytes is not imported: a layer is given by whoever found it. Source: bits
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lora_core.ops.checks import autocast_on
+from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.codebook import codebook
@@ -59,3 +62,37 @@ def packed_weight(layer: Any) -> Packed | None:
 
 def _repacked(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def is_four_bit(base: Any) -> bool:
+    """Say whether this is bitsandbytes' Linear4bit, which alone among linear layers packs its weight into a column."""
+    return hasattr(base, "quant_state") and hasattr(base, "compute_type_is_set")
+
+
+def four_bit(
+    layer: Any,
+    w: Any,
+    x: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return a Linear4bit's output with an adapter, in the dtypes that bitsandbytes would compute and return."""
+    compute, bias, lora_a, lora_b = four_bit_operands(layer, x, lora_a, lora_b)
+    return packed_lora_linear(x.to(compute), w, bias, lora_a, lora_b, scaling, dropout, seed).to(x.dtype)
+
+
+def four_bit_operands(
+    layer: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None
+) -> tuple[torch.dtype, Tensor | None, Any, Any]:
+    """Return the dtype in which bitsandbytes would compute, and bias, A and B as the operation takes them then."""
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    compute: torch.dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
+    if lora_a is not None and lora_b is not None and not autocast_on(x):
+        # the operation wants A and B in the dtype of x or in float32
+        lora_a, lora_b = (t if t.dtype == compute else t.float() for t in (lora_a, lora_b))
+    return compute, None if layer.bias is None else layer.bias.to(compute), lora_a, lora_b

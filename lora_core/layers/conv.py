@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_core.errors import ConfigError
 from lora_core.layers.adapter import AdapterLayer, reads_from_base
-from lora_core.layers.linear import runs_as_written
+from lora_core.layers.as_written import runs_as_written
 from lora_core.ops.checks import autocast_on
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core.layers.adapter import AdapterLayer, reads_from_base
-from lora_core.layers.linear import runs_as_written
+from lora_core.layers.as_written import runs_as_written
 
 
 @reads_from_base(

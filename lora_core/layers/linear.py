@@ -10,37 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from lora_core.errors import ConfigError
 from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.as_written import runs_as_written
 from lora_core.layers.dropout import fresh_seed
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.reference.lora import lora_delta
-
-
-def runs_as_written(module: nn.Module, forward: Any) -> bool:
-    """Say whether calling module means calling this forward: no subclass, hook or patch stands between."""
-    # a class that fuse made computes what the one that it was made from does
-    kind: Any = getattr(type(module), "fused_from", type(module))
-    return (
-        kind.forward is forward
-        and not is_patched(module)
-        and not _has_any_global_hook()
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Say whether a forward lies on the module itself; its class's own, which hooks leave behind, is no patch."""
-    own: Any = module.__dict__.get("forward")
-    return own is not None and not (
-        getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
-    )
 
 
 class LoraLinear(AdapterLayer):

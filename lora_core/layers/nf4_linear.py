@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.layers.adapter import HALF_PRECISION
-from lora_core.layers.linear import LoraLinear, runs_as_written
+from lora_core.layers.as_written import runs_as_written
+from lora_core.layers.linear import LoraLinear
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.packed import Packed

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lora_core import cli, doctor
+from lora_core.doctor import checks
 
 
 def test_doctor_finds_every_operation_sound(capsys):
@@ -30,7 +31,7 @@ def test_doctor_finds_every_operation_sound(capsys):
 )
 def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
     """A result 1% off, or codes one off, is a failure and the exit status says so."""
-    right = getattr(doctor, broken)
+    right = getattr(checks, broken)
 
     def wrong(*args):
         result = right(*args)
@@ -38,7 +39,7 @@ def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
             return [1.01 * y for y in result]
         return (result[0] + 1, result[1]) if isinstance(result, tuple) else result * 1.01
 
-    monkeypatch.setattr(doctor, broken, wrong)
+    monkeypatch.setattr(checks, broken, wrong)
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor"])
     assert stop.value.code == 1
@@ -49,7 +50,7 @@ def test_doctor_counts_an_exception_as_a_failure(monkeypatch):
     def burst(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(doctor, "lora_linear", burst)
+    monkeypatch.setattr(checks, "lora_linear", burst)
     failed = [c for c in doctor.self_check("cpu") if not c.passed]
     assert [c.operation for c in failed] == ["lora_linear", "lora_linear_backward"]
     assert "MemoryError: no room" in failed[0].detail

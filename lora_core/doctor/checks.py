@@ -1,20 +1,10 @@
-"""What this installation can do: versions, devices, which code runs each operation, and whether it is right.
+"""Every operation on small inputs beside its reference: codes to the bit, products within a rounding bound."""
 
-The self-check runs every operation on small inputs and compares it with the reference: dequantisation and codes to the
-bit, matrix products within a rounding bound.
-"""
-
-import importlib.metadata
-import logging
-import os
-import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_core import backends
 from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.absmax_quantize import absmax_quantize
 from lora_core.ops.dora_norm import dora_norm
@@ -28,115 +18,8 @@ from lora_core.ops.packed import Packed
 from lora_core.quant import QuantizedWeight, double, quantize_nf4
 from lora_core.reference import dora, grouped, lora, nf4
 
-PACKAGES = ("lora-core", "torch", "triton", "numba", "numpy", "scipy", "safetensors")
-PEERS = ("transformers", "peft", "bitsandbytes", "accelerate")
 # odd on purpose: blocks straddle rows and the last is short
 M, N, K, R = 5, 33, 70, 3
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """One operation on one device.
-
-    Args:
-        operation: its name.
-        device: where it ran.
-        implementation: the module that ran it, or "reference".
-        passed: whether it agrees with the reference.
-        detail: what was compared, or what went wrong.
-        paths: which ways its kernels took, as they log them; empty where they log none.
-    """
-
-    operation: str
-    device: str
-    implementation: str
-    passed: bool
-    detail: str
-    paths: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Examination:
-    """All that `lora-core doctor` reports."""
-
-    versions: dict[str, str]
-    machine: dict[str, str]
-    checks: list[SelfCheck]
-
-    @property
-    def healthy(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-
-def examine() -> Examination:
-    """Return versions, machine and the self-check of every operation on every device there is."""
-    versions = {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in (*PACKAGES, *PEERS)},
-    }
-    machine = {
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used at once",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "kernels": "Triton kernels" if backends.kernels_can_run() else "none: CPU paths and the reference run",
-    }
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return Examination(versions, machine, [check for device in devices for check in self_check(device)])
-
-
-def self_check(device: str) -> list[SelfCheck]:
-    """Return one result for each operation on this device; an exception counts as a failure."""
-    checks = {
-        "nf4_quantize": _check_quantize,
-        "nf4_dequantize": _check_dequantize,
-        "absmax_quantize": _check_absmax_quantize,
-        "absmax_dequantize": _check_absmax_dequantize,
-        "lora_linear": _check_linear,
-        "lora_linear_backward": _check_backward,
-        "nf4_lora_linear": _check_nf4_linear,
-        "nf4_lora_linear_backward": _check_nf4_backward,
-        "lora_linears": _check_linears,
-        "lora_linears_backward": _check_linears_backward,
-        "dora_norm": _check_dora_norm,
-        "grouped_lora": _check_grouped,
-        "grouped_lora_backward": _check_grouped_backward,
-    }
-    return [_run(operation, device, check) for operation, check in checks.items()]
-
-
-def _run(operation: str, device: str, check: Callable[[str], str]) -> SelfCheck:
-    with _Paths() as paths:
-        try:
-            passed, detail = True, check(device)
-        except Exception as error:
-            passed, detail = False, f"{type(error).__name__}: {error}"
-    # asked after the check, as a kernel may be imported by it
-    where = backends.implementation(operation, device)
-    return SelfCheck(operation, device, where, passed, detail, tuple(dict.fromkeys(paths.said)))
-
-
-class _Paths(logging.Handler):
-    """What the kernels log of their paths while this is entered."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-    def __enter__(self) -> "_Paths":
-        log = logging.getLogger("lora_core.kernels")
-        self._before = log.level, log.propagate
-        log.setLevel(logging.DEBUG)
-        log.propagate = False
-        log.addHandler(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        log = logging.getLogger("lora_core.kernels")
-        log.removeHandler(self)
-        level, log.propagate = self._before
-        log.setLevel(level)
 
 
 class Disagreement(Exception):
@@ -332,8 +215,19 @@ def _require(agrees: bool, otherwise: str) -> None:
         raise Disagreement(otherwise)
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+# of each operation, by name: what says how its result on a device agrees with the reference, or raises
+CHECKS: dict[str, Callable[[str], str]] = {
+    "nf4_quantize": _check_quantize,
+    "nf4_dequantize": _check_dequantize,
+    "absmax_quantize": _check_absmax_quantize,
+    "absmax_dequantize": _check_absmax_dequantize,
+    "lora_linear": _check_linear,
+    "lora_linear_backward": _check_backward,
+    "nf4_lora_linear": _check_nf4_linear,
+    "nf4_lora_linear_backward": _check_nf4_backward,
+    "lora_linears": _check_linears,
+    "lora_linears_backward": _check_linears_backward,
+    "dora_norm": _check_dora_norm,
+    "grouped_lora": _check_grouped,
+    "grouped_lora_backward": _check_grouped_backward,
+}

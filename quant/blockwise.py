@@ -58,15 +58,13 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, book: Codebook, block_size:
     return (book.decode(codes) * scale).to(dtype)
 
 
-def check_input(x: Tensor, block_size: int) -> None:
-    """Raise unless x can be quantised in blocks of this size.
+def check_input(x: Tensor) -> None:
+    """Raise unless x can be quantised.
 
     Raises:
         DtypeError: if x is not float32, float16 or bfloat16, or sparse.
-        ConfigError: if block_size is no power of two from 32 to 4096.
         NonFiniteError: if x holds NaN or infinity, naming the first place.
     """
-    check_block_size(block_size)
     if x.dtype not in DTYPES:
         raise DtypeError(
             f"cannot quantise {x.dtype}: want {', '.join(map(str, DTYPES))}; cast the weight first, e.g. with .float()"
@@ -80,7 +78,7 @@ def check_finite(x: Tensor, what: str) -> None:
         raise DtypeError(f"cannot quantise a tensor of layout {x.layout}: want a dense one, e.g. weight.to_dense()")
     if not has_values(x):
         return
-    # both pass on NaN
+    # two numbers decide: aminmax passes NaN on
     low, high = x.aminmax()
     if not (low.isfinite() and high.isfinite()):
         finite = x.isfinite()
@@ -97,18 +95,15 @@ def has_values(x: Tensor) -> bool:
     return not (x.is_meta or isinstance(x, FakeTensor)) and x.numel() > 0
 
 
-def check_block_size(block_size: object) -> int:
+def check_block_size(owner: str, block_size: object) -> int:
     """Return block_size as an int.
 
     Raises:
         ConfigError: unless it is a power of two from 32 to 4096; 64.0 is none.
     """
-    try:
-        whole = operator.index(block_size)  # type: ignore[arg-type]
-    except TypeError:
-        whole = 0
+    whole = _index(block_size)
     if whole not in BLOCK_SIZES:
-        raise ConfigError(f"block_size is {block_size!r}; want one of {', '.join(map(str, BLOCK_SIZES))}")
+        raise ConfigError(f"{owner}: block_size is {block_size!r}; want one of {', '.join(map(str, BLOCK_SIZES))}")
     return whole
 
 
@@ -118,10 +113,17 @@ def check_nested_block_size(owner: str, block_size: object) -> int:
     Raises:
         ConfigError: unless it is a whole number of at least 1; 256.0 is none.
     """
-    try:
-        whole = operator.index(block_size)  # type: ignore[arg-type]
-    except TypeError:
-        whole = 0
+    whole = _index(block_size)
     if not 1 <= whole < 2**63:
-        raise ConfigError(f"{owner} is {block_size!r}; want a whole number of at least 1, as a rule 256")
+        raise ConfigError(
+            f"{owner}: nested_block_size is {block_size!r}; want a whole number of at least 1, as a rule 256"
+        )
     return whole
+
+
+def _index(value: object) -> int:
+    """Return a whole number of any kind as an int, and 0 for what is none."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return 0

@@ -37,8 +37,8 @@ def check_parts(
     Raises:
         ShapeError, DtypeError, DeviceError, ConfigError: saying which part does not fit.
     """
-    check_block_size(block_size)
-    check_nested_block_size(f"{owner}: nested_block_size", nested_block_size)
+    check_block_size(owner, block_size)
+    check_nested_block_size(owner, nested_block_size)
     if (nested_absmax is None) != (nested_offset is None):
         raise ShapeError(f"{owner}: nested_absmax and nested_offset go together; got only one of them")
     if any(side < 0 for side in shape):

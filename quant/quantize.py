@@ -46,9 +46,9 @@ def quantize(
     check_four_bit(quant_type)
     if not isinstance(double_quant, bool):
         raise ConfigError(f"cannot quantise: double_quant is {double_quant!r}; want True or False")
-    book, block_size = codebook(quant_type), check_block_size(block_size)
-    nested_block_size = check_nested_block_size("cannot quantise: nested_block_size", nested_block_size)
-    check_input(weight, block_size)
+    book, block_size = codebook(quant_type), check_block_size("cannot quantise", block_size)
+    nested_block_size = check_nested_block_size("cannot quantise", nested_block_size)
+    check_input(weight)
     if quant_type == "nf4":
         packed, absmax = torch.ops.lora_core.nf4_quantize(weight, block_size)
     else:

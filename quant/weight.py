@@ -65,8 +65,8 @@ class QuantizedWeight(nn.Module):
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.quant_type = quant_type
-        self.block_size = check_block_size(block_size)
-        self.nested_block_size = check_nested_block_size("nested_block_size", nested_block_size)
+        self.block_size = check_block_size("QuantizedWeight", block_size)
+        self.nested_block_size = check_nested_block_size("QuantizedWeight", nested_block_size)
 
     @property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
-from lora_core.methods.lora import LoraConfig, initialise
+from lora_core.methods.lora import LoraConfig, initialise, starts_from_weight
 
 # How many names of each kind a message lists.
 SHOWN = 8
@@ -216,7 +216,7 @@ def _listed(title: str, lines: list[str]) -> str:
 def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
     """Repeat a start that changed the base weight: the file's A and B belong to what it left of it, as PEFT has it."""
     start = config.init_lora_weights
-    if start in (True, False, "gaussian"):
+    if not starts_from_weight(start):
         return
     if start not in ("pissa", "olora"):
         warnings.warn(

@@ -77,7 +77,7 @@ def quantize_model(
     if own:
         warnings.warn(f"quantize_model leaves {why}", UserWarning, stacklevel=2)
     for module, names in chosen.items():
-        _check(module.get_parameter("weight"), names[0], config.block_size)
+        _check(module.get_parameter("weight"), names[0])
     _warn_of_unmatched(model, skip_modules)
     for module, names in chosen.items():
         new = NF4Linear.from_dense(
@@ -110,9 +110,9 @@ def _is_used_otherwise(model: nn.Module, module: nn.Module, names: list[str]) ->
     return not plain(module).is_as_written() or not isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
-def _check(weight: Tensor, name: str, block_size: int) -> None:
+def _check(weight: Tensor, name: str) -> None:
     try:
-        check_input(weight, block_size)
+        check_input(weight)
     except (DtypeError, NonFiniteError) as error:
         raise type(error)(f"quantize_model: {name}.weight: {error}; the model is unchanged") from error
 

@@ -29,10 +29,7 @@ class NF4Config:
     compute_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "block_size", check_block_size(self.block_size))
-        except ConfigError as error:
-            raise ConfigError(f"NF4Config: {error}") from None
+        object.__setattr__(self, "block_size", check_block_size("NF4Config", self.block_size))
         if not isinstance(self.double_quant, bool):
             raise ConfigError(f"NF4Config: double_quant is {self.double_quant!r}; want True or False")
         compute = self.compute_dtype

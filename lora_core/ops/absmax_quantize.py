@@ -59,7 +59,7 @@ def check(op: str, name: str, scales: Tensor, dtype: torch.dtype, offset: Tensor
     """Raise unless the operands that both directions share are sound: scales of this name and dtype, and an offset."""
     check_tensors(op, {name: scales, "offset": offset})
     check_devices(op, {name: scales, "offset": offset})
-    check_nested_block_size(f"{op}: block_size", block_size)
+    check_nested_block_size(op, block_size)
     if offset.numel() != 1 or scales.dim() != 1:
         raise ShapeError(
             f"{op}: want {name} [b] and an offset of one element; got {tuple(scales.shape)} and {tuple(offset.shape)}"

@@ -37,7 +37,8 @@ def nf4_quantize(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     Source: Dettmers et al. 2023, section 3.
     """
     check_tensors("nf4_quantize", {"weight": weight})
-    check_input(weight, block_size)
+    block_size = check_block_size("nf4_quantize", block_size)
+    check_input(weight)
     # detached: a custom operation marks what comes of a trained weight as differentiable
-    codes, absmax = op(weight.detach(), check_block_size(block_size))
+    codes, absmax = op(weight.detach(), block_size)
     return codes, absmax

@@ -52,7 +52,7 @@ class Setup:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; want one of {', '.join(known)}")
         for name in ("rank", "batch", "sequence", "adapter_bytes"):
             check_count(name, getattr(self, name))
-        check_block_size(self.block_size)
+        check_block_size("Setup", self.block_size)
 
     @property
     def tokens(self) -> int:

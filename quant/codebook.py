@@ -71,7 +71,7 @@ class Codebook:
     ties_to_even: bool = False
 
     def __post_init__(self) -> None:
-        # what is derived from the levels is real where they are
+        # computed now: first asked for under a FakeTensorMode they would stay fake
         _ = self.midpoints, self.zero
 
     @functools.cached_property

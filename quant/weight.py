@@ -26,7 +26,7 @@ class QuantizedWeight(nn.Module):
         nested_absmax: float32 [ceil(len(absmax) / nested_block_size)] where they are, else None.
         nested_offset: float32 [] where they are, else None.
         shape: of the weight.
-        dtype: of the weight before, which dequantize returns by default.
+        dtype: of the original weight, which dequantize returns by default.
         quant_type: "nf4", "fp4" or "int4".
         block_size: elements sharing one scale.
         nested_block_size: scales sharing one second-level scale.
@@ -114,7 +114,7 @@ class QuantizedWeight(nn.Module):
         """Return the weight, level * absmax rounded once to dtype.
 
         Args:
-            dtype: float32, float16, bfloat16 or float64; by default that of the weight before.
+            dtype: float32, float16, bfloat16 or float64; by default that of the original weight.
         Returns:
             A new tensor of self.shape.
         Raises:

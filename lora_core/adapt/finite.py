@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Say whether a tensor holds neither NaN nor infinity; one of a dtype that cannot be asked is taken to."""
+    """Say whether a tensor holds neither NaN nor infinity; a dtype without isfinite counts as finite."""
     try:
         # not every operation knows every dtype of a byte; float32 holds all their values
         wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor

@@ -22,7 +22,7 @@ FEW_ROWS = {torch.float32: 48 if has_avx512() else 32, torch.bfloat16: 12 if mul
 # a smaller weight is not worth loading Numba for; as sums are rounded in an order of their own here, whether it is
 # loaded already must not decide
 LEAST = 2**16
-# of the sum over the rows of the weight
+# partial sums over the rows of the weight
 PARTS = 16
 # what a row of the weight is decoded into, with the weight's values rounded to the dtype of x
 ROOMS = {torch.float32: np.float32, torch.bfloat16: np.uint32}

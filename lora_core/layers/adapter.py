@@ -69,7 +69,7 @@ class Matrices(nn.ParameterDict):
         return matrix
 
     def bring(self, name: str) -> Tensor:
-        """Return one, by a call where a forward is put around this module's, as accelerate does: it costs more."""
+        """Return one adapter's matrix, by a call, which is slower, only where accelerate has replaced the forward."""
         if "forward" in self.__dict__:
             brought: Tensor = self(name)
             return brought
@@ -90,7 +90,7 @@ def reads_from_base(*names: str) -> Callable[[type[T]], type[T]]:
 
 
 def part(name: str) -> Any:
-    """Return a property: this submodule, where it is kept; nn.Module searches as long as a small layer runs."""
+    """Return a property that reads a submodule where it is kept: nn.Module's search takes as long as a small layer."""
 
     def find(layer: nn.Module) -> Any:
         try:

@@ -42,7 +42,7 @@ def check_kinds(op: str, tensors: dict[str, object], bias: object, scaling: obje
 
 
 def _plain(number: object) -> object:
-    """Return NumPy's numbers and fractions as floats; one that torch.compile traces must not be asked for its value."""
+    """Return NumPy's numbers and fractions as floats; a SymFloat that torch.compile traces stays as it is."""
     return float(number) if isinstance(number, numbers.Real) and not isinstance(number, (int, float)) else number
 
 

@@ -155,7 +155,7 @@ SHAPES = (
 )
 
 
-# of letters in common, from which on a name may be meant
+# similarity, by difflib, from which on a name is suggested
 LIKE = 0.4
 
 

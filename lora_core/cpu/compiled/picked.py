@@ -27,7 +27,7 @@ from lora_core.cpu.compiled.nf4 import FORMS, sixteen
 from lora_core.cpu.compiled.pick import LANES
 
 VECTOR = ir.VectorType(SINGLE, LANES)
-# of y, at a time, at most
+# columns of y in a tile, at most
 COLUMNS = 2
 # the even places and the odd ones
 SIDES = (0, 1)

@@ -28,7 +28,7 @@ _FEATURES = binding.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
 # float32 in a register
 LANES = 16 if _WIDE else 8 if _FEATURES.get("avx2") else 4
-# of y, at a time, at most
+# columns of y in a tile, at most
 COLUMNS = 4 if _WIDE or _FEATURES.get("neon") else 2
 
 

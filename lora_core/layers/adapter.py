@@ -22,6 +22,11 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 T = TypeVar("T")
 
 
+def beside(compute: torch.dtype, matrix: Tensor) -> Tensor:
+    """Return A or B as operations take it beside x of this dtype: in that dtype as it is, any other in float32."""
+    return matrix if matrix.dtype == compute else matrix.float()
+
+
 @dataclass
 class Adapter:
     """What one adapter is at one layer, apart from its two matrices.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core.layers.adapter import beside
 from lora_core.ops.checks import autocast_on
 from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
@@ -93,6 +94,5 @@ def four_bit_operands(
         layer.compute_type_is_set = True
     compute: torch.dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
     if lora_a is not None and lora_b is not None and not autocast_on(x):
-        # the operation wants A and B in the dtype of x or in float32
-        lora_a, lora_b = (t if t.dtype == compute else t.float() for t in (lora_a, lora_b))
+        lora_a, lora_b = beside(compute, lora_a), beside(compute, lora_b)
     return compute, None if layer.bias is None else layer.bias.to(compute), lora_a, lora_b

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.layers.adapter import HALF_PRECISION
+from lora_core.layers.adapter import beside
 from lora_core.layers.as_written import runs_as_written
 from lora_core.layers.linear import LoraLinear
 from lora_core.ops.checks import autocast_on
@@ -85,9 +85,7 @@ class NF4Linear(nn.Module):
         bias = self.bias if self.bias is None or autocast_on(x) else self.bias.to(compute.dtype)
         if lora_a is not None and lora_b is not None and not autocast_on(x):
             # model.half() and model.double() convert the matrices, and compute_dtype stays
-            fits = lora_a.dtype in (compute.dtype, torch.float32)
-            low = lora_a.dtype if fits else compute.dtype if lora_a.dtype in HALF_PRECISION else torch.float32
-            lora_a, lora_b = lora_a.to(low), lora_b.to(low)
+            lora_a, lora_b = beside(compute.dtype, lora_a), beside(compute.dtype, lora_b)
         y = nf4_lora_linear(compute, self.weight, bias, lora_a, lora_b, scaling, dropout, seed)
         return y if autocast_on(x) else y.to(x.dtype)
 

@@ -30,7 +30,8 @@ from lora_core.errors import AdapterError, ConfigError, NonFiniteError
 from lora_core.layers.adapter import Adapter, AdapterLayer
 from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
-from lora_core.methods.lora import LoraConfig, initialise, starts_from_weight, take_start
+from lora_core.methods.lora import LoraConfig
+from lora_core.methods.start import initialise, starts_from_weight, take_start
 
 
 def add_adapter(

@@ -22,7 +22,8 @@ from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding
-from lora_core.methods.lora import LoraConfig, initialise, starts_from_weight
+from lora_core.methods.lora import LoraConfig
+from lora_core.methods.start import initialise, starts_from_weight
 
 # How many names of each kind a message lists.
 SHOWN = 8

@@ -44,7 +44,7 @@ LINEAR, PACKED, PANELS, COLUMNS, NF4, DECODE = (
     for name in ("lora_linear", "nf4_lora_linear", "nf4_panels", "nf4_columns", "nf4_matmul", "nf4_tile")
 )
 LOW_RANK, LEVELS, EAGER = "kernels/low_rank.py", "kernels/nf4_levels.py", "lora_core/ops/eager.py"
-DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused.py"
+DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused_peft.py"
 LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 CPU_GROUPED = "lora_core/cpu/grouped_lora.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
@@ -92,10 +92,15 @@ IN_SORTING = "test_kernels_grouped_lora.py::test_grouped_lora_sorts"
 IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
 IN_LINEARS_BACKWARD = "test_kernels_lora_linears.py::test_lora_linears_backward_kernels_match"
 IN_SIBLINGS_COMPUTE = "test_ops_lora_linears.py::test_lora_linears_match_the_formula"
-IN_REENTRANT = "test_adapt_siblings_changed.py::test_layers_that_are_checkpointed"
 IN_CHANGED = "test_adapt_siblings_changed.py::test_a_change_before_a_layer"
 IN_UNUSED = "test_ops_lora_linears.py::test_a_layer_whose_output_is_not_used"
 IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
+IN_DRAWN = "test_adapt_siblings.py::test_siblings_with_dropout_draw_their_masks"
+IN_HOOKED = "test_adapt_siblings.py::test_a_hook_before_a_sibling"
+IN_BRANCH = "test_adapt_bypassed.py::test_the_branch_that_a_module_takes"
+IN_SHARE = "test_adapt_wrapped.py::test_a_share_of_an_adapter_is_not"
+IN_WRAPPED = "test_adapt_wrapped.py::test_an_adapter_is_saved_by_the_names"
+IN_MERGED = "test_adapt_merge.py::test_a_backward_while_merged_is_refused"
 IN_HELD = "test_layers_siblings.py::test_a_sibling_called_under_other_conditions"
 IN_PLACE = "test_ops_eager.py::test_a_result_may_be_changed_in_place"
 IN_NONE = "test_ops_lora_linear.py::test_lora_linear_passes_opcheck"
@@ -167,7 +172,7 @@ MUTATIONS = (
     Mutation(SUM, "in range(parts)", "in range(parts - 1)", IN_SUM),
     Mutation(SHRINK, "factor = factor / (1 - dropout)", "factor = factor * 1.0", IN_SHRINK),
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
-    Mutation(SHRINK, "launch_split_sum(s, low, factor, add)", "launch_split_sum(s, low, factor)", IN_SHRINK),
+    Mutation(SHRINK, "launch_split_sum(s, low, factor)", "launch_split_sum(s, low)", IN_SHRINK),
     Mutation(PRODUCT, "N * has_bias", "N * has_bias * (BLOCK_M < 64)", IN_LINEAR),
     Mutation("kernels/form.py", "(t.shape[unit] | t.stride", "(t.stride", WIDE_LOADS),
     Mutation(SHRINK, "if not in_wide_loads(x):", "if x.stride(1) != 1:", IN_SHRINK),
@@ -272,16 +277,23 @@ MUTATIONS = (
     Mutation(SIBLINGS, "held.x() is x and", "held.x() is not None and", IN_SIBLINGS),
     Mutation(SIBLINGS, "return x._version, x.requires_grad", "return 0, x.requires_grad", IN_SIBLINGS),
     Mutation(SIBLINGS, "held.states[place] != layer.term_state(x)", "False", IN_HELD),
-    Mutation(SIBLINGS, "not torch.is_grad_enabled() and any(", "False and any(", IN_REENTRANT),
+    Mutation(SIBLINGS, "if any(layer.dropout for", "if False and any(layer.dropout for", IN_DRAWN),
+    Mutation(SIBLINGS, " or m._forward_pre_hooks for", " for", IN_HOOKED),
     Mutation(
         SIBLINGS, "return id(t), t.data_ptr(), t.requires_grad, ", "return id(t), 0, t.requires_grad, ", IN_CHANGED
     ),
-    Mutation("lora_core/layers/fused.py", "return [version_of(t) for t in base], pairs", "return pairs", IN_CHANGED),
+    Mutation(
+        "lora_core/layers/fused_lora.py", "return [version_of(t) for t in base], pairs", "return pairs", IN_CHANGED
+    ),
     Mutation("lora_core/ops/lora_linears.py", "if grads[i] is not None]", "]", IN_UNUSED),
-    Mutation(EAGER, "type(made)(map(_own, made))", "made", IN_PLACE),
+    Mutation(EAGER, "type(made)(map(_without_view, made))", "made", IN_PLACE),
     Mutation(EAGER, "like.new_empty(0) if t is None else t for t in made", "t for t in made", IN_NONE),
     Mutation(EAGER, "with outside_autocast(_first(args)):", "if True:", IN_AUTOCAST),
     Mutation("lora_core/adapt/bypassed.py", "frozenset(read - called)", "frozenset()", IN_BYPASSED),
+    Mutation("lora_core/adapt/bypassed.py", "node.body if has[asked] else node.orelse", "node.body", IN_BRANCH),
+    Mutation("lora_core/adapt/save.py", "if found[place].shape != shape:", "if False:", IN_SHARE),
+    Mutation("lora_core/adapt/walk.py", "if part not in WRAPPED", "if part", IN_WRAPPED),
+    Mutation("lora_core/layers/adapter.py", "if trained else y", "if not trained else y", IN_MERGED),
     Mutation(CPU, "mul_(scaling).contiguous()", "contiguous()", IN_CPU),
     Mutation(CPU_GROUPED, "if _is_finite(y):", "if True:", IN_CPU_GROUPED),
     Mutation(CPU_GROUPED, "index_copy_(0, order, by_adapter)", "copy_(by_adapter)", IN_CPU_GROUPED_BACKWARD),

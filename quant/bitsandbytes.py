@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 STATE_KEY = "quant_state.bitsandbytes__"
 # the uniform codebook is this project's own, under a key that bitsandbytes does not take for one of its own
 OWN_STATE_KEY = "quant_state.lora_core__"
-# keys, up to the first dot, of what a weight does not hold but can say
-COMPUTED = frozenset(("quant_map", "nested_quant_map", "quant_state"))
+# keys of what a weight does not hold but can say: level maps, and, up to the first dot, its state as text
+MAPS, STATE = ("quant_map", "nested_quant_map"), "quant_state"
 SHARED_TYPES = ("nf4", "fp4")
 LONGEST_SHOWN = 60
 

@@ -1,6 +1,5 @@
 """QuantizedWeight: a frozen weight in 4 bits, with what is needed to get it back."""
 
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -188,13 +187,11 @@ class QuantizedWeight(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Find what has a key in the state dict and no attribute: torch.distributed.checkpoint follows every key."""
-        if name not in bitsandbytes.COMPUTED:
-            return super().__getattr__(name)
-        found = bitsandbytes.entries(self)
-        state = {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
-        if not state and name not in found:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return types.SimpleNamespace(**state) if state else found[name]
+        if name == bitsandbytes.STATE:
+            return _State(self)
+        if name in bitsandbytes.MAPS and name in bitsandbytes.keys(self.quant_type, self.double_quant):
+            return bitsandbytes.entries(self)[name]
+        return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for key, value in bitsandbytes.entries(self).items():
@@ -258,3 +255,18 @@ class QuantizedWeight(nn.Module):
             f"shape={tuple(self.shape)}, {self.quant_type}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}, {self.bits_per_parameter:.3f} bits/parameter, dtype={self.dtype}"
         )
+
+
+class _State:
+    """What the text of a weight's state dict is an attribute of, made when it is asked for: a lookup costs nothing."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self._weight = weight
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return bitsandbytes.entries(self._weight)[f"{bitsandbytes.STATE}.{name}"]
+        except KeyError:
+            raise AttributeError(name) from None

@@ -98,6 +98,7 @@ IN_SIBLINGS = "test_adapt_siblings.py::test_an_output_belongs"
 IN_DRAWN = "test_adapt_siblings.py::test_siblings_with_dropout_draw_their_masks"
 IN_HOOKED = "test_adapt_siblings.py::test_a_hook_before_a_sibling"
 IN_BRANCH = "test_adapt_bypassed.py::test_the_branch_that_a_module_takes"
+IN_TRAINING = "test_adapt_bypassed.py::test_what_may_not_be_called_in_training"
 IN_SHARE = "test_adapt_wrapped.py::test_a_share_of_an_adapter_is_not"
 IN_WRAPPED = "test_adapt_wrapped.py::test_an_adapter_is_saved_by_the_names"
 IN_MERGED = "test_adapt_merge.py::test_a_backward_while_merged_is_refused"
@@ -173,7 +174,7 @@ MUTATIONS = (
     Mutation(SHRINK, "factor = factor / (1 - dropout)", "factor = factor * 1.0", IN_SHRINK),
     Mutation(SHRINK, "first = split * k_per_split", "first = split * (k_per_split - 1)", IN_SHRINK),
     Mutation(SHRINK, "launch_split_sum(s, low, factor)", "launch_split_sum(s, low)", IN_SHRINK),
-    Mutation(PRODUCT, "N * has_bias", "N * has_bias * (BLOCK_M < 64)", IN_LINEAR),
+    Mutation(PRODUCT, "column < N * has_bias", "column < (N - 1) * has_bias", IN_LINEAR),
     Mutation("kernels/form.py", "(t.shape[unit] | t.stride", "(t.stride", WIDE_LOADS),
     Mutation(SHRINK, "if not in_wide_loads(x):", "if x.stride(1) != 1:", IN_SHRINK),
     Mutation(PRODUCT, " and (unit == 1 or lora_b.stride(1) % ALIGNMENT == 0)", "", LYING_APART),
@@ -290,7 +291,8 @@ MUTATIONS = (
     Mutation(EAGER, "like.new_empty(0) if t is None else t for t in made", "t for t in made", IN_NONE),
     Mutation(EAGER, "with outside_autocast(_first(args)):", "if True:", IN_AUTOCAST),
     Mutation("lora_core/adapt/bypassed.py", "frozenset(read - called)", "frozenset()", IN_BYPASSED),
-    Mutation("lora_core/adapt/bypassed.py", "node.body if has[asked] else node.orelse", "node.body", IN_BRANCH),
+    Mutation("lora_core/adapt/bypassed.py", "if answer is not False:", "if True:", IN_BRANCH),
+    Mutation("lora_core/adapt/bypassed.py", "training or asks", "training", IN_TRAINING),
     Mutation("lora_core/adapt/save.py", "if found[place].shape != shape:", "if False:", IN_SHARE),
     Mutation("lora_core/adapt/walk.py", "if part not in WRAPPED", "if part", IN_WRAPPED),
     Mutation("lora_core/layers/adapter.py", "if trained else y", "if not trained else y", IN_MERGED),

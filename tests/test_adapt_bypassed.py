@@ -70,21 +70,25 @@ def test_all_linear_and_quantising_leave_out_what_is_never_called():
 
 
 class TwoWays(nn.Module):
-    """Calls its layers in one forward, and works with a weight in another; the configuration rules a branch out."""
+    """Works with a weight in training, calls the layer elsewhere; what its configuration rules out does not count."""
 
     def __init__(self, kernels: bool = False) -> None:
         super().__init__()
         self.kernels, self.config = kernels, types.SimpleNamespace()
         self.inner, self.outer, self.steps, self.clamped = (nn.Linear(64, 64) for _ in range(4))
+        self.start()
+
+    def start(self) -> None:
+        self.inner.weight.data.normal_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel_forward(x) if self.kernels else self.slow_forward(x)
-
-    def kernel_forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.inner(x), self.outer.weight)
-
-    def slow_forward(self, x: Tensor) -> Tensor:
-        x = self.limit(self.outer(self.inner(x)))
+        x = self.inner(x)
+        if self.training and self.kernels:
+            x = nn.functional.linear(x, self.outer.weight)
+            x = torch.relu(x)
+        else:
+            x = self.outer(x)
+        x = self.limit(x)
         if hasattr(self.config, "is_quantized"):
             return self.steps(x)
         else:
@@ -96,9 +100,9 @@ class TwoWays(nn.Module):
         return self.clamped(x)
 
 
-def test_what_is_called_in_some_ways_forward_alone_is_left_out_and_named():
+def test_what_may_not_be_called_in_training_is_left_out_and_named():
     model = nn.Sequential(TwoWays())
-    with pytest.warns(UserWarning, match="'all-linear' leaves out 0.outer: in one of its ways forward"):
+    with pytest.warns(UserWarning, match="'all-linear' leaves out 0.outer: in training their module may work"):
         lc.add_adapter(model, lc.LoraConfig(r=2, target_modules="all-linear"))
     assert adapter_layers(model).keys() == {"0.inner", "0.clamped"}
     with pytest.warns(UserWarning, match="an adapter may do nothing at 0.outer"):
@@ -113,13 +117,46 @@ def test_the_branch_that_a_module_takes_counts():
     assert bypassed(model, "0.steps") and not bypassed(model, "1.steps")
 
 
+class Asking(nn.Module):
+    """Conditions that are no question to a plain attribute: an adapter changes the first, a property fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.layers = nn.Linear(8, 8), nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])
+
+    @property
+    def cache(self) -> object:
+        raise RuntimeError("not ready")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self.one, "base_layer"):
+            return self.last(self.one(x))
+        return self.last(x @ self.one.weight.T)
+
+    def last(self, x: Tensor) -> Tensor:
+        if hasattr(self.layers[0], "weight"):
+            return self.two(x)
+        return x @ self.two.weight.T
+
+    def later(self) -> None:
+        if hasattr(self.cache, "keys"):
+            self.two(self.cache)
+
+
+def test_a_condition_whose_answer_may_change_leaves_both_branches():
+    model = nn.Sequential(Asking())
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["one", "two"]))
+    model(torch.randn(2, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 def test_weights_that_are_worked_with_stay_in_full_precision(kernels):
     model = nn.Sequential(TwoWays(kernels))
     with pytest.warns(UserWarning, match="leaves 0.outer, 0.clamped in full precision"):
         lc.quantize_model(model, skip_modules=[])
     assert isinstance(model[0].inner, NF4Linear)
-    model(torch.randn(3, 64))
+    model.train(kernels)(torch.randn(3, 64))
 
 
 def test_an_encoder_that_is_kept_off_its_fast_path_is_adapted_whole():

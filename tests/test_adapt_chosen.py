@@ -166,6 +166,8 @@ def test_stacked_experts_that_all_linear_leaves_out_are_named():
         def __init__(self):
             super().__init__()
             self.gate_up_proj = nn.Parameter(torch.randn(4, 8, 8))
+            # no stack
+            self.mix_fc = nn.Parameter(torch.randn(1, 1, 8))
 
     model = nn.ModuleDict({"experts": Experts(), "fc": nn.Linear(8, 8)})
     for wanted in ("all-linear", ["fc", "up_proj"], ["fc", "experts.gate_up_proj"]):
@@ -182,10 +184,11 @@ def test_a_classifier_as_large_as_a_small_table_is_no_output_head():
     class Classifier(nn.Module):
         def __init__(self, answers):
             super().__init__()
-            self.words, self.types = nn.Embedding(50, 8), nn.Embedding(2, 8)
+            self.words, self.types, self.others = (nn.Embedding(n, 8) for n in (50, 2, 20))
             self.body, self.head = nn.Linear(8, 8), nn.Linear(8, answers)
 
-    for answers, adapted in ((2, True), (50, False)):
+    # the last of the shape of the smaller table, as of the positions of a model of letters
+    for answers, adapted in ((2, True), (50, False), (20, False)):
         model = adapt(Classifier(answers), target_modules="all-linear")
         assert isinstance(model.head, AdapterLayer) == adapted
 
@@ -207,6 +210,11 @@ def test_a_convolution_with_a_forward_of_its_own_is_refused():
         def forward(self, x):
             return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
 
+    class Delegating(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(x)
+
+    assert adapt(nn.Sequential(Delegating(4, 4, 3)), target_modules=["0"])(torch.randn(1, 4, 9)).shape == (1, 4, 7)
     with pytest.raises(lc.ConfigError, match="0 is a Causal, whose forward is not that of the convolution"):
         adapt(nn.Sequential(Causal(4, 4, 3)), target_modules=["0"])
 

@@ -7,6 +7,7 @@ import torch
 from models import TinyDecoder, randomise, tokens
 from tolerance import assert_within_rounding
 from torch import nn
+from torch.autograd import forward_ad
 
 import lora_core as lc
 from lora_core.adapt.walk import adapter_layers
@@ -173,6 +174,17 @@ def test_a_merged_adapter_that_is_not_trained_lets_a_gradient_through(train, tmp
         lc.merge_adapter(model)
     model.train(train)(x).sum().backward()
     assert x.grad is not None
+
+
+def test_what_looks_at_a_merged_model_in_training_mode_goes_on():
+    model = lc.add_adapter(nn.Sequential(nn.Linear(8, 8)), lc.LoraConfig(r=2, target_modules=["0"])).train()
+    lc.merge_adapter(model)
+    x = torch.randn(3, 8)
+    assert torch.equal(torch.jit.trace(model, (x,))(x), model(x))
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent is not None
+    nested = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
+    assert torch.equal(model(nested).values(), model(torch.cat([x, x[:2]])))
 
 
 def test_merge_and_unload_leaves_plain_layers():

@@ -1,14 +1,13 @@
 """Layers whose module works with their weight itself instead of calling them: an adapter there would do nothing.
 
-nn.MultiheadAttention does so with out_proj, and state-space models with the projection of their time steps, and where
-their kernels run with others. It is read from the source of the module's methods; where that cannot be read, a layer
-counts as called.
+nn.MultiheadAttention does so with out_proj, and state-space models with the projection of their time steps and, in
+training, where their kernels run, with others. It is read from the source of the module's methods; where that cannot be
+read, a layer counts as called.
 """
 
 import ast
 import functools
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -19,7 +18,7 @@ from lora_core.layers.as_written import is_patched
 from lora_core.quant import QuantizedWeight
 
 # what is asked of a weight without multiplying by it
-ABOUT = frozenset(("device", "dim", "dtype", "is_floating_point", "is_meta", "ndim", "numel", "shape", "size"))
+ABOUT = frozenset(("device", "dim", "dtype", "grad", "is_floating_point", "is_meta", "ndim", "numel", "shape", "size"))
 ASKING = frozenset(("getattr", "hasattr", "id", "isinstance", "type"))
 # parts of the names of methods that prepare a weight, before it is adapted or quantised
 PREPARING = ("init", "reset", "tie")
@@ -30,12 +29,12 @@ class Uses(NamedTuple):
 
     Args:
         bypassed: worked with by a method with forward in its name, and called by no method.
-        sometimes: the same, but called by another method.
+        in_training: called, but worked with by such a method where it asks whether the module trains.
         computed: asked for what tensors alone have, as its data or a product.
     """
 
     bypassed: frozenset[str]
-    sometimes: frozenset[str]
+    in_training: frozenset[str]
     computed: frozenset[str]
 
 
@@ -48,16 +47,16 @@ def bypassed(model: nn.Module, name: str) -> bool:
     return isinstance(parent, nn.MultiheadAttention) or child in uses(parent).bypassed
 
 
-def sometimes_bypassed(model: nn.Module, name: str) -> bool:
-    """Say whether a forward of its module, but not every one, works with this layer's weight and does not call it."""
+def bypassed_in_training(model: nn.Module, name: str) -> bool:
+    """Say whether its module, when it trains, may work with this layer's weight and not call it."""
     parent, child = _owner(model, name)
-    return child in uses(parent).sometimes
+    return child in uses(parent).in_training
 
 
 def works_on(model: nn.Module, name: str) -> bool:
     """Say whether its module does with this layer's weight what takes a tensor of numbers."""
     parent, child = _owner(model, name)
-    return sometimes_bypassed(model, name) or child in uses(parent).computed
+    return child in uses(parent).in_training | uses(parent).computed
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -74,64 +73,94 @@ def uses(parent: nn.Module) -> Uses:
 
 
 @functools.cache
-def _uses(kind: Any, answers: tuple[bool, ...]) -> Uses:
+def _uses(kind: Any, answers: tuple[bool | None, ...]) -> Uses:
     return read_uses(_methods(kind), dict(zip(_questions(kind), answers, strict=True)))
 
 
-def read_uses(methods: Iterable[ast.FunctionDef], has: dict[tuple[str, str], bool] | None = None) -> Uses:
+def read_uses(methods: Iterable[ast.FunctionDef], has: dict[tuple[str, str], bool | None] | None = None) -> Uses:
     """Return how methods use the weights of a module's children.
 
     Args:
         methods: their definitions.
-        has: whether the module has what `hasattr(self.path, name)` asks for, by (path, name): the branch that it
-            decides against is not read.
+        has: whether an attribute of the module has what `hasattr(self.attribute, name)` asks for, by both names: the
+            branch that it decides against is not read. None where that is not known.
     """
+    methods = tuple(methods)
+    preparing = _preparing(methods)
     read: set[str] = set()
     called: set[str] = set()
-    alone: set[str] = set()
+    trained: set[str] = set()
     computed: set[str] = set()
     for method in methods:
         if not method.args.args:
             continue
         own = method.args.args[0].arg
-        nodes = list(_live(method, own, has or {}))
+        nodes = dict(_live(method, own, has or {}))
         around = {inner: outer for outer in nodes for inner in ast.iter_child_nodes(outer)}
-        read_here, called_here = set(), set()
-        for node in nodes:
-            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own):
+        for node, training in nodes.items():
+            child = _own_attribute(node, own)
+            if child is None:
                 continue
             outer = around[node]
-            if not isinstance(node.ctx, ast.Load):
-                continue
             if not isinstance(outer, ast.Attribute):
-                called_here.add(node.attr)
+                called.add(child)
             elif outer.attr == "weight":
                 if "forward" in method.name and _is_operand(outer, around[outer]):
-                    read_here.add(node.attr)
-                if _takes_numbers(around[outer]) and not any(part in method.name for part in PREPARING):
-                    computed.add(node.attr)
-        read |= read_here
-        called |= called_here
-        alone |= read_here - called_here
-    return Uses(frozenset(read - called), frozenset(alone & called), frozenset(computed))
+                    (trained if training else read).add(child)
+                if method.name not in preparing and _takes_numbers(around[outer]):
+                    computed.add(child)
+    read |= trained
+    return Uses(frozenset(read - called), frozenset(trained & called), frozenset(computed))
 
 
-def _live(method: ast.AST, own: str, has: dict[tuple[str, str], bool]) -> Iterator[ast.AST]:
-    """Yield a method's nodes, without branches that the module never takes."""
-    waiting = [method]
+def _own_attribute(node: ast.AST, own: str) -> str | None:
+    """Return the name in self.name where it is read."""
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own
+    return node.attr if isinstance(node, ast.Attribute) and is_own and isinstance(node.ctx, ast.Load) else None
+
+
+def _preparing(methods: Iterable[ast.FunctionDef]) -> set[str]:
+    """Return the names of the methods that only prepare weights: named so, or called by such, and not by a forward."""
+    calls = {
+        method.name: {_own_attribute(node, method.args.args[0].arg) for node in ast.walk(method)}
+        for method in methods
+        if method.args.args
+    }
+
+    def reached(waiting: list[str]) -> set[str]:
+        found: set[str] = set()
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += [called for called in calls[name] if called in calls]
+        return found
+
+    named = [name for name in calls if any(part in name for part in PREPARING)]
+    return reached(named) - reached([name for name in calls if "forward" in name])
+
+
+def _live(method: ast.AST, own: str, has: dict[tuple[str, str], bool | None]) -> Iterator[tuple[ast.AST, bool]]:
+    """Yield a method's nodes, without branches that the module never takes, and whether the module trains there."""
+    waiting = [(method, False)]
     while waiting:
-        node = waiting.pop()
-        yield node
-        asked = _question(node.test, own) if isinstance(node, ast.If) else None
-        if isinstance(node, ast.If) and asked in has:
-            waiting += node.body if has[asked] else node.orelse
-        else:
-            waiting += ast.iter_child_nodes(node)
+        node, training = waiting.pop()
+        yield node, training
+        if not isinstance(node, ast.If):
+            waiting += [(inner, training) for inner in ast.iter_child_nodes(node)]
+            continue
+        waiting.append((node.test, training))
+        answer = has.get(_question(node.test, own) or ("", ""))
+        asks = any(_own_attribute(inner, own) == "training" for inner in ast.walk(node.test))
+        if answer is not False:
+            waiting += [(inner, training or asks) for inner in node.body]
+        if answer is not True:
+            waiting += [(inner, training) for inner in node.orelse]
 
 
 @functools.cache
 def _questions(kind: Any) -> tuple[tuple[str, str], ...]:
-    """Return what the conditions of a class's methods ask by hasattr, as (path, name)."""
+    """Return what the conditions of a class's methods ask by hasattr, as (attribute, name)."""
     found: dict[tuple[str, str] | None, None] = {}
     for method in _methods(kind):
         for node in ast.walk(method):
@@ -144,19 +173,20 @@ def _question(test: ast.expr, own: str) -> tuple[str, str] | None:
     """Return ("config", "name") of hasattr(self.config, "name")."""
     if not (isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id == "hasattr"):
         return None
-    owner, *names = test.args
-    path = ast.unparse(owner)
-    if len(names) != 1 or not isinstance(names[0], ast.Constant) or not path.startswith(f"{own}."):
+    attribute, name = (_own_attribute(test.args[0], own), test.args[1]) if len(test.args) == 2 else (None, None)
+    if attribute is None or not (isinstance(name, ast.Constant) and isinstance(name.value, str)):
         return None
-    return path.removeprefix(f"{own}."), str(names[0].value)
+    return attribute, name.value
 
 
-def _has(module: nn.Module, path: str, name: str) -> bool:
-    follow: Callable[[object], object] = operator.attrgetter(path)
+def _has(module: nn.Module, attribute: str, name: str) -> bool | None:
+    """Say whether an attribute has one of this name; None for a child, which may be replaced, and a property."""
+    if attribute not in vars(module):
+        return None
     try:
-        return hasattr(follow(module), name)
-    except AttributeError:
-        return False
+        return hasattr(vars(module)[attribute], name)
+    except Exception:
+        return None
 
 
 def _is_operand(node: ast.expr, outer: ast.AST) -> bool:

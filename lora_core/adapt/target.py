@@ -6,9 +6,9 @@ A name matches a list when it is an entry or ends in "." + an entry; it matches 
 import re
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from lora_core.adapt.bypassed import bypassed, sometimes_bypassed
+from lora_core.adapt.bypassed import bypassed, bypassed_in_training
 from lora_core.adapt.kinds import is_linear
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.saved import TASK_HEADS, saves
@@ -25,6 +25,9 @@ from lora_core.adapt.walk import original_modules, outermost, plain_name, stated
 from lora_core.errors import ConfigError, TargetNotFoundError
 from lora_core.methods.expressions import inside_of, layer_number
 from lora_core.methods.lora import LoraConfig
+
+# a smaller table, as one of token types, is no vocabulary, and a classifier as large as it no output head
+FEWEST_WORDS = 16
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -45,13 +48,13 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         head = output_head(model, config.task_type)
         linear = [n for n, m in candidates.items() if is_linear(m) and m is not head and not bypassed(model, n)]
-        found = [n for n in linear if not sometimes_bypassed(model, n)]
+        found = [n for n in linear if not bypassed_in_training(model, n)]
         warn_of_bypassed("'all-linear' leaves out", set(linear).difference(found))
     else:
         names = wanted if isinstance(wanted, str) else frozenset(wanted)
         found = [n for n in candidates if matches(plain_name(n), names)]
         warn_of_unmatched("target_modules", wanted, candidates)
-        warn_of_bypassed("an adapter may do nothing at", {n for n in found if sometimes_bypassed(model, n)})
+        warn_of_bypassed("an adapter may do nothing at", {n for n in found if bypassed_in_training(model, n)})
     warn_of_experts(wanted, candidates)
     found = [n for n in found if not _left_out(plain_name(n), config)]
     found = [n for n in found if _layer_chosen(plain_name(n), config)]
@@ -70,7 +73,7 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
     """Return the layer that turns hidden states into scores, which "all-linear" leaves out.
 
     A transformers model says which it is. Elsewhere it is the module called lm_head, or the last linear layer if it
-    leads from the dimension of the largest embedding to its vocabulary.
+    leads from an embedding's dimension to its vocabulary.
     """
     head = stated_embeddings(model, "output")
     if head is not None:
@@ -87,9 +90,9 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
     if hasattr(model, "get_output_embeddings"):
         # asked above: a classifier as large as a table of token types is none
         return None
-    tables = [m.weight for _, m in modules if isinstance(m, nn.Embedding)]
+    tables = {m.weight.shape for _, m in modules if isinstance(m, nn.Embedding) and m.num_embeddings >= FEWEST_WORDS}
     last: Any = linear[-1][1] if linear else None
-    if last is not None and tables and last.weight.shape == max(tables, key=Tensor.numel).shape:
+    if last is not None and last.weight.shape in tables:
         return cast(nn.Module, last)
     return None
 

@@ -1,10 +1,14 @@
 """Modules that match and cannot be adapted, and why."""
 
+import ast
+from typing import Any
+
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.kinds import SUPPORTED, adapted_kind, has_pefts_adapter, is_held_by_others
+from lora_core.adapt.source import source_of
 from lora_core.dtypes import FLOATS
 from lora_core.errors import AdapterError, ConfigError, DtypeError
 from lora_core.layers.adapter import AdapterLayer
@@ -32,7 +36,15 @@ def refuse_unshaped(model: nn.Module, verb: str) -> None:
 def _convolves_otherwise(module: nn.Module) -> bool:
     """Say whether a convolution's class has a forward of its own: it may pad, or compute its kernel."""
     own = next((kind.forward for kind in (nn.Conv1d, nn.Conv2d) if isinstance(module, kind)), None)
-    return own is not None and type(module).forward is not own
+    return own is not None and type(module).forward is not own and not _only_delegates(type(module).forward)
+
+
+def _only_delegates(forward: Any) -> bool:
+    """Say whether all that a forward does is return super().forward(x)."""
+    found = source_of(forward)
+    if found is None or len(found.args.args) != 2:
+        return False
+    return ast.unparse(found.body[-1]) == f"return super().forward({found.args.args[1].arg})" and len(found.body) == 1
 
 
 def _looks_up_otherwise(module: nn.Module) -> bool:

@@ -48,13 +48,13 @@ def warn_of_inner(found: list[str]) -> None:
 
 
 def warn_of_bypassed(what: str, names: Iterable[str]) -> None:
-    """Warn of layers whose weight their module takes itself in some of its forwards."""
+    """Warn of layers whose weight their module may take itself when it trains."""
     told = sorted(names)
     if told:
         more = f" and {len(told) - SHOWN_STACKED} more" if len(told) > SHOWN_STACKED else ""
         warnings.warn(
-            f"target_modules: {what} {', '.join(told[:SHOWN_STACKED])}{more}: in one of its ways forward their module "
-            "works with the weight itself and does not call the layer",
+            f"target_modules: {what} {', '.join(told[:SHOWN_STACKED])}{more}: in training their module may work with "
+            "the weight itself and not call the layer, as where kernels of its own run",
             UserWarning,
             stacklevel=5,
         )
@@ -68,6 +68,8 @@ def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module
         if adapted_kind(module) is None
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
+        # vectors by which tokens are mixed, or that stand for one, are no stack of matrices
+        if parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1
         if _means(wanted, key)
     ]
     if stacked:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_core.errors import AdapterError
-from lora_core.ops.eager import inside_functorch
+from lora_core.ops.eager import dispatch_is_intercepted
 
 
 @dataclass
@@ -38,16 +39,17 @@ class _Refused(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> Any:
         raise AdapterError(
             f"cannot train while {list(ctx.names)} is merged into the weights, where its matrices take no gradient: "
-            "call unmerge_adapter(model) first; for a gradient of the input alone call model.eval()"
+            "call unmerge_adapter(model) first, or merge_and_unload(model) to train other parts of the model; for a "
+            "gradient of the input alone call model.eval()"
         )
 
 
 def refuse_backward(y: Tensor, names: tuple[str, ...]) -> Tensor:
     """Return the output of a layer with these adapters merged, so that a backward through it is an AdapterError.
 
-    A compiler or a transform of torch.func gets the output as it is.
+    A compiler, a tracer, a transform of torch.func or forward-mode differentiation gets the output as it is.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or inside_functorch():
+    if not torch.is_grad_enabled() or dispatch_is_intercepted() or forward_ad._current_level >= 0 or y.is_nested:
         return y
-    refused: Tensor = _Refused.apply(y, y.new_empty(0).requires_grad_(), names)
+    refused: Tensor = _Refused.apply(y, torch.empty(0, device=y.device, requires_grad=True), names)
     return refused

@@ -111,8 +111,8 @@ def _nf4_matmul_kernel(
             BLOCK_Y,
             BLOCK_R,
         )
-        if has_bias != 0:
-            acc += widen(tl.load(bias_ptr + column, mask=column < width, other=0.0))[None, :]
+        bias = tl.load(bias_ptr + column, mask=(column < width) & (has_bias != 0), other=0.0)
+        acc += widen(bias)[None, :]
 
     first = split * per_split
     for start in range(first, tl.minimum(first + per_split, length), BLOCK_SUM):

@@ -28,11 +28,11 @@ from lora_core.quant.double import dequantize_absmax
 if TYPE_CHECKING:
     from lora_core.quant.weight import QuantizedWeight
 
-STATE_KEY = "quant_state.bitsandbytes__"
-# the uniform codebook is this project's own, under a key that bitsandbytes does not take for one of its own
-OWN_STATE_KEY = "quant_state.lora_core__"
 # keys of what a weight does not hold but can say: level maps, and, up to the first dot, its state as text
 MAPS, STATE = ("quant_map", "nested_quant_map"), "quant_state"
+STATE_KEY = f"{STATE}.bitsandbytes__"
+# the uniform codebook is this project's own, under a key that bitsandbytes does not take for one of its own
+OWN_STATE_KEY = f"{STATE}.lora_core__"
 SHARED_TYPES = ("nf4", "fp4")
 LONGEST_SHOWN = 60
 

@@ -207,14 +207,23 @@ def test_siblings_train_under_checkpointing_as_without(name, reentrant):
     config = {"lora_dropout": 0.3}
     model = (own(**config) if name == "own" else with_peft(**config)).train()
     lc.fuse(model)
+    check_checkpointed(model, reentrant)
+
+
+def check_checkpointed(model, reentrant):
+    """Fail unless gradients are the same bits with checkpointing; return the calls of either forward."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    grads = []
+    grads, counts = [], []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
         torch.manual_seed(0)
         model.zero_grad()
-        run(inputs().requires_grad_()).square().sum().backward()
+        with Calls() as calls:
+            y = run(inputs().requires_grad_())
+        y.square().sum().backward()
         grads.append([p.grad.clone() for p in trained])
+        counts.append(calls)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    return counts
 
 
 class Drawing(Attention):
@@ -232,17 +241,8 @@ def test_siblings_with_dropout_draw_their_masks_where_they_are_called(reentrant)
     model = lc.add_adapter(Drawing(), config)
     randomise(model)
     lc.fuse(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    grads = []
-    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
-        torch.manual_seed(0)
-        model.zero_grad()
-        with Calls() as calls:
-            y = run(inputs().requires_grad_())
+    for calls in check_checkpointed(model, reentrant):
         assert calls.together == 0 and calls.alone == 4
-        y.square().sum().backward()
-        grads.append([p.grad.clone() for p in trained])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_a_hook_before_a_sibling_runs_before_its_operands_are_read():

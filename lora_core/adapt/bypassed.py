@@ -74,18 +74,13 @@ def uses(parent: nn.Module) -> Uses:
 
 @functools.cache
 def _uses(kind: Any, answers: tuple[bool | None, ...]) -> Uses:
-    return read_uses(_methods(kind), dict(zip(_questions(kind), answers, strict=True)))
-
-
-def read_uses(methods: Iterable[ast.FunctionDef], has: dict[tuple[str, str], bool | None] | None = None) -> Uses:
-    """Return how methods use the weights of a module's children.
+    """Return how a class's methods use the weights of a module's children.
 
     Args:
-        methods: their definitions.
-        has: whether an attribute of the module has what `hasattr(self.attribute, name)` asks for, by both names: the
-            branch that it decides against is not read. None where that is not known.
+        kind: the class.
+        answers: to its _questions; the branch that one decides against is not read. None where it is not known.
     """
-    methods = tuple(methods)
+    methods, has = _methods(kind), dict(zip(_questions(kind), answers, strict=True))
     preparing = _preparing(methods)
     read: set[str] = set()
     called: set[str] = set()
@@ -95,7 +90,7 @@ def read_uses(methods: Iterable[ast.FunctionDef], has: dict[tuple[str, str], boo
         if not method.args.args:
             continue
         own = method.args.args[0].arg
-        nodes = dict(_live(method, own, has or {}))
+        nodes = dict(_live(method, own, has))
         around = {inner: outer for outer in nodes for inner in ast.iter_child_nodes(outer)}
         for node, training in nodes.items():
             child = _own_attribute(node, own)
@@ -150,7 +145,8 @@ def _live(method: ast.AST, own: str, has: dict[tuple[str, str], bool | None]) ->
             waiting += [(inner, training) for inner in ast.iter_child_nodes(node)]
             continue
         waiting.append((node.test, training))
-        answer = has.get(_question(node.test, own) or ("", ""))
+        asked = _question(node.test, own)
+        answer = None if asked is None else has[asked]
         asks = any(_own_attribute(inner, own) == "training" for inner in ast.walk(node.test))
         if answer is not False:
             waiting += [(inner, training or asks) for inner in node.body]

@@ -13,7 +13,7 @@ from lora_core.layers.adapter import AdapterLayer
 from lora_core.methods.lora import LoraConfig, pattern_matches
 
 SHOWN_CANDIDATES = 12
-SHOWN_STACKED = 4
+SHOWN_NAMES = 4
 
 
 def warn_of_unmatched(field: str, wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
@@ -51,9 +51,8 @@ def warn_of_bypassed(what: str, names: Iterable[str]) -> None:
     """Warn of layers whose weight their module may take itself when it trains."""
     told = sorted(names)
     if told:
-        more = f" and {len(told) - SHOWN_STACKED} more" if len(told) > SHOWN_STACKED else ""
         warnings.warn(
-            f"target_modules: {what} {', '.join(told[:SHOWN_STACKED])}{more}: in training their module may work with "
+            f"target_modules: {what} {_first(told)}: in training their module may work with "
             "the weight itself and not call the layer, as where kernels of its own run",
             UserWarning,
             stacklevel=5,
@@ -73,13 +72,17 @@ def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module
         if _means(wanted, key)
     ]
     if stacked:
-        more = f" and {len(stacked) - SHOWN_STACKED} more" if len(stacked) > SHOWN_STACKED else ""
         warnings.warn(
-            f"target_modules leaves stacked weights out, which are in no linear layer: "
-            f"{', '.join(stacked[:SHOWN_STACKED])}{more}",
+            f"target_modules leaves stacked weights out, which are in no linear layer: {_first(stacked)}",
             UserWarning,
             stacklevel=5,
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 def _means(wanted: Sequence[str] | str, stacked: str) -> bool:

@@ -55,7 +55,8 @@ SUBSETS = (
     + """
 import itertools
 from lora_core.ops.grouped_lora import grouped_lora
-from lora_core.ops.lora_linears import Layer, lora_linears
+from lora_core.ops.layer import Layer
+from lora_core.ops.lora_linears import lora_linears
 
 make = lambda *shape: torch.randn(*shape).to(device)
 adapter, scaling = torch.tensor([0, 1, -1, 0, 1, 1], device=device), torch.ones(2, device=device)

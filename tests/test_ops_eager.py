@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_core as lc
 from lora_core.ops import eager
-from lora_core.ops.lora_linears import Layer, lora_linears
+from lora_core.ops.layer import Layer
+from lora_core.ops.lora_linears import lora_linears
 from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
 

@@ -9,8 +9,9 @@ from strategies import linear_operands
 
 import lora_core as lc
 from lora_core.cpu import lora_linears as cpu
+from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linear import lora_linear
-from lora_core.ops.lora_linears import Layer, lora_linears, op
+from lora_core.ops.lora_linears import lora_linears, op
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.packed import Packed, flatten, unflatten
 from lora_core.reference import lora_linears as reference

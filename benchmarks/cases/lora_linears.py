@@ -29,7 +29,8 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     import torch
 
     import lora_core as lc
-    from lora_core.ops.lora_linears import Layer, lora_linears
+    from lora_core.ops.layer import Layer
+    from lora_core.ops.lora_linears import lora_linears
     from lora_core.reference import lora as reference
 
     m, n, k, r = (shape[name] for name in "MNKR")

@@ -9,8 +9,9 @@ from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.absmax_quantize import absmax_quantize
 from lora_core.ops.dora_norm import dora_norm
 from lora_core.ops.grouped_lora import grouped_lora
+from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linear import lora_linear
-from lora_core.ops.lora_linears import Layer, lora_linears
+from lora_core.ops.lora_linears import lora_linears
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_quantize import nf4_quantize

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_core.layers.siblings import Siblings, Term
 from lora_core.ops.checks import autocast_dtype
-from lora_core.ops.lora_linears import Layer
+from lora_core.ops.layer import Layer
 
 
 class Fused:

@@ -8,7 +8,7 @@ from lora_core.layers.fused import Fused, is_frozen, term_of
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.layers.siblings import Term, version_of
 from lora_core.ops.checks import autocast_dtype
-from lora_core.ops.lora_linears import Layer
+from lora_core.ops.layer import Layer
 from lora_core.ops.packed import Packed
 
 

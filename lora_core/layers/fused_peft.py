@@ -17,8 +17,8 @@ from lora_core.layers.dropout import fresh_seed
 from lora_core.layers.fused import Fused, is_frozen, term_of
 from lora_core.layers.siblings import Term, version_of
 from lora_core.ops.checks import autocast_dtype, autocast_on
+from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linear import lora_linear
-from lora_core.ops.lora_linears import Layer
 from lora_core.reference.lora import lora_delta
 
 

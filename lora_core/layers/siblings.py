@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_core.ops.checks import autocast_dtype, autocast_on
 from lora_core.ops.eager import inside_functorch
-from lora_core.ops.lora_linears import Layer, lora_linears
+from lora_core.ops.layer import Layer
+from lora_core.ops.lora_linears import lora_linears
 
 # putting all A on top of each other costs what reading x costs for as many rows as there are ranks: with few rows, as
 # when one token is generated, every layer is on its own

@@ -9,18 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.ops.checks import (
-    autocast_dtype,
-    check_devices,
-    check_dropout,
-    check_dtypes,
-    check_kinds,
-    check_shapes,
-    check_sides,
-    outside_autocast,
-    refuse_tangents,
-)
+from lora_core.ops.checks import outside_autocast
 from lora_core.ops.eager import call, differentiable, none_to_empty
+from lora_core.ops.layer import Layer, prepared
 from lora_core.ops.ready import ready
 from lora_core.reference import lora as reference
 
@@ -158,19 +149,6 @@ def lora_linear(
     """
     if ready(x, weight, bias, lora_a, lora_b, scaling, dropout, seed):
         return _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)[0]
-    tensors: dict[str, object] = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
-    scaling = check_kinds("lora_linear", tensors, bias, scaling)
-    cast = autocast_dtype(x)
-    if cast is not None:
-        x, weight, lora_a, lora_b = x.to(cast), weight.to(cast), lora_a.to(cast), lora_b.to(cast)
-        bias = None if bias is None else bias.to(cast)
-    check_shapes("lora_linear", x, weight.shape, bias, lora_a, lora_b)
-    check_sides("lora_linear", weight.shape)
-    check_dtypes("lora_linear", {"x": x, "weight": weight, "bias": bias}, lora_a, lora_b)
-    dropout = check_dropout("lora_linear", dropout, seed)
-    on_device = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-    check_devices("lora_linear", on_device | {"seed": seed if dropout else None})
-    refuse_tangents("lora_linear", *on_device.values())
+    x, layer = prepared("lora_linear", x, Layer(weight, bias, lora_a, lora_b, scaling, dropout, seed))
     with outside_autocast(x):
-        y, _ = _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)
-    return y
+        return _run(x, *layer)[0]

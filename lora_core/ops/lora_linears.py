@@ -5,49 +5,16 @@ The mathematics stands in lora_core/reference/lora_linears.py.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError
-from lora_core.ops.checks import (
-    autocast_dtype,
-    check_devices,
-    check_dropout,
-    check_dtypes,
-    check_kinds,
-    check_shapes,
-    check_sides,
-    check_tensors,
-    outside_autocast,
-    refuse_tangents,
-)
+from lora_core.ops.checks import check_tensors, outside_autocast
 from lora_core.ops.eager import call, differentiable, none_to_empty
+from lora_core.ops.layer import Layer, prepared
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
 from lora_core.reference import lora_linears as reference
-
-
-class Layer(NamedTuple):
-    """One of the layers.
-
-    Args:
-        weight: W, frozen: dtype of x, shape [N, K], or the parts of an NF4 weight of that shape.
-        bias: b, frozen: dtype of x, shape [N], or None.
-        lora_a: A, dtype of x or float32, shape [R, K].
-        lora_b: B, dtype of lora_a, shape [N, R].
-        scaling: s, alpha / r.
-        dropout: probability of zeroing an element of x before A, in [0, 1).
-        seed: int64 tensor of one element, which fixes the mask; needed where dropout > 0.
-    """
-
-    weight: Tensor | Packed
-    bias: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    dropout: float = 0.0
-    seed: Tensor | None = None
 
 
 def forward(
@@ -211,7 +178,7 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
 
     Args:
         x: float32, float16, bfloat16 or float64 of shape [..., K], any strides.
-        layers: at least one; A and B of all of them in one dtype.
+        layers: at least one, frozen but for A and B, which are of one dtype in all.
     Returns:
         One tensor for each layer, shape [..., N], dtype of x.
     Raises:
@@ -223,20 +190,17 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     check_tensors("lora_linears", {"x": x})
     if not layers:
         raise ConfigError("lora_linears: layers is empty: want at least one")
-    layers = [_sound(f"lora_linears, layer {i}", layer) for i, layer in enumerate(layers)]
-    cast = autocast_dtype(x)
-    if cast is not None:
-        x = x.to(cast)
-        layers = [_cast(layer, cast) for layer in layers]
+    checked = []
     for i, layer in enumerate(layers):
-        _check(f"lora_linears, layer {i}", x, layer)
-    lows = {layer.lora_a.dtype for layer in layers}
+        x, layer = _prepared(f"lora_linears, layer {i}", x, layer)
+        checked.append(layer)
+    lows = {layer.lora_a.dtype for layer in checked}
     if len(lows) > 1:
         raise DtypeError(
             f"lora_linears: want lora_a and lora_b of all layers in one dtype; got {sorted(map(str, lows))}: "
             "call lora_linear for each"
         )
-    weights, biases, lora_as, lora_bs, scalings, dropouts, seeds = map(list, zip(*layers, strict=True))
+    weights, biases, lora_as, lora_bs, scalings, dropouts, seeds = map(list, zip(*checked, strict=True))
     none = x.new_empty(0)
     tensors, formats = flatten(weights)
     seeds = [x.new_empty(0, dtype=torch.int64) if s is None else s for s in seeds]
@@ -245,39 +209,18 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         return list(_run(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)[:-1])
 
 
-def _sound(name: str, layer: Layer) -> Layer:
-    """Return the layer with its numbers as floats; raise unless all in it is of the right kind."""
+def _prepared(name: str, x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
+    """Return x and a layer as the operation takes them; raise unless it does."""
     if not isinstance(layer, Layer):
-        raise ConfigError(f"{name} is a {type(layer).__name__}; want a lora_linears.Layer")
+        raise ConfigError(f"{name} is a {type(layer).__name__}; want a lora_core.ops.layer.Layer")
     if not isinstance(layer.weight, (Tensor, Packed)):
         raise DtypeError(f"{name}: weight is a {type(layer.weight).__name__}; want a torch.Tensor, or Packed.of(q)")
-    tensors: dict[str, object] = {"lora_a": layer.lora_a, "lora_b": layer.lora_b}
-    scaling = check_kinds(name, tensors, layer.bias, layer.scaling)
-    return layer._replace(scaling=scaling, dropout=check_dropout(name, layer.dropout, layer.seed))
-
-
-def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
-    return layer._replace(
-        weight=layer.weight.to(dtype) if isinstance(layer.weight, Tensor) else layer.weight,
-        bias=None if layer.bias is None else layer.bias.to(dtype),
-        lora_a=layer.lora_a.to(dtype),
-        lora_b=layer.lora_b.to(dtype),
-    )
-
-
-def _check(name: str, x: Tensor, layer: Layer) -> None:
-    w, bias, lora_a, lora_b, _, dropout, seed = layer
-    on_device = w if isinstance(w, Tensor) else w.codes
-    compute = {"x": x, "weight": w, "bias": bias} if isinstance(w, Tensor) else {"x": x, "bias": bias}
-    check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
-    check_sides(name, tuple(w.shape))
-    check_dtypes(name, compute, lora_a, lora_b)
-    tensors = {"x": x, "weight": on_device, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-    check_devices(name, tensors | {"seed": seed if dropout else None})
-    refuse_tangents(name, *tensors.values())
-    trained = [key for key, t in (("weight", on_device), ("bias", bias)) if t is not None and t.requires_grad]
+    x, layer = prepared(name, x, layer)
+    frozen = {"weight": layer.weight, "bias": layer.bias}
+    trained = [key for key, t in frozen.items() if isinstance(t, Tensor) and t.requires_grad]
     if trained and torch.is_grad_enabled():
         raise ConfigError(
             f"{name}: {' and '.join(trained)} requires a gradient, which this operation does not make: "
             "call lora_linear, or freeze it with requires_grad_(False)"
         )
+    return x, layer

@@ -9,19 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.errors import ConfigError, ShapeError
-from lora_core.ops.checks import (
-    autocast_dtype,
-    check_devices,
-    check_dropout,
-    check_dtypes,
-    check_kinds,
-    check_shapes,
-    check_sides,
-    outside_autocast,
-    refuse_tangents,
-)
+from lora_core.errors import ConfigError
+from lora_core.ops.checks import check_tensors, outside_autocast
 from lora_core.ops.eager import call, differentiable, none_to_empty
+from lora_core.ops.layer import Layer, prepared
 from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
 from lora_core.quant import QuantizedWeight
@@ -211,25 +202,10 @@ def packed_lora_linear(
         return _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)[0]
     if (lora_a is None) != (lora_b is None):
         raise ConfigError("nf4_lora_linear: lora_a and lora_b go together; got only one of them")
-    name = "nf4_lora_linear"
-    tensors: dict[str, object] = {"x": x} if lora_a is None else {"x": x, "lora_a": lora_a, "lora_b": lora_b}
-    scaling = check_kinds(name, tensors, bias, scaling)
-    if len(w.shape) != 2:
-        raise ShapeError(f"{name}: want a weight of shape [N, K]; got one of shape {tuple(w.shape)}")
-    cast = autocast_dtype(x)
-    if cast is not None:
-        x = x.to(cast)
-        bias, lora_a, lora_b = (None if t is None else t.to(cast) for t in (bias, lora_a, lora_b))
     if lora_a is None or lora_b is None:
+        check_tensors("nf4_lora_linear", {"x": x})
         # an adapter of rank 0 adds nothing
-        lora_a, lora_b = x.new_empty(0, w.shape[-1]), x.new_empty(*w.shape[:1], 0)
-    check_shapes(name, x, tuple(w.shape), bias, lora_a, lora_b)
-    check_sides(name, tuple(w.shape))
-    check_dtypes(name, {"x": x, "bias": bias}, lora_a, lora_b)
-    dropout = check_dropout(name, dropout, seed)
-    on_device = {"x": x, "q": w.codes, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-    check_devices(name, on_device | {"seed": seed if dropout else None})
-    refuse_tangents(name, x, bias, lora_a, lora_b)
+        lora_a, lora_b = x.new_empty(0, *w.shape[-1:]), x.new_empty(*w.shape[:1], 0)
+    x, layer = prepared("nf4_lora_linear", x, Layer(w, bias, lora_a, lora_b, scaling, dropout, seed))
     with outside_autocast(x):
-        y, _ = _run(x, *w, bias, lora_a, lora_b, scaling, dropout, seed)
-    return y
+        return _run(x, *w, *layer[1:])[0]

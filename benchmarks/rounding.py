@@ -29,8 +29,8 @@ def within_rounding(
         roundings: results inside the formula that are rounded to got's dtype, the last one included.
         parts: float64, the same shape: what each operand contributes to the truth.
     Returns:
-        Passed if no element is further off than sums in float32 and these roundings allow, by the probabilistic bound
-        of Higham and Mary 2019, nor all of them together.
+        Passed if no element is further off than sums in float32 and these roundings allow, nor all of them together: of
+        independent errors of the sums 3.5 standard deviations.
     """
     import torch
 

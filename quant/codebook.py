@@ -2,8 +2,8 @@
 
 A block of weights is divided by its largest magnitude and each quotient, in [-1, 1], is stored as the index of a level.
 
-NF4 puts its levels at quantiles of the normal distribution. Normal weights would use them evenly if they were divided
-by one scale; divided by the largest of 64 each, they use those around zero most (9%) and the outermost least (2%).
+NF4 puts its levels at quantiles of the normal distribution. Normal weights would use them almost evenly, 5.6% to 7.1%
+each, if they were divided by one scale; divided by the largest of 64 each, they use those around zero most (9%) and the outermost least (2%).
 
     negative side:  -Phi^-1(linspace(t, 1/2, 8)) without its last
     zero
@@ -13,7 +13,7 @@ by one scale; divided by the largest of 64 each, they use those around zero most
 Eight positive and seven negative levels with an exact zero. The dynamic 8-bit map spends its bits like a tiny floating
 format whose exponent is unary: 1, 2, 4, ..., 64 levels per decade, evenly spaced inside a decade.
 
-Sources: Dettmers et al. 2023 (arXiv 2305.14314), appendix E; Dettmers 2016 (arXiv 1511.04561), section 2.1.
+Sources: Dettmers et al. 2023 (arXiv 2305.14314), appendix E; Dettmers 2015 (arXiv 1511.04561), section 2.1.
 """
 
 import functools
@@ -169,7 +169,7 @@ _BOOKS = {
     for book in (
         Codebook("nf4", _tensor(NF4_LEVELS)),
         _fp4(),
-        # sixteen even steps; no level is zero
+        # sixteen levels, fifteen even steps; none of them is zero
         Codebook("int4", torch.linspace(-1, 1, 16, dtype=torch.float32, device="cpu")),
         Codebook("dynamic", dynamic_map(signed=True), ties_to_even=True),
         Codebook("dynamic_unsigned", dynamic_map(signed=False), ties_to_even=True),

@@ -42,8 +42,8 @@ def weight_error(weight: Tensor, held: QuantizedWeight) -> WeightError:
         held: what became of it.
     Raises:
         ShapeError: if the shapes differ or there is no element.
-    Source: the squared error that arXiv 2305.14314 (Dettmers et al. 2023, section 4) and 2306.06965 (Yoshida 2023)
-        judge codebooks by.
+    Source: the usual measure, relative in the Frobenius norm. Yoshida 2023 (arXiv 2306.06965) chooses codebooks by the
+        expected absolute error instead.
     """
     if weight.shape != held.shape or not weight.numel():
         raise ShapeError(

@@ -12,6 +12,8 @@ signs independent of each other. So it is with random operands, with repeated ro
 subnormals; it would not be where both factors repeat, as in dS^T x with a constant dL/dy and a constant x.
 """
 
+from itertools import chain, permutations
+
 import torch
 from tolerance import UNIT_FP32, Roundings, assert_within_bound
 from torch import Tensor
@@ -114,17 +116,30 @@ def check_backward_of_several(d_x, pairs, d_ys, layers, x) -> None:
         assert_within_bound(d_a.cpu(), *own["d_lora_a"])
         assert_within_bound(d_b.cpu(), *own["d_lora_b"])
     if d_x is not None:
-        u = torch.finfo(d_x.dtype).eps / 2
-        # as each layer is added, the sum so far is rounded; it is no larger than all parts together
-        parts = sum(own["parts of d_x"] for own in found)
-        truths, bounds = zip(*(own["d_x"] for own in found), strict=True)
-        bound = sum(bounds, Roundings.of(*[u * parts] * len(layers)))
-        assert_within_bound(d_x.cpu(), sum(truths), bound)
+        bases, low_ranks, within = ([own[name] for own in found] for name in ("base", "low rank", "within d_x"))
+        truth = sum(bases) + sum(low_ranks)
+        if any(dropout for *_, dropout, _ in layers):
+            # the low-rank parts have masks of their own: added last, or each with its layer
+            by_layer = [[*chain(*zip(*both, strict=True))] for both in permutations([bases, low_ranks])]
+            orders = [[*bases, *low_ranks], *by_layer]
+        else:
+            orders = [[*bases, sum(low_ranks)], [sum(low_ranks), *bases]]
+        assert_within_bound(d_x.cpu(), truth, sum(within, start=added(orders, d_x, layers[0][1])))
+
+
+def added(orders: list[list[Tensor]], like: Tensor, lora_a: Tensor) -> Roundings:
+    """Return what a sum errs by that is rounded to the dtype of `like` as each part is added, in one of these orders.
+
+    The whole sum may have been rounded to A's dtype before.
+    """
+    u, low, _ = units(like, lora_a)
+    partial = torch.stack([torch.stack(parts).cumsum(0).abs() for parts in orders]).amax(0)
+    return Roundings.of(*(u * partial), low * partial[-1])
 
 
 def backward_bounds(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0, seed=None) -> dict:
-    """Return (truth, bound) of each gradient by name, and the magnitudes of what d_x is the sum of."""
-    u, low, eta = units(d_y, lora_a)
+    """Return (truth, bound) of each gradient by name; of d_x its parts, too, and what is rounded within them."""
+    _, low, eta = units(d_y, lora_a)
     g, x, weight, a, b, s = wide(d_y, x, weight, lora_a, lora_b, hidden)
     rows, columns, rank = g.shape[0], g.shape[1], a.shape[0]
     factor, d = abs(scaling), masked(x, dropout, seed)
@@ -150,21 +165,21 @@ def backward_bounds(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout=0.0
         "d_lora_a": d_s.T @ d,
         "d_lora_b": scaling * g.T @ s,
     }
-    # rounded again: what a library adds the rest to, and the mixed-dtype update; 1 / (1 - p) is one more rounding
-    again = (u * torch.maximum(base.abs(), low_rank.abs()), low * low_rank.abs(), low * truths["d_x"].abs())
-    carried = {
-        "d_x": Roundings.of(*again) + d_s_bound.through(a) * mask,
-        "d_lora_a": d_s_bound.T.through(d),
-    }
+    # rounded on the way: the low-rank part by itself; 1 / (1 - p) is one more rounding
+    carried = {"d_x": Roundings.of(low * low_rank.abs()) + d_s_bound.through(a) * mask}
+    carried["d_lora_a"] = d_s_bound.T.through(d)
     if dropout > 0:
         carried["d_lora_a"] += Roundings.of(low * d.abs()).T.through(d_s).T
     lengths = {"d_x": columns + rank, "d_weight": rows, "d_bias": rows, "d_lora_a": rows, "d_lora_b": rows}
     own = {"d_x": d_y, "d_weight": d_y, "d_bias": d_y, "d_lora_a": lora_a, "d_lora_b": lora_b}
-    found = {"parts of d_x": base.abs() + low_rank.abs()}
+    within = {name: Roundings.of(sums(lengths[name] + 1, magnitudes[name])) for name in GRADIENTS}
+    within |= {name: within[name] + more for name, more in carried.items()}
+    found = {"base": base, "low rank": low_rank, "within d_x": within["d_x"]}
     for name, truth in truths.items():
         once = torch.finfo(own[name].dtype).eps / 2 * truth.abs()
         # scaling is multiplied in after the sum is rounded, in the reference
-        times = 2 if name == "d_lora_b" else 1
-        bound = Roundings.of(*[once] * times, sums(lengths[name] + 1, magnitudes[name]))
-        found[name] = (truth, bound + carried[name] if name in carried else bound)
+        rounded = Roundings.of(*[once] * (2 if name == "d_lora_b" else 1))
+        if name == "d_x":
+            rounded = added([[base, low_rank], [low_rank, base]], d_y, lora_a)
+        found[name] = (truth, within[name] + rounded)
     return found

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_bounds import GRADIENTS, check_backward, check_forward
+from lora_bounds import GRADIENTS, check_backward, check_backward_of_several, check_forward
 from strategies import DTYPES, laid_out, layouts, linear_operands, seeds, sizes, values
 from tolerance import DEVIATIONS, RMS_ELEMENTS, Roundings, assert_within_bound, assert_within_rounding, different
 
 from lora_core.cpu.lora_linear import lora_linear, lora_linear_backward
+from lora_core.reference import lora_linears as several
 
 SEED = torch.tensor([77])
 SCALING = 0.7
@@ -46,6 +47,24 @@ def test_each_result_1_percent_off_is_refused(dtypes, dropout, shape):
     for name in GRADIENTS:
         with refused:
             check_backward(off(grads, name, GRADIENTS), *operands)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtypes", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32)], ids=str)
+def test_a_gradient_of_several_layers_1_percent_off_is_refused(dtypes, dropout, count):
+    m, n, k, r = SHAPES[1]
+    made = [linear_operands(m, n, k, r, *dtypes, seed) for seed in range(count)]
+    x, (_, weights, _, lora_as, lora_bs) = made[0][0], zip(*made, strict=True)
+    rest = ([SCALING] * count, [dropout] * count, [SEED + i for i in range(count)])
+    _, hidden = several.forward(x, weights, [None] * count, lora_as, lora_bs, *rest)
+    d_ys = [values(m * n, dtypes[0], 1.0, i).view(m, n) for i in range(count)]
+    d_x, d_lora_a, d_lora_bs = several.backward(d_ys, x, weights, lora_as, lora_bs, hidden, *rest, True, True)
+    layers = list(zip(weights, lora_as, lora_bs, hidden.split([r] * count, 1), *rest, strict=True))
+    pairs = list(zip(d_lora_a.split([r] * count), d_lora_bs, strict=True))
+    check_backward_of_several(d_x, pairs, d_ys, layers, x)
+    with refused:
+        check_backward_of_several((1.01 * d_x.double()).to(d_x.dtype), pairs, d_ys, layers, x)
 
 
 @given(sizes, sizes, sizes, layouts, st.booleans(), st.sampled_from(HALVES), seeds)

@@ -2,7 +2,8 @@
 
     W = Q R;   B = Q[:, :r],   A = R[:r],   W <- W - s B A
 
-B has orthonormal columns. Source: Büyükakyüz 2024 (arXiv 2406.01775), section 3.
+B has orthonormal columns, which span the first r columns of W, so that B A = B B^T W. With s above 1 more of that is
+taken out than was there, as in PEFT. Source: Büyükakyüz 2024 (arXiv 2406.01775), section 3.
 """
 
 import torch

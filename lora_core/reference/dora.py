@@ -10,7 +10,8 @@ sqrt(u) (|W_n| + s |(B A)_n|), with u the unit roundoff, and may come out as 0 w
 W A^T is [N, R], A A^T is [R, R]: 2 N K R operations and N R numbers instead of a dense [N, K] beside W. The gradient
 does not flow through the norm (section 4.3): it is a constant of each step.
 
-Source: Liu et al. 2024 (arXiv 2402.09353), eq. 5 and section 4.3.
+Source: Liu et al. 2024 (arXiv 2402.09353), eq. 5 and section 4.3. The paper says column by column; PEFT takes one norm
+for each output, which is a row of W as it is stored, [out, in].
 """
 
 import torch

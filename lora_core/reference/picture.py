@@ -6,7 +6,7 @@ For pixel (i, j) of size x size, with u = (i + 1/2) / size downwards and v = (j 
     ring          0.9   where |sqrt((u - 1/2)^2 + (v - 1/2)^2) - 0.33| < 0.04
     cross         1     where |u - 1/2| < 0.035 or |v - 1/2| < 0.035
 
-A later line covers an earlier one. The background has rank 2 and the cross adds 2; the ring needs the rest.
+A later line covers an earlier one. The background has rank 2, with the cross that covers it 3; the ring needs the rest.
 """
 
 import torch

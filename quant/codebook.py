@@ -3,7 +3,8 @@
 A block of weights is divided by its largest magnitude and each quotient, in [-1, 1], is stored as the index of a level.
 
 NF4 puts its levels at quantiles of the normal distribution. Normal weights would use them almost evenly, 5.6% to 7.1%
-each, if they were divided by one scale; divided by the largest of 64 each, they use those around zero most (9%) and the outermost least (2%).
+each, if they were divided by one scale; divided by the largest of 64 each, they use those around zero most (9%) and the
+outermost least (2%).
 
     negative side:  -Phi^-1(linspace(t, 1/2, 8)) without its last
     zero

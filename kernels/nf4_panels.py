@@ -19,6 +19,8 @@ from lora_core.ops.packed import Packed
 PANEL_BYTES = 2**26
 # a matrix product's tiles as a library has them, and how many a multiprocessor should have of a panel's product
 TILE_OF_Y, TILES_PER_PROCESSOR = 128, 2
+# float32 numbers in 16 bytes
+SCALES_AT_ONCE = 4
 
 
 def size_of_panels(x: Tensor) -> int:
@@ -42,11 +44,13 @@ def row_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[tupl
     n, k = w.shape
     # a panel must begin with a block, and a second-level block where there are such
     unit = w.block_size * (w.nested_block_size if w.nested_absmax is not None else 1)
-    step = unit // math.gcd(k, unit)
-    most, whole = panel_bytes // max(k * dtype.itemsize, 1), math.lcm(step, TILE_OF_Y)
-    if whole <= most:
-        # y is cut between a product's tiles: none is left in part, and 16 bytes can be stored at once
-        step = whole
+    least = _rows_in(unit, k)
+    # better still: y is cut between a product's tiles, so that none is left in part and 16 bytes can be stored at once;
+    # and 16 bytes of the second-level scales can be loaded at once
+    whole = math.lcm(least, TILE_OF_Y)
+    aligned = math.lcm(_rows_in(SCALES_AT_ONCE * unit, k), TILE_OF_Y)
+    most = panel_bytes // max(k * dtype.itemsize, 1)
+    step = next((rows for rows in (aligned, whole) if rows <= most), least)
     rows = max(most // step, 1) * step
     for first in range(0, n, rows):
         end = min(first + rows, n)
@@ -65,6 +69,11 @@ def row_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[tupl
                 shape=(end - first, k),
             ),
         )
+
+
+def _rows_in(unit: int, columns: int) -> int:
+    """Return the fewest rows that are a whole number of units of elements."""
+    return unit // math.gcd(columns, unit)
 
 
 def column_panels(w: Packed, dtype: torch.dtype, panel_bytes: int) -> Iterator[tuple[int, int, Tensor]]:

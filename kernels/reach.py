@@ -1,9 +1,12 @@
-"""What the kernels leave to the reference, and what is copied first: float64, and sizes and strides past their reach.
+"""What the kernels leave to the reference, and what is copied first: float64, old processors, sizes past their reach.
 
 Triton compiles a kernel anew for every set of arguments that take 64 bits. None do: from 2^30 on tokens go to the
 reference and strides are copied away, which leaves room to step past an end. A grid's second and third dimension end at
 65535, in programs of 16 ranks at least: larger sides go to the reference, too. How many elements there are, and where
 they lie, is counted in 64 bits.
+
+Before compute capability 8.0 Triton multiplies half precision without tensor cores, and tiles made for them spill their
+sums: a library's products are faster there.
 """
 
 import functools
@@ -17,6 +20,9 @@ from lora_core.kernels.log import log_launch
 
 # tokens, or a stride, at most
 LARGEST = 2**30 - 1
+HALVES = (torch.float16, torch.bfloat16)
+# the compute capability from which on Triton uses tensor cores
+TENSOR_CORES = (8, 0)
 # rows and columns of W, A and B at most
 LARGEST_SIDE = 16 * 65535
 
@@ -35,6 +41,8 @@ def left_to_reference(operation: str, tokens: Tensor, *matrices: Tensor, sides: 
     """
     if any(t.dtype == torch.float64 for t in (tokens, *matrices)):
         why = "float64"
+    elif any(t.dtype in HALVES for t in (tokens, *matrices)) and not _multiplies_halves(tokens.device):
+        why = f"products in half precision before compute capability {TENSOR_CORES[0]}.{TENSOR_CORES[1]}"
     elif len(tokens) > LARGEST:
         why = f"more than {LARGEST} tokens"
     elif max(*sides, *(size for t in matrices for size in t.shape)) > LARGEST_SIDE:
@@ -43,6 +51,12 @@ def left_to_reference(operation: str, tokens: Tensor, *matrices: Tensor, sides: 
         return False
     log_launch(operation, f"{why}, reference")
     return True
+
+
+@functools.cache
+def _multiplies_halves(device: torch.device) -> bool:
+    """Say whether Triton uses this device's tensor cores; the interpreter has no use for any."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TENSOR_CORES
 
 
 def near(launch: Callable[P, T]) -> Callable[P, T]:

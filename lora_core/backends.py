@@ -1,13 +1,15 @@
-"""Registers the fast paths, once per process: CPU ones always, Triton kernels where Triton and a GPU are there.
+"""Registers the fast paths, once per process: CPU ones always, Triton kernels where PyTorch is built for CUDA.
 
 Dispatch is PyTorch's own: an op's default body is the reference, and a fast path registers itself for a device type
-when its module is imported. A kernel's module is imported at its operation's first call.
+when its module is imported. A kernel's module is imported at its operation's first call. Whether there is a GPU is not
+asked before: the answer would start CUDA, after which a process cannot be forked, nor its devices be chosen.
 """
 
 import functools
 import importlib
 import importlib.util
 import pkgutil
+import warnings
 from typing import Any
 
 # what the files of lora_core/ops call the operations they define
@@ -15,9 +17,9 @@ OPERATIONS = ("op", "backward_op", "nf4_op")
 
 
 def load() -> None:
-    """Register every implementation this machine can run; the kernels are imported when first called."""
+    """Register every implementation this installation can run; the kernels are imported when first called."""
     _import_all("lora_core.cpu")
-    if kernels_can_run():
+    if _why_not_installed() is None:
         defer_kernels("cuda")
 
 
@@ -31,20 +33,62 @@ def defer_kernels(device_type: str) -> None:
         operations = importlib.import_module(f"lora_core.ops.{name}")
         for operation in (operations.__dict__.get(attribute) for attribute in OPERATIONS):
             if operation is not None:
-                register(operation, device_type, functools.partial(_first_call, name, operation))
+                register(operation, device_type, functools.partial(_first_call, name, operation, device_type))
 
 
-def _first_call(name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:
-    # the file registers its launch functions in place of this one
-    importlib.import_module(f"lora_core.kernels.{name}")
+def _first_call(name: str, operation: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+    if why_not_launched() is None:
+        # the file registers its launch functions in place of this one
+        importlib.import_module(f"lora_core.kernels.{name}")
+    else:
+        from lora_core.ops.eager import withdraw
+
+        withdraw(operation, device_type)
     return operation(*args, **kwargs)
 
 
-def kernels_can_run() -> bool:
-    """Say whether the Triton kernels are here, with Triton and a GPU to run them."""
+@functools.cache
+def why_not_launched() -> str | None:
+    """Return why Triton cannot launch anything on this machine's GPU, or None where it can; warn once if not.
+
+    The first launch of a process builds a small library in C, unless Triton has it in its cache.
+    """
+    try:
+        from triton.runtime.driver import driver
+
+        driver.active.utils  # noqa: B018
+    except Exception as failure:
+        why = f"Triton cannot build what launches its kernels ({type(failure).__name__}: {failure})"
+        warnings.warn(
+            f"{why}: on this GPU every operation runs by the reference, which is slower. Triton takes a C compiler and "
+            "Python's headers: on Debian or Ubuntu, apt-get install gcc python3-dev. lora-core doctor says what runs.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return why
+    return None
+
+
+def why_no_kernels() -> str | None:
+    """Return why the Triton kernels do not run on this machine, or None where they do."""
     import torch
 
-    return torch.cuda.is_available() and _is_there("lora_core.kernels") and _is_there("triton")
+    why = _why_not_installed()
+    if why is None and not torch.cuda.is_available():
+        why = "there is no GPU"
+    return why_not_launched() if why is None else why
+
+
+def _why_not_installed() -> str | None:
+    """Return why the kernels are not registered, or None where they are."""
+    import torch
+
+    if torch.version.cuda is None:
+        # ROCm's tensors are of type "cuda", too, and the kernels are written for NVIDIA's processors
+        return f"this PyTorch, {torch.__version__}, is not built for CUDA"
+    if not _is_there("triton"):
+        return "Triton is not installed"
+    return None if _is_there("lora_core.kernels") else "lora_core.kernels is not installed"
 
 
 def _is_there(module: str) -> bool:

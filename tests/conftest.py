@@ -20,7 +20,9 @@ if not torch.cuda.is_available():
 # what makes cuBLAS deterministic, which deterministic mode warns of; it must be set before CUDA starts
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# the bounds are those of sums in float32: cuBLAS adds the parts of a split sum in half precision unless told not to
+# the bounds are those of float32: cuBLAS adds the parts of a split sum in half precision unless told not to, and
+# multiplies float32 in TF32 where the environment says so
+torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 # and oneDNN takes subnormals for zero where a CPU multiplies bfloat16 itself (VDPBF16PS, TDPBF16PS); it looks this up

@@ -136,11 +136,14 @@ print("sound")
 
 
 def test_kernels_are_registered_for_a_gpu_and_not_imported_before_their_first_call():
-    """As import lora_core does where there is a GPU; what is asked of the CPU still runs there."""
+    """As import lora_core does where PyTorch is built for CUDA, without asking for a GPU, which would start CUDA."""
     program = """
 import sys
 import torch
-torch.cuda.is_available = lambda: True
+torch.version.cuda = "13.0"
+def asked():
+    raise AssertionError("a GPU was asked for")
+torch.cuda.is_available = torch.cuda.device_count = asked
 import lora_core as lc
 from lora_core import backends
 for name in ("lora_linear", "lora_linear_backward", "nf4_dequantize", "dora_norm", "nf4_dora_norm", "grouped_lora"):
@@ -150,8 +153,42 @@ for name in ("lora_linear", "lora_linear_backward", "nf4_dequantize", "dora_norm
 for op in ("op", "backward_op"):
     assert "cuda" in getattr(sys.modules["lora_core.ops.lora_linear"], op)._backend_fns
 assert not any(name.startswith(("lora_core.kernels", "triton")) for name in sys.modules)
-torch.cuda.is_available = lambda: False
 lc.quantize_nf4(torch.randn(4, 8)).dequantize()
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_operations_run_by_the_reference_where_triton_cannot_launch_anything():
+    """As in an image without a C compiler: said once, for every operation, and not raised."""
+    program = """
+import warnings
+import torch
+torch.version.cuda = "13.0"
+import lora_core as lc
+from lora_core import backends
+from lora_core.ops import lora_linear, nf4_quantize
+from lora_core.reference import lora
+from triton.runtime.driver import driver
+def without_a_compiler(_):
+    raise RuntimeError("Failed to find C compiler.")
+type(driver).active = property(without_a_compiler)
+
+x, w, b, a_, b_ = (torch.randn(*s) for s in ((3, 8), (5, 8), (5,), (2, 8), (5, 2)))
+args = (x, w, b, a_, b_, 0.5, 0.0, None)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for module, given in ((lora_linear, args), (nf4_quantize, (w, 64))):
+        # what the dispatcher calls for a tensor on a GPU
+        module.op._backend_fns["cuda"](*given)
+message, = map(str, (w.message for w in said))
+assert "RuntimeError: Failed to find C compiler" in message and "apt-get install gcc" in message, message
+for name in ("lora_linear", "nf4_quantize"):
+    assert backends.implementation(name, "cuda") == "reference"
+assert backends.implementation("dora_norm", "cuda") == "lora_core.kernels.dora_norm"
+assert torch.equal(lora_linear.op._backend_fns["cuda"](*args)[0], lora.forward(*args)[0])
+torch.cuda.is_available = lambda: True
+assert "Failed to find C compiler" in backends.why_no_kernels()
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -12,6 +12,7 @@ from strategies import spread
 from torch import Tensor
 
 import lora_core as lc
+from lora_core.kernels import reach
 from lora_core.kernels.dora_norm import launch_dora_norm, launch_nf4_dora_norm
 from lora_core.kernels.grouped_lora import launch_grouped_lora, launch_grouped_lora_backward
 from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear_backward
@@ -179,6 +180,28 @@ def test_sizes_beyond_reach_are_left_to_the_reference(tokens, side, sides, said,
     with caplog.at_level("DEBUG", "lora_core.kernels"):
         assert left_to_reference("lora_linear", x, w, sides=sides) == (said is not None)
     assert caplog.messages == ([] if said is None else [f"lora_linear: {said}"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtypes", "left"),
+    [
+        ((7, 5), (torch.float16, torch.float16), True),
+        ((7, 0), (torch.float32, torch.bfloat16), True),
+        ((7, 5), (torch.float32, torch.float32), False),
+        ((8, 0), (torch.float16, torch.float32), False),
+        ((12, 0), (torch.bfloat16, torch.bfloat16), False),
+    ],
+)
+def test_half_precision_is_left_to_the_reference_where_triton_has_no_tensor_cores(
+    monkeypatch, caplog, capability, dtypes, left
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has = reach._multiplies_halves.__wrapped__
+    monkeypatch.setattr(reach, "_multiplies_halves", lambda device: has(torch.device("cuda", 0)))
+    x, w = (torch.empty(2, 3, dtype=dtype) for dtype in dtypes)
+    with caplog.at_level("DEBUG", "lora_core.kernels"):
+        assert left_to_reference("lora_linear", x, w) == left
+    assert ["compute capability 8.0" in message for message in caplog.messages] == [True] * left
 
 
 @pytest.mark.interpreted

@@ -107,15 +107,16 @@ def test_panels_of_rows_put_together_are_the_weight(n, k, block, nested, panel_b
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("k", [4096, 5120, 11008, 14336, 28672, 53248])
+@pytest.mark.parametrize("k", [2304, 4096, 5120, 5376, 11008, 14336, 28672, 53248])
 def test_panels_of_rows_that_fill_a_cache_begin_with_a_tile_of_the_product(k, nested):
-    """Else a part of a tile is left to each, and y is stored at addresses that are no multiples of 16 bytes."""
+    """Else a part of a tile is left to each, and y and scales lie at addresses that are no multiples of 16 bytes."""
     n, meta = 3 * PANEL_BYTES // (2 * k), torch.device("meta")
     absmax = torch.empty(n * k // 64, dtype=torch.uint8 if nested else torch.float32, device=meta)
     second = (torch.empty(-(-n * k // 2**14), device=meta), torch.empty((), device=meta)) if nested else (None, None)
     w = Packed(torch.empty(n * k // 2, 1, dtype=torch.uint8, device=meta), absmax, *second, (n, k), 64, 256)
     found = list(row_panels(w, torch.bfloat16, PANEL_BYTES))
     assert len(found) > 2 and not any(first % TILE_OF_Y for first, *_ in found)
+    assert not nested or not any(first * k // (64 * 256) % 4 for first, *_ in found)
     assert all(2 * k * (end - first) <= PANEL_BYTES for first, end, _ in found)
 
 

@@ -152,5 +152,25 @@ def test_other_device_trains_a_quantised_transformer(tmp_path):
     apart(a_quantised_transformer, tmp_path)
 
 
+def the_doctor(folder: Path) -> None:
+    """Each operation, in single elements and in whole tiles, with a few tokens and with many."""
+    from lora_core import doctor
+
+    checks = doctor.self_check(DEVICE)
+    failures = [f"{c.operation}: {c.detail}" for c in checks if not c.passed]
+    assert not failures, failures
+    ways = {path for c in checks for path in c.paths}
+    for name, kinds in (("nf4_quantize", ("bytes", "words")), ("nf4_dequantize", ("bytes", "words"))):
+        assert all(any(way.startswith(name) and kind in way for way in ways) for kind in kinds), ways
+    assert any("in panels" in way for way in ways) and any("decoded in the product" in way for way in ways)
+    assert {way for way in ways if way.startswith("low_rank_matmul")} == {
+        f"low_rank_matmul: loads of {size}" for size in ("16 bytes", "single elements")
+    }
+
+
+def test_other_device_is_examined_in_every_form_of_the_kernels(tmp_path):
+    apart(the_doctor, tmp_path)
+
+
 if __name__ == "__main__":
     run_named(globals())

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_core.doctor.agreement import Disagreement, double, magnitude_of, on_cpu, require, require_close, within
+from lora_core.doctor.cases import CASES, SCALING, Case, Operands, mask_of, operands
 from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.absmax_quantize import absmax_quantize
 from lora_core.ops.dora_norm import dora_norm
@@ -16,208 +18,198 @@ from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_quantize import nf4_quantize
 from lora_core.ops.packed import Packed
-from lora_core.quant import QuantizedWeight, double, quantize_nf4
+from lora_core.quant import QuantizedWeight, quantize_nf4
+from lora_core.quant import double as scales
 from lora_core.reference import dora, grouped, lora, nf4
 
-# odd on purpose: blocks straddle rows and the last is short
-M, N, K, R = 5, 33, 70, 3
+
+def check(operation: str, device: str) -> str:
+    """Return how this operation's results on this device agree with the reference.
+
+    Raises:
+        Disagreement: if they do not.
+    """
+    said = ""
+    for case in CASES:
+        try:
+            said = CHECKS[operation](device, case)
+        except Disagreement as wrong:
+            raise Disagreement(f"{wrong}: {case}") from None
+    return said
 
 
-class Disagreement(Exception):
-    """An operation's result is not the reference's."""
-
-
-def _operands(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    x, weight, bias, a, b = (
-        torch.randn(s, generator=g).to(device, dtype) for s in ((M, K), (N, K), (N,), (R, K), (N, R))
-    )
-    return x, weight, bias, a, b
-
-
-def _check_quantize(device: str) -> str:
+def _check_quantize(device: str, case: Case) -> str:
     for dtype in (torch.float32, torch.bfloat16):
-        weight = _operands(device, dtype)[1]
+        weight = operands(device, case._replace(dtype=dtype))[1]
         for got, want in zip(nf4_quantize(weight, 64), nf4.nf4_quantize(weight, 64), strict=True):
-            _require(torch.equal(got, want), f"codes or scales of a {dtype} weight differ")
+            require(torch.equal(got, want), f"codes or scales of a {dtype} weight differ")
     return "codes and scales equal"
 
 
-def _check_dequantize(device: str) -> str:
-    weight = _operands(device, torch.float32)[1]
+def _check_dequantize(device: str, case: Case) -> str:
+    weight = operands(device, case)[1]
     for double_quant in (False, True):
         q = quantize_nf4(weight, 64, double_quant)
         packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             same = torch.equal(nf4_dequantize(*packed, dtype, 64), nf4.nf4_dequantize(*packed, dtype, 64))
-            _require(same, f"{dtype} weights differ, double quantisation {double_quant}")
+            require(same, f"{dtype} weights differ, double quantisation {double_quant}")
     return "equal to the bit, three dtypes"
 
 
-def _scales(device: str) -> tuple[Tensor, Tensor]:
-    absmax = _operands(device, torch.float32)[1].abs().flatten()
-    return absmax, double.absmax_offset(absmax)
+def _scales(device: str, case: Case) -> tuple[Tensor, Tensor]:
+    absmax = operands(device, case)[1].float().abs().flatten()
+    return absmax, scales.absmax_offset(absmax)
 
 
-def _check_absmax_quantize(device: str) -> str:
-    absmax, offset = _scales(device)
-    for got, want in zip(absmax_quantize(absmax, offset), double.quantize_absmax(absmax, offset), strict=True):
-        _require(torch.equal(got, want), "codes or second-level scales differ")
+def _check_absmax_quantize(device: str, case: Case) -> str:
+    absmax, offset = _scales(device, case)
+    for got, want in zip(absmax_quantize(absmax, offset), scales.quantize_absmax(absmax, offset), strict=True):
+        require(torch.equal(got, want), "codes or second-level scales differ")
     return "codes and scales equal"
 
 
-def _check_absmax_dequantize(device: str) -> str:
-    absmax, offset = _scales(device)
-    nested = (*double.quantize_absmax(absmax, offset), offset)
-    _require(torch.equal(absmax_dequantize(*nested), double.dequantize_absmax(*nested)), "scales differ")
+def _check_absmax_dequantize(device: str, case: Case) -> str:
+    absmax, offset = _scales(device, case)
+    nested = (*scales.quantize_absmax(absmax, offset), offset)
+    require(torch.equal(absmax_dequantize(*nested), scales.dequantize_absmax(*nested)), "scales differ")
     return "equal to the bit"
 
 
-def _check_linear(device: str) -> str:
-    args = _operands(device, torch.float32)
-    _require_close(lora_linear(*args, 0.5), args, args[1])
+def _check_linear(device: str, case: Case) -> str:
+    o, mask = operands(device, case), mask_of(device, case)
+    require_close(lora_linear(*o, SCALING, *mask), o, o.weight, mask)
     return "within rounding"
 
 
-def _check_nf4_linear(device: str) -> str:
-    x, weight, bias, a, b = _operands(device, torch.float32)
-    q: QuantizedWeight = quantize_nf4(weight)
-    _require_close(nf4_lora_linear(x, q, bias, a, b, 0.5), (x, weight, bias, a, b), q.dequantize())
+def _check_nf4_linear(device: str, case: Case) -> str:
+    o, mask = operands(device, case), mask_of(device, case)
+    q: QuantizedWeight = quantize_nf4(o.weight)
+    require_close(nf4_lora_linear(o.x, q, o.bias, o.a, o.b, SCALING, *mask), o, q.dequantize(), mask)
     return "within rounding"
 
 
-def _check_backward(device: str) -> str:
-    x, weight, bias, a, b = _operands(device, torch.float32)
-    return _check_gradients(lambda x, a, b: lora_linear(x, weight, bias, a, b, 0.5), x, weight, a, b)
+def _check_backward(device: str, case: Case) -> str:
+    o, mask = operands(device, case), mask_of(device, case)
+    return _check_gradients(lambda x, a, b: lora_linear(x, o.weight, o.bias, a, b, SCALING, *mask), o, o.weight, mask)
 
 
-def _check_nf4_backward(device: str) -> str:
-    x, weight, bias, a, b = _operands(device, torch.float32)
-    q = quantize_nf4(weight)
-    return _check_gradients(lambda x, a, b: nf4_lora_linear(x, q, bias, a, b, 0.5), x, q.dequantize(), a, b)
-
-
-def _check_linears(device: str) -> str:
-    args = _operands(device, torch.float32)
-    q = quantize_nf4(args[1])
-    for y, weight in zip(_linears(args, q, *args[3:]), (args[1], q.dequantize()), strict=True):
-        _require_close(y, args, weight)
-    return "a dense and an NF4 layer, within rounding"
-
-
-def _check_linears_backward(device: str) -> str:
-    args = _operands(device, torch.float32)
-    x, weight, _, a, b = args
-    q = quantize_nf4(weight)
-    # two layers with one pair: the gradients of both weights' sum, the pair's twice
-    both = weight + q.dequantize()
+def _check_nf4_backward(device: str, case: Case) -> str:
+    o, mask = operands(device, case), mask_of(device, case)
+    q = quantize_nf4(o.weight)
     return _check_gradients(
-        lambda x, a, b: torch.stack(_linears((x, *args[1:]), q, a, b)).sum(0), x, both, a, b, layers=2
+        lambda x, a, b: nf4_lora_linear(x, q, o.bias, a, b, SCALING, *mask), o, q.dequantize(), mask
     )
 
 
-def _linears(args: tuple[Tensor, ...], q: QuantizedWeight, a: Tensor, b: Tensor) -> list[Tensor]:
-    x, weight, bias, _, _ = args
-    return lora_linears(x, [Layer(w, bias, a, b, 0.5) for w in (weight, Packed.of(q))])
+def _check_linears(device: str, case: Case) -> str:
+    o, mask = operands(device, case), mask_of(device, case)
+    q = quantize_nf4(o.weight)
+    ys = lora_linears(o.x, [Layer(w, o.bias, o.a, o.b, SCALING, *mask) for w in (o.weight, Packed.of(q))])
+    for y, weight in zip(ys, (o.weight, q.dequantize()), strict=True):
+        require_close(y, o, weight, mask)
+    return "a dense and an NF4 layer, within rounding"
+
+
+def _check_linears_backward(device: str, case: Case) -> str:
+    o, mask = operands(device, case), mask_of(device, case)
+    q = quantize_nf4(o.weight)
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        layers = [Layer(w, o.bias, a, b, SCALING, *mask) for w in (o.weight, Packed.of(q))]
+        return torch.stack(lora_linears(x, layers)).sum(0)
+
+    # two layers with one pair: the gradients of both weights' sum, the pair's twice
+    return _check_gradients(run, o, o.weight.double() + q.dequantize().double(), mask, layers=2)
 
 
 def _check_gradients(
-    run: Callable[..., Tensor], x: Tensor, weight: Tensor, a: Tensor, b: Tensor, layers: int = 1
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    o: Operands,
+    weight: Tensor,
+    mask: tuple[float, Tensor],
+    layers: int = 1,
 ) -> str:
     """Compare d_x, d_lora_a and d_lora_b of the sum of y with the reference in float64.
 
     Args:
         run: returns y of x, A and B; of several layers their sum.
-        weight: W, or the sum of several layers'.
+        o: x, A and B, and more.
+        weight: W as it is multiplied, or the sum of several layers'.
+        mask: the dropout and its seed.
         layers: how many layers have A and B.
     """
-    leaves = [t.requires_grad_() for t in (x, a, b)]
+    leaves = [t.requires_grad_() for t in (o.x, o.a, o.b)]
     got = torch.autograd.grad(run(*leaves).sum(), leaves)
-    scaling = 0.5 * layers
-    truth, magnitude = (_gradients(scaling, *(wide(t) for t in (x, weight, a, b))) for wide in (_double, _magnitude))
+    truth, magnitude = (
+        _gradients(SCALING * layers, on_cpu(mask), *map(wide, (o.x, weight, o.a, o.b)))
+        for wide in (double, magnitude_of)
+    )
+    products = sum(o.x.shape) + sum(o.b.shape)
     for name, g, t, m in zip(("x", "lora_a", "lora_b"), got, truth, magnitude, strict=True):
-        _require(_within(g, t, m, M + N + K + R), f"d_{name} is outside the rounding bound")
+        require(within(g, t, m, products), f"d_{name} is outside the rounding bound")
     return "gradients within rounding"
 
 
-def _gradients(scaling: float, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-    d_y = x.new_ones(len(x), len(weight))
-    grads = lora.backward(d_y, x, weight, a, b, x @ a.T, scaling, 0.0, None, (True, False, False, True, True))
+def _gradients(
+    scaling: float, mask: tuple[float, Tensor], x: Tensor, weight: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, ...]:
+    d_y, hidden = x.new_ones(len(x), len(weight)), lora.shrink(x, a, *mask)
+    grads = lora.backward(d_y, x, weight, a, b, hidden, scaling, *mask, (True, False, False, True, True))
     return tuple(g for g in grads if g is not None)
 
 
-def _check_dora_norm(device: str) -> str:
-    _, weight, _, a, b = _operands(device, torch.float32)
+def _check_dora_norm(device: str, case: Case) -> str:
+    _, weight, _, a, b = operands(device, case)
     for w in (weight, quantize_nf4(weight)):
         dense = w if isinstance(w, Tensor) else w.dequantize()
-        truth, bound = (dora.dora_norm_dense(wide(dense), wide(a), wide(b), 0.5) for wide in (_double, _magnitude))
+        truth, bound = (dora.dora_norm_dense(wide(dense), wide(a), wide(b), SCALING) for wide in (double, magnitude_of))
         # of squares, as the root of a small sum magnifies its error
-        _require(_within(dora_norm(w, a, b, 0.5).double().square(), truth**2, bound**2, K + 2 * R), "norms differ")
+        squares = dora_norm(w, a, b, SCALING).double().square()
+        require(within(squares, truth**2, bound**2, case.k + 2 * case.r), "norms differ")
     return "within rounding"
 
 
-def _check_grouped(device: str) -> str:
-    x, _, _, a, b = _operands(device, torch.float32)
-    adapter = torch.tensor([1, -1, 0, 1, 0], device=device)
-    scaling, ranks = torch.tensor([0.5, 2.0], device=device), [1, 2]
+def _groups(device: str, case: Case) -> tuple[list[int], Tensor, Tensor]:
+    """Return the ranks of two adapters, which of them each row has, -1 for none, and their scalings."""
+    first = case.r // 3
+    rows = torch.arange(case.m, device=device) % 3 - 1
+    return [first, case.r - first], rows, torch.tensor([0.5, 2.0], device=device)
+
+
+def _check_grouped(device: str, case: Case) -> str:
+    x, _, _, a, b = operands(device, case)
+    ranks, adapter, scaling = _groups(device, case)
     got = grouped_lora(x, a, b, ranks, adapter, scaling)
     truth, magnitude = (
-        grouped.forward(wide(x), None, wide(a), wide(b), ranks, adapter, wide(scaling))[0]
-        for wide in (_double, _magnitude)
+        grouped.forward(wide(x), None, wide(a), wide(b), ranks, adapter.cpu(), wide(scaling))[0]
+        for wide in (double, magnitude_of)
     )
-    _require(_within(got, truth, magnitude, K + R), "outside the rounding bound")
+    require(within(got, truth, magnitude, case.k + case.r), "outside the rounding bound")
     return "within rounding"
 
 
-def _check_grouped_backward(device: str) -> str:
-    x, _, _, a, b = _operands(device, torch.float32)
-    adapter = torch.tensor([1, -1, 0, 1, 0], device=device)
-    scaling, ranks = torch.tensor([0.5, 2.0], device=device), [1, 2]
+def _check_grouped_backward(device: str, case: Case) -> str:
+    x, _, _, a, b = operands(device, case)
+    ranks, adapter, scaling = _groups(device, case)
     for leaf in (x, a, b):
         leaf.requires_grad_()
     got = torch.autograd.grad(grouped_lora(x, a, b, ranks, adapter, scaling).sum(), (x, a, b))
 
     def gradients(wide: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
-        ones = x.new_ones(M, N, dtype=torch.float64)
-        rest = (wide(a), wide(b), ranks, adapter, wide(scaling))
+        ones = torch.ones(case.m, case.n, dtype=torch.float64)
+        rest = (wide(a), wide(b), ranks, adapter.cpu(), wide(scaling))
         hidden = grouped.forward(wide(x), None, *rest)[1]
         return grouped.backward(ones, wide(x), *rest, hidden, (True,) * 3)
 
-    for name, g, t, m in zip(("x", "lora_a", "lora_b"), got, gradients(_double), gradients(_magnitude), strict=True):
-        right = t is not None and m is not None and _within(g, t, m, M + N + K + R)
-        _require(right, f"d_{name} is outside the rounding bound")
+    for name, g, t, m in zip(("x", "lora_a", "lora_b"), got, gradients(double), gradients(magnitude_of), strict=True):
+        right = t is not None and m is not None and within(g, t, m, sum(case[1:5]))
+        require(right, f"d_{name} is outside the rounding bound")
     return "gradients within rounding"
 
 
-def _double(t: Tensor) -> Tensor:
-    return t.detach().double()
-
-
-def _magnitude(t: Tensor) -> Tensor:
-    return t.detach().double().abs()
-
-
-def _within(got: Tensor, truth: Tensor, magnitude: Tensor, products: int) -> bool:
-    """Say whether float32 sums of so many products are right up to rounding; Higham and Mary 2019."""
-    bound = 2.0 * torch.finfo(torch.float32).eps * (products + 2) ** 0.5 * magnitude
-    return bool(((got.double() - truth).abs() <= bound).all())
-
-
-def _require_close(got: Tensor, args: tuple[Tensor, ...], weight: Tensor) -> None:
-    x, _, bias, a, b = args
-    truth, magnitude = (
-        lora.lora_linear(wide(x), wide(weight), wide(bias), wide(a), wide(b), 0.5) for wide in (_double, _magnitude)
-    )
-    _require(_within(got, truth, magnitude, K + R), "outside the rounding bound")
-
-
-def _require(agrees: bool, otherwise: str) -> None:
-    if not agrees:
-        raise Disagreement(otherwise)
-
-
-# of each operation, by name: what says how its result on a device agrees with the reference, or raises
-CHECKS: dict[str, Callable[[str], str]] = {
+# of each operation, by name: what says how its result on a device, of a case, agrees with the reference, or raises
+CHECKS: dict[str, Callable[[str, Case], str]] = {
     "nf4_quantize": _check_quantize,
     "nf4_dequantize": _check_dequantize,
     "absmax_quantize": _check_absmax_quantize,

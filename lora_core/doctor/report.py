@@ -1,16 +1,17 @@
 """Versions, devices, which code runs each operation, and whether it is right."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from lora_core import backends
-from lora_core.doctor.checks import CHECKS
+from lora_core.doctor.checks import CHECKS, check
 
 PACKAGES = ("lora-core", "torch", "triton", "numba", "numpy", "scipy", "safetensors")
 PEERS = ("transformers", "peft", "bitsandbytes", "accelerate")
@@ -56,10 +57,11 @@ def examine() -> Examination:
         "python": platform.python_version(),
         **{name: _version(name) for name in (*PACKAGES, *PEERS)},
     }
+    why = backends.why_no_kernels()
     machine = {
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used at once",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "kernels": "Triton kernels" if backends.kernels_can_run() else "none: CPU paths and the reference run",
+        "kernels": "Triton kernels" if why is None else f"none, as {why}: CPU paths and the reference run",
     }
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return Examination(versions, machine, [check for device in devices for check in self_check(device)])
@@ -67,13 +69,29 @@ def examine() -> Examination:
 
 def self_check(device: str) -> list[SelfCheck]:
     """Return one result for each operation on this device; an exception counts as a failure."""
-    return [_run(operation, device, check) for operation, check in CHECKS.items()]
+    with _sums_in_float32():
+        return [_run(operation, device) for operation in CHECKS]
 
 
-def _run(operation: str, device: str, check: Callable[[str], str]) -> SelfCheck:
+@contextlib.contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """Let cuBLAS multiply and add as the bounds have it, whatever the environment or a program says."""
+    flags = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    matmul = torch.backends.cuda.matmul
+    before = {flag: getattr(matmul, flag) for flag in flags}
+    try:
+        for flag in flags:
+            setattr(matmul, flag, False)
+        yield
+    finally:
+        for flag, value in before.items():
+            setattr(matmul, flag, value)
+
+
+def _run(operation: str, device: str) -> SelfCheck:
     with _Paths() as paths:
         try:
-            passed, detail = True, check(device)
+            passed, detail = True, check(operation, device)
         except Exception as error:
             passed, detail = False, f"{type(error).__name__}: {error}"
     # asked after the check, as a kernel may be imported by it

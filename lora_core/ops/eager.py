@@ -39,6 +39,12 @@ def register(operation: Any, device_type: str, implementation: Callable[..., Any
     _implementations[operation, device_type] = implementation
 
 
+def withdraw(operation: Any, device_type: str) -> None:
+    """Let the operation's own body, the reference, run it on this type of device again."""
+    operation.register_kernel(device_type)(operation._init_fn)
+    del _implementations[operation, device_type]
+
+
 def registered(name: str, device_type: str) -> Callable[..., Any] | None:
     """Return what was registered to run the operation of this name, "lora_core::lora_linear", or None."""
     found = ((operation._qualname, device, run) for (operation, device), run in _implementations.items())

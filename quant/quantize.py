@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError
+from lora_core.quant import operations
 from lora_core.quant.blockwise import (
     check_block_size,
     check_input,
@@ -50,15 +51,15 @@ def quantize(
     nested_block_size = check_nested_block_size("cannot quantise", nested_block_size)
     check_input(weight)
     if quant_type == "nf4":
-        packed, absmax = torch.ops.lora_core.nf4_quantize(weight, block_size)
+        packed, absmax = operations.run(torch.ops.lora_core.nf4_quantize, weight, block_size)
     else:
         codes, absmax = quantize_blocks(weight, book, block_size)
         packed = pack(codes, book.zero)[:, None]
     absmax2 = offset = None
     if double_quant:
-        offset = torch.ops.lora_core.absmax_offset(absmax)
+        offset = operations.run(torch.ops.lora_core.absmax_offset, absmax)
         near_overflow = has_values(absmax) and bool(absmax.max() > torch.finfo(weight.dtype).max / 2)
-        absmax, absmax2 = torch.ops.lora_core.absmax_quantize(absmax, offset, nested_block_size)
+        absmax, absmax2 = operations.run(torch.ops.lora_core.absmax_quantize, absmax, offset, nested_block_size)
         if near_overflow:
             absmax = lower_overflowing(absmax, absmax2, offset, weight.dtype, nested_block_size)
     return QuantizedWeight(

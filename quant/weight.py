@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import CheckpointError, ConfigError
-from lora_core.quant import bitsandbytes
+from lora_core.quant import bitsandbytes, operations
 from lora_core.quant.blockwise import check_block_size, check_nested_block_size
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.quant.parts import check_dtype, check_four_bit, check_parts
@@ -123,7 +123,8 @@ class QuantizedWeight(nn.Module):
         check_dtype("cannot dequantise to", dtype)
         dense: Tensor
         if self.quant_type == "nf4":
-            dense = torch.ops.lora_core.nf4_dequantize(
+            dense = operations.run(
+                torch.ops.lora_core.nf4_dequantize,
                 self.codes,
                 self.absmax,
                 self.nested_absmax,
@@ -134,8 +135,14 @@ class QuantizedWeight(nn.Module):
                 self.nested_block_size,
             )
         else:
-            dense = torch.ops.lora_core.dequantize(
-                self.codes, self.dense_absmax(), self.shape, dtype, self.block_size, self.quant_type
+            dense = operations.run(
+                torch.ops.lora_core.dequantize,
+                self.codes,
+                self.dense_absmax(),
+                self.shape,
+                dtype,
+                self.block_size,
+                self.quant_type,
             )
         return dense
 
@@ -143,8 +150,12 @@ class QuantizedWeight(nn.Module):
         """Return the scales in float32, as they enter the weights."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
-        dense: Tensor = torch.ops.lora_core.absmax_dequantize(
-            self.absmax, self.nested_absmax, self.nested_offset, self.nested_block_size
+        dense: Tensor = operations.run(
+            torch.ops.lora_core.absmax_dequantize,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.nested_block_size,
         )
         return dense
 
@@ -187,6 +198,9 @@ class QuantizedWeight(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Find what has a key in the state dict and no attribute: torch.distributed.checkpoint follows every key."""
+        # the parts are asked for at every forward: before PyTorch's longer way to them
+        if name in self.__dict__["_buffers"]:
+            return self._buffers[name]
         if name == bitsandbytes.STATE:
             return _State(self)
         if name in bitsandbytes.MAPS and name in bitsandbytes.keys(self.quant_type, self.double_quant):

@@ -93,6 +93,27 @@ def unpacked(self, x):
     return self.b(x) + z
 
 
+def added_to(self, x):
+    y = self.a(x)
+    x += self.b(x)
+    return self.c(x) + self.d(x) + y
+
+
+def annotated(self, x):
+    y = self.a(x)
+    x: torch.Tensor = self.b(x)
+    return self.c(x) + self.d(x) + y
+
+
+def matched(self, x, kind):
+    match kind:
+        case "a":
+            y = self.a(x)
+        case _:
+            y = self.b(x)
+    return y
+
+
 @pytest.mark.parametrize(
     ("forward", "groups"),
     [
@@ -110,6 +131,9 @@ def unpacked(self, x):
         (swallowed, ()),
         (other_modes, (("a", "b"), ("c", "d"))),
         (unpacked, ()),
+        (added_to, (("a", "b"), ("c", "d"))),
+        (annotated, (("a", "b"), ("c", "d"))),
+        (matched, ()),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )

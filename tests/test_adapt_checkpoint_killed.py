@@ -61,14 +61,16 @@ def test_checkpoint_failed_write_leaves_the_old_one_and_no_litter(folder, monkey
 
 
 def test_checkpoint_litter_of_a_killed_process_is_removed_once_it_is_old(folder):
-    old, young = folder / f".{WEIGHTS}.0{files.PARTIAL}", folder / f".{WEIGHTS}.1{files.PARTIAL}"
-    for path in (old, young):
-        path.write_bytes(b"half")
-    long_ago = time.time() - 2 * files.STALE_SECONDS
-    os.utime(old, (long_ago, long_ago))
+    kinds = (f".{WEIGHTS}.{{}}{files.PARTIAL}", f".{CONFIG}.{{}}{files.PARTIAL}", f".{CONFIG}.{{}}{files.PREVIOUS}")
+    old, young = ([folder / kind.format(i) for kind in kinds] for i in range(2))
+    for paths, age in ((old, 2), (young, 0.5)):
+        written = time.time() - age * files.STALE_SECONDS
+        for path in paths:
+            path.write_bytes(b"half")
+            os.utime(path, (written, written))
     lc.save_adapter(adapted(decoder(), target_modules=["q_proj"]), folder)
-    assert not old.exists()
-    assert young.exists()
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in young)
 
 
 # One process that forks a saver for each moment and kills it there: before and after every call that touches the disk.
@@ -193,3 +195,13 @@ def test_checkpoint_killed_while_writing_is_one_generation(killed):
         assert values == [{4: 0.0, 7: 1.0}[checkpoint.config["r"]]]
         seen |= {p.suffix for p in (killed / f"loop{attempt}").iterdir()}
     assert files.PARTIAL in seen, "no kill met a save"
+
+
+def test_checkpoint_litter_that_cannot_be_removed_is_no_failure(folder):
+    """Gone when it is asked for its age, as a link that leads nowhere, or no file at all."""
+    (folder / f".{WEIGHTS}.0{files.PARTIAL}").symlink_to(folder / "gone")
+    odd = folder / f".{WEIGHTS}.1{files.PARTIAL}"
+    odd.mkdir()
+    os.utime(odd, (0, 0))
+    lc.save_adapter(adapted(decoder(), target_modules=["q_proj"]), folder)
+    assert list(adapter_layers(lc.load_adapter(decoder(), folder)))[0].endswith("q_proj")

@@ -21,6 +21,7 @@ from checkpoints import (
 )
 from models import TinyDecoder, tokens
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lora_core as lc
 from lora_core.adapt.files import METADATA_KEY
@@ -267,3 +268,47 @@ def test_checkpoint_modules_to_save_that_the_model_lacks_are_no_error(tmp_path):
     lc.save_adapter(adapted(vision(), target_modules=["stem"], modules_to_save=["classifier"]), tmp_path)
     rewrite(tmp_path, config={"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"})
     lc.load_adapter(vision(), tmp_path)
+
+
+def test_checkpoint_weights_of_a_quantised_head_are_left_out(tmp_path):
+    """PEFT saves the head with an adapter; held in 4 bits it cannot be written, and keeps its own."""
+    config = {"target_modules": ["q_proj"]}
+    lc.save_adapter(adapted(decoder(), **config), tmp_path)
+    rewrite(tmp_path, lambda t: t.update({f"{PREFIX}lm_head.weight": torch.zeros(37, 24)}))
+    model = lc.quantize_model(decoder(), lc.NF4Config(block_size=32), skip_modules=[])
+    before = model.lm_head.weight.dequantize()
+    lc.load_adapter(model, tmp_path)
+    assert torch.equal(model.lm_head.weight.dequantize(), before)
+
+
+@pytest.mark.parametrize(("start", "warned"), [("pissa", False), ("olora", False), ("pissa_niter_4", True)])
+def test_checkpoint_of_a_random_start_that_was_not_converted_is_warned_of(folder, start, warned):
+    """An exact decomposition is repeated, a random one only approximately."""
+    rewrite(folder, config={"init_lora_weights": start})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lc.load_adapter(decoder(), folder)
+    assert any("repeated here only approximately" in str(w.message) for w in caught) is warned
+
+
+def test_checkpoint_embedding_weights_of_a_wider_dtype_are_compared_in_the_models(tmp_path):
+    model = decoder().to(torch.bfloat16)
+    weight = model.embed_tokens.weight.detach().float()
+    lc.save_adapter(adapted(model, target_modules=["embed_tokens"]), tmp_path)
+    rewrite(tmp_path, lambda t: t.update({f"{PREFIX}embed_tokens.base_layer.weight": weight}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lc.load_adapter(decoder().to(torch.bfloat16), tmp_path)
+
+
+def test_checkpoint_trained_bias_of_a_head_is_no_base_weight_that_differs(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"body": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)})
+
+    model = adapted(base(), target_modules=["body"], bias="all")
+    lc.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = lc.load_adapter(base(), tmp_path)
+    assert torch.equal(loaded["lm_head"].bias, model["lm_head"].bias)

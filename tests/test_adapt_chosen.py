@@ -214,9 +214,19 @@ def test_a_convolution_with_a_forward_of_its_own_is_refused():
         def forward(self, x):
             return super().forward(x)
 
+    class CausalInTwoSteps(nn.Conv1d):
+        def forward(self, x):
+            x = nn.functional.pad(x, (self.kernel_size[0] - 1, 0))
+            return super().forward(x)
+
+    class Gated(nn.Conv1d):
+        def forward(self, x, gate):
+            return super().forward(x) * gate
+
     assert adapt(nn.Sequential(Delegating(4, 4, 3)), target_modules=["0"])(torch.randn(1, 4, 9)).shape == (1, 4, 7)
-    with pytest.raises(lc.ConfigError, match="0 is a Causal, whose forward is not that of the convolution"):
-        adapt(nn.Sequential(Causal(4, 4, 3)), target_modules=["0"])
+    for kind in (Causal, CausalInTwoSteps, Gated):
+        with pytest.raises(lc.ConfigError, match=f"0 is a {kind.__name__}, whose forward is not that of the conv"):
+            adapt(nn.Sequential(kind(4, 4, 3)), target_modules=["0"])
 
 
 @pytest.mark.parametrize(
@@ -339,3 +349,61 @@ def test_work_grows_with_the_number_of_layers_and_no_faster(verb):
     calls(verb, 2)
     few, many = calls(verb, 40), calls(verb, 160)
     assert many < 5 * few
+
+
+def test_layers_whose_names_begin_alike_are_each_adapted():
+    """fc2 is not inside fc, as fc.2 would be."""
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "fc2": nn.Linear(8, 8)})
+    assert list(adapter_layers(adapt(model, target_modules=["fc", "fc2"]))) == ["fc", "fc2"]
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "head": nn.Linear(8, 8), "head2": nn.Linear(8, 8)})
+    adapt(model, target_modules=["fc"], modules_to_save=["head", "head2"])
+    assert list(trainable_copies(model)) == ["head", "head2"]
+
+
+def test_all_linear_chooses_the_same_for_a_second_adapter():
+    model = adapt(TinyDecoder(), target_modules=["embed_tokens"])
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules="all-linear"), "second")
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules="all-linear"), "third")
+    found = {name: list(layer.adapters) for name, layer in adapter_layers(model).items()}
+    assert found.pop("embed_tokens") == ["default"] and found
+    assert all(names == ["second", "third"] for names in found.values())
+
+
+def test_layers_that_are_numbered_with_gaps_are_listed():
+    layers = nn.ModuleDict({str(i): nn.ModuleDict({"fc": nn.Linear(8, 8)}) for i in (0, 2, 3)})
+    with pytest.raises(lc.TargetNotFoundError, match="the layers here are 0, 2, 3; widen them"):
+        adapt(nn.ModuleDict({"layers": layers}), target_modules=["fc"], layers_to_transform=[1])
+
+
+def test_trained_module_tied_to_one_whose_name_begins_alike_is_told_of():
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "head": nn.Linear(8, 8), "head2": nn.Linear(8, 8)})
+    model["head2"].weight = model["head"].weight
+    with pytest.warns(UserWarning, match="head.weight is tied to head2.weight; the trained copy is not"):
+        adapt(model, target_modules=["fc"], modules_to_save=["head"])
+
+
+def test_an_empty_list_of_layers_limits_nothing():
+    found = (adapt(TinyDecoder(), target_modules=["q_proj"], layers_to_transform=chosen) for chosen in ([], None))
+    assert len({tuple(adapter_layers(model)) for model in found}) == 1
+
+
+def test_adapters_that_train_one_module_whole_may_name_it_as_a_module_inside_ends():
+    """modules_to_save takes every name that ends so: the second adapter has a copy of the whole one too."""
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "proj": nn.Module()})
+    model["proj"].out_proj = nn.Linear(8, 8)
+    for name in ("first", "second"):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["body"], modules_to_save=["proj"]), name)
+    assert list(trainable_copies(model)["proj"].copies) == ["first", "second"]
+
+
+def test_module_with_complex_parameters_can_be_trained_whole():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Module())
+    model[1].filter = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+    adapt(model, target_modules=["0"], modules_to_save=["1"])
+    assert "1.copies.default.filter" in trained(model)
+
+
+def test_convolution_dilated_along_one_side_is_told_of_when_saving(tmp_path):
+    model = adapt(nn.ModuleDict({"c": nn.Conv2d(2, 2, 3, dilation=(1, 2))}), target_modules=["c"])
+    with pytest.warns(UserWarning, match=r"c has a dilation of \(1, 2\): PEFT runs A without"):
+        lc.save_adapter(model, tmp_path)

@@ -8,6 +8,7 @@ import torch
 from models import randomise
 from tolerance import assert_same_function
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 import lora_core as lc
@@ -120,6 +121,19 @@ def test_merging_into_a_layer_that_cannot_be_tried_is_refused():
     model = adapted(Picky(16, 16))
     with pytest.raises(lc.AdapterError, match="could not be tried.*missing 1 required positional argument"):
         lc.merge_adapter(model)
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, AttributeError])
+def test_merging_into_a_layer_that_fails_when_it_is_tried_is_refused_and_changes_nothing(error):
+    class Failing(nn.Linear):
+        def forward(self, x):
+            raise error("not these rows")
+
+    model = adapted(Failing(16, 16))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(lc.AdapterError, match=f"could not be tried.*{error.__name__}: not these rows"):
+        lc.merge_adapter(model)
+    assert torch.equal(model[0].weight, before) and model[0].merged is None
 
 
 def pruned():
@@ -310,3 +324,55 @@ def test_encoder_runs_a_trained_copy_of_its_attention_in_eval_mode():
     wanted = encoder(x)
     lc.add_adapter(encoder, lc.LoraConfig(r=2, target_modules=["linear1"], modules_to_save=["self_attn"]))
     assert torch.equal(encoder(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_merging_an_update_within_the_rounding_of_the_output_is_not_refused(dtype):
+    """The two outputs that are compared are rounded, by more than the update changes them."""
+    model = nn.Sequential(counted(nn.Linear(64, 64))).to(dtype)
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"]))
+    randomise(model, 1e-2)
+    lc.merge_adapter(model)
+
+
+@pytest.mark.peer("transformers")
+@pytest.mark.parametrize("kind", ["transposed", "4-bit", "4-bit that computes in another dtype"])
+def test_merging_tries_layers_of_every_kind_that_have_hooks(kind):
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(48, 64) if kind == "transposed" else nn.Linear(64, 48))
+    if kind != "transposed":
+        compute = torch.bfloat16 if "other" in kind else None
+        lc.quantize_model(model, lc.NF4Config(compute_dtype=compute), skip_modules=[])
+    counted(model[0])
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"]))
+    randomise(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    lc.merge_adapter(model)
+    lc.unmerge_adapter(model)
+    doubled(model[0].base_layer)
+    with pytest.raises(lc.AdapterError, match="uses the weight in another way"):
+        lc.merge_adapter(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_parameters_without_an_address_are_not_tied():
+    """A sparse one has no memory that could be another's, and a faked one is not asked, which PyTorch warns of."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    for layer in model:
+        layer.weight = nn.Parameter(layer.weight.data.to_sparse())
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        faked = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        assert Ties(faked).of(faked[0].weight) == []
+    assert Ties(model).of(model[0].weight) == []
+    model[1].weight = model[0].weight
+    assert Ties(model).of(model[0].weight) == ["0.weight", "1.weight"]
+
+
+def test_trained_copies_keep_what_belongs_to_the_running_module():
+    """accelerate, which looks for its hook, must not find that of the module inside a second time."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    model[1].copies["default"]._hf_hook = model[1].copies["default"].mark = "its own"
+    assert not hasattr(model[1], "_hf_hook") and model[1].mark == "its own"

@@ -1,5 +1,7 @@
 """fuse and unfuse: own, PEFT's and bitsandbytes' layers, the same results, the same objects."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -127,3 +129,52 @@ def test_fused_4bit_layer_computes_in_bitsandbytes_dtypes():
         y = model(x)
         assert y.dtype == want.dtype == torch.float32 and made.compute_dtype == inside
         check_forward(y.to(inside), x.to(inside), *pieces(made, inside)[:2], *pieces(made, inside)[2:])
+
+
+def test_fused_4bit_layer_keeps_the_dtype_that_its_first_input_set():
+    layer, x = linear4bit(nn.Linear(WIDTH, 8), compute_dtype=None), torch.randn(3, WIDTH)
+    fused = copy.deepcopy(layer)
+    lc.fuse(fused)
+    for made in (layer, fused):
+        made(x)
+        made(x.to(HALF))
+    assert fused.compute_dtype == layer.compute_dtype
+
+
+def test_fused_4bit_layer_finds_the_state_that_its_parameter_has_lost():
+    """As FSDP makes a layer's parameter anew: the layer has the state too."""
+    layer, x = linear4bit(nn.Linear(WIDTH, 8)), torch.randn(3, WIDTH)
+    layer.quant_state = layer.weight.quant_state
+    lc.fuse(layer)
+    wanted = layer(x)
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert getattr(layer.weight, "quant_state", None) is None
+    y = layer.alone(x)
+    assert y is not None and torch.equal(y, wanted)
+
+
+def test_scales_that_change_between_siblings_are_seen_where_a_parameter_has_lost_its_state():
+    """As FSDP makes a layer's parameter anew: the layer has the state too, and the scales in it."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model = in_four_bits(Two(), ["a", "b"], compress_statistics=False)
+    whole = with_peft(model, target_modules=["a", "b"])
+    assert lc.fuse(whole).shared
+    for base in (model.a.base_layer, model.b.base_layer):
+        base.quant_state = base.weight.quant_state
+        base.weight = nn.Parameter(base.weight.data, requires_grad=False)
+    x = torch.randn(80, WIDTH)
+    with torch.no_grad():
+        model.a(x)
+        model.b.base_layer.quant_state.absmax.mul_(2)
+        y = model.b(x)
+        lc.unfuse(whole)
+        wanted = model.b(x)
+    assert (y - wanted).abs().max() < 1e-3 * wanted.abs().max()

@@ -144,3 +144,13 @@ def test_adapters_on_a_model_fused_before_are_fused():
     wanted = model(torch.ones(2, 64))
     assert lc.fuse(model).swapped == ["0", "1"] and all(layer.is_as_written() for layer in model)
     assert torch.equal(model(torch.ones(2, 64)), wanted)
+
+
+def test_an_adapter_that_is_more_than_lora_runs_as_pefts_in_a_layer_fused_before():
+    model = with_peft(Projections())
+    lc.fuse(model)
+    model.add_adapter("dora", peft.LoraConfig(target_modules=TARGETS, r=4, use_dora=True))
+    randomise(model)
+    model.set_adapter("dora")
+    x = torch.randn(3, WIDTH)
+    assert torch.equal(model(x), lc.unfuse(copy.deepcopy(model))(x))

@@ -18,8 +18,8 @@ def skipped(model):
     return {n.rpartition(".")[2]: reason for n, reason in lc.fuse(model).skipped.items() if reason != NOTHING}
 
 
-def hooked(model):
-    model.get_submodule("base_model.model.q_proj.base_layer").register_forward_hook(lambda *args: None)
+def hooked(model, name="base_model.model.q_proj.base_layer"):
+    model.get_submodule(name).register_forward_hook(lambda *args: None)
     return model
 
 
@@ -29,7 +29,24 @@ def patched(model):
     return model
 
 
+def altered(change):
+    """A 4-bit layer whose state is other than what bitsandbytes makes, or is no longer."""
+    layer = linear4bit(nn.Linear(WIDTH, 8))
+    change(layer.weight.quant_state)
+    return nn.Sequential(layer)
+
+
+def halve(state):
+    """The map of levels is shared among layers: another one, and not changed in place."""
+    state.code = state.code / 2
+
+
 REASONS = {
+    "repacked": (lambda: altered(lambda s: setattr(s, "packing_format_for_cpu", True)), "repacked for CPU", 1),
+    "block size": (lambda: altered(lambda s: setattr(s, "blocksize", 16)), "its blocksize is 16: want one of", 1),
+    "levels": (lambda: altered(halve), "its quant_map is not the NF4 codebook", 1),
+    "levels of scales": (lambda: altered(lambda s: halve(s.state2)), "its nested_quant_map is not the signed", 1),
+    "own hooks": (lambda: hooked(own(), "q_proj.base_layer"), "its base layer has hooks", 1),
     "dora": (lambda: with_peft(Projections(), use_dora=True), "Dora", 2),
     "lora bias": (lambda: with_peft(Projections(), lora_bias=True), "has a bias", 2),
     "hooks": (lambda: hooked(with_peft(Projections())), "its base layer has hooks", 1),

@@ -396,3 +396,8 @@ def test_model_with_a_layer_without_a_shape_yet_is_refused_and_stays_as_it_was(v
     with pytest.raises(lc.ConfigError, match="1 is a LazyLinear without a shape yet: run the model once first"):
         verb(model)
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_print_trainable_parameters_of_a_module_without_any(capsys):
+    lc.print_trainable_parameters(nn.GELU())
+    assert capsys.readouterr().out == "trainable params: 0 || all params: 0 || trainable%: 0.0000\n"

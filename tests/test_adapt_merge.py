@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import TinyDecoder, randomise, tokens
-from tolerance import assert_within_rounding
+from tolerance import assert_same_function, assert_within_rounding
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -291,3 +291,37 @@ def test_merging_on_the_meta_device_is_refused():
         model = lc.add_adapter(nn.Sequential(nn.Linear(8, 8)), lc.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(lc.AdapterError, match="meta device"):
         lc.merge_adapter(model)
+
+
+def test_merging_nothing_into_a_weight_of_zeros_is_exact():
+    """As a layer starts that is to add nothing at first: there is no norm to relate an error to."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.init.zeros_(model[0].weight)
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"]))
+    report = lc.merge_adapter(model)
+    assert (report.layers["0"].relative_error, report.layers["0"].largest_error) == (0, 0)
+
+
+def test_merging_an_adapter_that_is_in_no_weight_is_exact():
+    model = adapted()
+    lc.add_adapter(model, lc.LoraConfig(modules_to_save=["norm"]), "whole")
+    report = lc.merge_adapter(model, "whole")
+    assert report.layers == {} and report.worst == 0 and "into 0 layers" in str(report)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_merging_an_adapter_that_started_from_the_weight_keeps_the_function(start):
+    """What the start took out of the weight is owed by a model that runs without the adapter, and by no other."""
+    model = TinyDecoder().double()
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=TARGETS["linear"], init_lora_weights=start))
+    randomise(model)
+    before = model(tokens())
+    lc.merge_adapter(model)
+    assert_same_function(model(tokens()), before)
+    with lc.disable_adapter(model):
+        base = model(tokens())
+    lc.unmerge_adapter(model)
+    with lc.disable_adapter(model):
+        assert_same_function(base, model(tokens()))
+    lc.set_adapter(model, "default")
+    assert_same_function(lc.merge_and_unload(model)(tokens()), before)

@@ -162,3 +162,9 @@ def test_a_compute_dtype_stays_where_the_model_is_converted(fused):
     want = model(x.float())
     y = model.double()(x.double())
     assert y.dtype == torch.float64 and torch.equal(y, want.double())
+
+
+@pytest.mark.parametrize("double_quant", [1, "no", None])
+def test_configuration_whose_double_quant_is_no_boolean_is_refused(double_quant):
+    with pytest.raises(lc.ConfigError, match="NF4Config: double_quant is .*; want True or False"):
+        lc.NF4Config(double_quant=double_quant)

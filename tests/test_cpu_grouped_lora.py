@@ -80,3 +80,13 @@ def test_cpu_mixed_batch_goes_from_adapter_to_adapter_where_one_product_is_too_l
     assert calls == ["forward", "backward"]
     cpu.grouped_lora(*cases.operands(4, 8, 8, [1, 2], (torch.bfloat16,) * 2, 0))
     assert calls[-1] == "forward" and len(calls) == 3
+
+
+def test_cpu_mixed_batch_keeps_an_infinite_gradient_from_other_adapters_where_d_b_alone_is_needed():
+    args = list(cases.operands(12, 6, 7, [2, 3], FLOAT32, 0))
+    args[5] = torch.tensor([0, 1, -1] * 4)
+    _, hidden = cpu.grouped_lora(*args)
+    d_y = args[1].clone()
+    d_y[1] = torch.inf
+    *_, d_b = cpu.grouped_lora_backward(d_y, args[0], *args[2:], hidden, (False, False, True))
+    assert d_b[:, :2].isfinite().all() and not d_b[:, 2:].isfinite().all()

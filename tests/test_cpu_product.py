@@ -10,7 +10,7 @@ from lora_bounds import check_backward, check_forward
 from strategies import dropouts, linear_operands, ranks, seeds, sizes, values
 from tolerance import assert_within_rounding
 
-from lora_core.cpu import low_rank
+from lora_core.cpu import low_rank, processor
 from lora_core.cpu import product as products
 from lora_core.cpu.lora_linear import lora_linear, lora_linear_backward
 
@@ -110,4 +110,4 @@ def test_onednn_is_chosen_where_mkl_leaves_avx512_unused(monkeypatch, maker, cap
 
 
 def test_the_processors_maker_is_read_from_the_system():
-    assert products.maker() == "" or products.maker()[0].isalpha()
+    assert processor.maker() == "" or processor.maker()[0].isalpha()

@@ -25,7 +25,7 @@ UNTOUCHED = 0x5A
 @given(
     st.integers(1, 400),
     st.sampled_from([32, 64, 128]),
-    st.sampled_from([np.float32, np.uint16, np.uint32]),
+    st.sampled_from([np.float32, np.uint16, np.uint32, np.int16]),
     st.integers(0, stream.LINE - 1),
     st.integers(0, 2**16),
 )
@@ -54,12 +54,12 @@ def test_streaming_is_what_the_processor_is_told():
     assert STREAMING.search(assembly)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_results_in_memory_that_is_there_are_streamed(dtype, monkeypatch):
     flags = []
 
     class Loops:
-        decode_absmax = nf4.decode_absmax
+        decode_absmax, ROUNDS_TO_FLOAT16 = nf4.decode_absmax, nf4.ROUNDS_TO_FLOAT16
 
         @staticmethod
         def decode(*arguments):
@@ -67,6 +67,7 @@ def test_large_results_in_memory_that_is_there_are_streamed(dtype, monkeypatch):
             nf4.decode(*arguments)
 
     monkeypatch.setattr(compiled, "load_for", lambda name, elements: Loops)
+    monkeypatch.setattr(dequantize, "STREAMED_BYTES", 2**22)
     for rows, there, streamed in ((1, True, False), (8, True, True), (8, False, False)):
         monkeypatch.setattr(dequantize, "is_resident", lambda t, there=there: there)
         shape = (rows, 2**19 + 3)

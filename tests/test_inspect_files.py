@@ -152,3 +152,22 @@ def test_inspect_refuses_a_folder_of_pickles(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pytorch_model.bin is a pickle"):
         inspect_path(tmp_path)
+
+
+def test_inspect_says_that_a_path_does_not_exist(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no .*gone; want an adapter's folder"):
+        inspect_path(tmp_path / "gone")
+
+
+def test_inspect_refuses_a_tensor_that_two_files_hold(tmp_path):
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        save_file({"weight": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="00002-of-00002.* holds weight, which another file of the folder holds"):
+        inspect_path(tmp_path)
+
+
+def test_inspect_names_an_adapter_with_magnitudes_dora(tmp_path):
+    write_adapter(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({**tensors, "base_model.model.up.lora_magnitude_vector": torch.ones(24)}, tmp_path / WEIGHTS)
+    assert inspect_path(tmp_path).settings["method"] == "DoRA"

@@ -277,3 +277,33 @@ def test_adapted_model_compiles_without_a_graph_break(dynamic):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     x = torch.randn(4, 7)
     assert torch.equal(compiled(x), model(x))
+
+
+def test_conv_drops_in_training_only():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3))
+    lc.add_adapter(model, lc.LoraConfig(r=2, lora_dropout=0.5, target_modules=["0"]))
+    randomise(model)
+    x = torch.randn(2, 4, 64)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_the_row_of_padding_takes_no_gradient():
+    """As in the embedding itself: what stands for no token is not trained."""
+    model = nn.Sequential(nn.Embedding(11, 6, padding_idx=2))
+    lc.add_adapter(model, lc.LoraConfig(r=3, target_modules=["0"]))
+    randomise(model)
+    model(torch.tensor([2, 5, 2])).sum().backward()
+    trained = model[0].lora_a["default"].grad.abs().sum(0) > 0
+    assert trained.nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("half", ["lora_a", "lora_b"])
+def test_matrix_on_another_device_than_its_input_is_refused(half):
+    model = nn.Sequential(nn.Linear(6, 5))
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"]))
+    matrices = getattr(model[0], half)
+    matrices["default"] = nn.Parameter(matrices["default"].to("meta"))
+    with pytest.raises(lc.DeviceError, match="adapter 'default': .* on meta.*want one device"):
+        model(torch.randn(3, 6))

@@ -146,3 +146,22 @@ def test_a_traced_model_computes_what_it_did(library):
     assert lc.fuse(whole).shared
     difference = torch.jit.trace(whole, (x,))(x) - wanted
     assert difference.abs().max() <= APART[torch.float32] * wanted.abs().max()
+
+
+def test_an_input_without_dimensions_is_refused_as_by_one_layer():
+    whole, parent = adapted(Two(), "own")
+    assert lc.fuse(whole).shared
+    with pytest.raises(lc.ShapeError, match="the last dimension of x"):
+        parent.a(torch.tensor(1.0))
+
+
+@LIBRARIES
+def test_layers_made_in_inference_mode_compute_together(library):
+    """Their tensors keep no count of changes in place."""
+    with torch.inference_mode():
+        whole, _ = adapted(Two(), library)
+    x = inputs()
+    with torch.no_grad():
+        wanted = whole(x)
+        assert lc.fuse(whole).shared
+        assert (whole(x) - wanted).abs().max() <= APART[torch.float32] * wanted.abs().max()

@@ -211,6 +211,8 @@ def test_start_from_the_weight_refuses_what_has_none(init):
         ({"init_lora_weights": "pissa", "lora_alpha": -8}, r"alpha of 'lora_alpha' is -8.*want a positive one"),
         ({"init_lora_weights": "pissa_niter_2", "alpha_pattern": {"q": 0}}, r"alpha of 'q' is 0"),
         ({"alpha_pattern": {"q": True}}, r"alpha of 'q' is True"),
+        ({"r": True}, r"rank of 'r' is True; want a whole number"),
+        ({"exclude_modules": 5}, r"exclude_modules is 5; want names"),
         ({"target_modules": "(q"}, r"no regular expression"),
         ({"modules_to_save": "lm_head"}, r"modules_to_save is the string"),
     ],

@@ -273,9 +273,20 @@ GOOD = operands(4, 5, 64, 3)
         ({0: torch.tensor(1.0)}, lc.ShapeError, r"x \(\)"),
         ({0: torch.ones(4, 64, dtype=torch.int64)}, lc.DtypeError, "x torch.int64"),
         ({3: GOOD[3].bfloat16()}, lc.DtypeError, "lora_a torch.bfloat16"),
+        ({3: GOOD[3].double(), 4: GOOD[4].double()}, lc.DtypeError, "lora_a torch.float64, lora_b torch.float64"),
         ({3: GOOD[3].to("meta")}, lc.DeviceError, "lora_a on meta"),
     ],
-    ids=["x_columns", "bias", "lora_a", "lora_b", "x_scalar", "x_integer", "lora_a_half", "lora_a_elsewhere"],
+    ids=[
+        "x_columns",
+        "bias",
+        "lora_a",
+        "lora_b",
+        "x_scalar",
+        "x_integer",
+        "lora_a_half",
+        "pair_wide",
+        "lora_a_elsewhere",
+    ],
 )
 @pytest.mark.parametrize("quantized", [False, True])
 def test_ops_refuse_operands_that_do_not_fit(change, error, message, quantized):

@@ -144,6 +144,7 @@ def test_an_unknown_nested_map_is_decoded_exactly_and_kept_plain():
         ("weight", torch.zeros(5, 1, dtype=torch.uint8), "has 5 elements"),
         ("weight.absmax", torch.zeros(3, dtype=torch.uint8), "weight.absmax.*has 3 elements"),
         ("weight.quant_map", torch.zeros(16), "not the nf4 codebook"),
+        ("weight.nested_quant_map", torch.zeros(16), "nested_quant_map has 16 elements, want 256"),
         ("weight.quant_state.bitsandbytes__nf4", torch.tensor([123, 1], dtype=torch.uint8), "no JSON"),
     ],
     ids=[
@@ -155,6 +156,7 @@ def test_an_unknown_nested_map_is_decoded_exactly_and_kept_plain():
         "short_codes",
         "short_absmax",
         "other_map",
+        "short_nested_map",
         "broken_json",
     ],
 )

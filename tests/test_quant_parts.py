@@ -251,6 +251,7 @@ def test_loading_a_state_keeps_nothing_of_the_callers_memory():
     given = other.state_dict()
     empty.load_state_dict(given)
     assert empty.codes.data_ptr() not in {tensor.data_ptr() for tensor in given.values()}
+    assert torch.equal(empty.dequantize(), other.dequantize())
 
 
 def test_loading_a_state_writes_into_the_memory_held():
@@ -384,3 +385,38 @@ CODES_300 = torch.zeros(300, dtype=torch.uint8)
 def test_operations_on_scales_refuse_what_does_not_fit(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["nf5", "", None, ["nf4"]], ids=repr)
+def test_codebook_that_does_not_exist_is_refused(name):
+    with pytest.raises(lc.ConfigError, match="no codebook .*: want one of nf4, fp4, int4, dynamic, dynamic_unsigned"):
+        codebook(name)
+
+
+@pytest.mark.parametrize(("nested", "dtype"), [(True, torch.float32), (False, torch.uint8), (False, torch.float64)])
+def test_scales_of_another_dtype_than_the_state_says_are_refused(nested, dtype):
+    given = lc.quantize_nf4(torch.randn(40, 128), 64, nested).to_bitsandbytes()
+    given["weight.absmax"] = given["weight.absmax"].to(dtype)
+    with pytest.raises(lc.CheckpointError, match=f"weight.absmax is {dtype}; want torch.(float32|uint8) where it is"):
+        QuantizedWeight.from_bitsandbytes(given)
+
+
+def test_weight_in_the_uniform_code_is_not_written_for_bitsandbytes():
+    with pytest.raises(lc.ConfigError, match="bitsandbytes has no 'int4': want nf4 or fp4"):
+        quantize(torch.randn(4, 64), "int4").to_bitsandbytes()
+
+
+def test_state_of_a_weight_has_the_attributes_that_are_its_keys_and_no_others():
+    q = lc.quantize_nf4(torch.randn(4, 64))
+    (key,) = (k for k in q.state_dict() if k.startswith("quant_state."))
+    assert torch.equal(getattr(q.quant_state, key.partition(".")[2]), q.state_dict()[key])
+    assert not hasattr(q.quant_state, "bitsandbytes__fp4") and not hasattr(q.quant_state, "_private")
+
+
+def test_mean_of_no_scales_at_all_is_not_read():
+    """bitsandbytes' is NaN, which JSON has not, and other writers have null in its place."""
+    given = lc.quantize_nf4(torch.zeros(0, 5)).to_bitsandbytes()
+    (key,) = (k for k in given if "quant_state" in k)
+    about = json.loads(bytes(given[key].tolist())) | {"nested_offset": None}
+    given[key] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    assert QuantizedWeight.from_bitsandbytes(given).nested_offset == 0

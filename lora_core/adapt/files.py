@@ -223,7 +223,8 @@ def _remove_stale(folder: Path) -> None:
         try:
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
-        except FileNotFoundError:
+        except OSError:
+            # gone already, another user's, or no file: it is in nobody's way
             continue
 
 

@@ -94,7 +94,7 @@ class _Reader(ast.NodeVisitor):
             self.block = outer
 
     # in a with, other modes may hold
-    visit_For = visit_While = visit_With = visit_AsyncWith = visit_If
+    visit_For = visit_While = visit_With = visit_If
 
     def _skip(self, node: ast.AST) -> None:
         """Leave out calls that need not run where they stand, but not what is assigned there."""

@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
+from lora_core.quant.blockwise import has_values
 
 # the child that holds a module inside the wrapper of torch.compile, of activation checkpointing and of FSDP
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -181,7 +182,7 @@ class Ties:
 
 def _memory(parameter: Tensor) -> object:
     """Return what two parameters have in common if a change of one changes the other."""
-    if parameter.is_meta or not parameter.numel():
+    if not has_values(parameter):
         return id(parameter)
     try:
         # a tensor that wraps others has no memory of its own: 0, or an error

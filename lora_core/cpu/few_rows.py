@@ -58,7 +58,7 @@ def _reaches(w: Packed) -> bool:
 def _arrays(w: Packed) -> tuple[np.ndarray, Scales]:
     """Return the weight's codes and its scales."""
     scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
-    return w.codes.flatten().contiguous().numpy(), scales
+    return w.codes.numpy().ravel(), scales
 
 
 def few_rows(x: Tensor, w: Packed) -> Tensor | None:

@@ -1,10 +1,13 @@
 """What the system says of the processor."""
 
+import platform
 from pathlib import Path
 
 import torch
 
 CPUINFO = Path("/proc/cpuinfo")
+# what Intel's processors call their maker
+INTEL = "GenuineIntel"
 
 
 def cpuinfo(path: Path = CPUINFO) -> dict[str, str]:
@@ -14,6 +17,12 @@ def cpuinfo(path: Path = CPUINFO) -> dict[str, str]:
     first, _, _ = path.read_text(encoding="utf-8", errors="replace").partition("\n\n")
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def maker() -> str:
+    """Return who made the processor, as it calls itself; "" where that cannot be told."""
+    about = cpuinfo()
+    return about.get("vendor_id", "") if about else platform.processor().rpartition(" ")[2]
 
 
 def multiplies_bfloat16_tiles(path: Path = CPUINFO) -> bool:

@@ -8,18 +8,16 @@ torch.backends.mkldnn.flags(enabled=False) switches oneDNN off here as elsewhere
 """
 
 import functools
-import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.cpu.processor import cpuinfo, has_avx512
+from lora_core.cpu.processor import INTEL, has_avx512, maker
 
 # a call of oneDNN costs some 11 us more than one of MKL, and some 60 where nothing of it is in the caches: below so
 # many operations that is more than it saves; below so many, too, where b has fewer elements than SMALL
 LEAST_OPERATIONS, LEAST_OF_SMALL, SMALL = 4_000_000, 32_000_000, 2**19
-INTEL = "GenuineIntel"
 
 
 @functools.cache
@@ -32,12 +30,6 @@ def onednn_is_faster() -> bool:
         and maker() not in (INTEL, "")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
-
-
-def maker() -> str:
-    """Return who made the processor, as it calls itself; "" where that cannot be told."""
-    about = cpuinfo()
-    return about.get("vendor_id", "") if about else platform.processor().rpartition(" ")[2]
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,11 +17,11 @@ class Scales:
     """
 
     def __init__(self, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, block_size: int):
-        self.values = absmax.flatten().contiguous().numpy()
+        self.values = absmax.numpy().ravel()
         self._nested = None
         if nested_absmax is not None and nested_offset is not None:
-            offset = nested_offset.reshape(1).numpy()
-            self._nested = self.values, nested_absmax.flatten().contiguous().numpy(), offset, block_size
+            offset = nested_offset.numpy().ravel()
+            self._nested = self.values, nested_absmax.numpy().ravel(), offset, block_size
             self.values = np.empty(self.values.size, np.float32)
 
     def decode(self, loops: Any, first: int, last: int) -> None:

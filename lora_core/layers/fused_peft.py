@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.layers.as_written import runs_as_written
-from lora_core.layers.bitsandbytes_weight import four_bit, four_bit_operands, is_four_bit, packed_weight
+from lora_core.layers.bitsandbytes_weight import four_bit, four_bit_operands, is_four_bit, packed_weight, quant_state
 from lora_core.layers.dropout import fresh_seed
 from lora_core.layers.fused import Fused, is_frozen, term_of
 from lora_core.layers.siblings import Term, version_of
@@ -74,7 +74,7 @@ class FusedPeft(Fused):
 
     def _state(self: Any, names: list[str]) -> Any:
         pairs = [(_matrices(self, name), _probability(self, name)) for name in names]
-        base, state = self.base_layer, getattr(self.base_layer.weight, "quant_state", None)
+        base, state = self.base_layer, quant_state(self.base_layer)
         scales = () if state is None else (state.absmax, state.offset, state.state2 and state.state2.absmax)
         return (
             [version_of(t) for t in (base.weight, base.bias, *scales)],

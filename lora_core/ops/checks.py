@@ -12,6 +12,7 @@ from lora_core.dtypes import FLOATS
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
 
 LARGEST = sys.float_info.max
+_on_anywhere = torch._C._is_any_autocast_enabled
 
 
 def check_tensors(op: str, tensors: dict[str, object]) -> None:
@@ -136,6 +137,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def autocast_on(x: Tensor) -> bool:
     """Say whether autocast is on for x's device; the meta device has none."""
+    # mostly it is on nowhere: one question in place of three
+    if not torch.compiler.is_compiling() and not _on_anywhere():
+        return False
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 

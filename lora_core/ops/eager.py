@@ -18,11 +18,17 @@ import torch
 from torch import Tensor
 
 from lora_core.ops.checks import outside_autocast
+from lora_core.quant import operations
 
 # types of arguments, other than lists, that do not handle operations themselves
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.Size, torch.dtype, tuple, float, int, bool, types.NoneType})
+# asked at every call: found once
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_innermost_transform, _tracing_state = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 # what runs an operation on a type of device
 _implementations: dict[tuple[Any, str], Callable[..., Any]] = {}
+# of what torch.ops.lora_core has, the definitions of operations with an implementation
+_definitions: dict[Any, Any] = {}
 
 
 def register(operation: Any, device_type: str, implementation: Callable[..., Any]) -> None:
@@ -37,6 +43,7 @@ def register(operation: Any, device_type: str, implementation: Callable[..., Any
 
     operation.register_kernel(device_type)(kernel)
     _implementations[operation, device_type] = implementation
+    _definitions[operation._opoverload._overloadpacket] = operation
 
 
 def withdraw(operation: Any, device_type: str) -> None:
@@ -63,8 +70,24 @@ def call(operation: Any, *args: Any) -> Any:
     Outside autocast: a backward computes in the dtypes of its forward.
     """
     with outside_autocast(_first(args)):
-        run = None if torch.is_grad_enabled() else _direct_implementation(operation, args)
+        run = None if _asks_for_gradients(args) else _direct_implementation(operation, args)
         return operation(*args) if run is None else run(*args)
+
+
+def _asks_for_gradients(args: tuple[Any, ...]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (t for a in args for t in (a if type(a) is list else (a,)))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _run(packet: Any, *args: Any) -> Any:
+    """Return packet(*args), one of torch.ops.lora_core, likewise."""
+    operation = None if torch.compiler.is_compiling() else _definitions.get(packet)
+    return packet(*args) if operation is None else call(operation, *args)
+
+
+operations.run = _run
 
 
 def differentiable(operation: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,10 +193,10 @@ def dispatch_is_intercepted() -> bool:
     """Say whether a compiler, a tracer, a transform or a mode has to see operations go through the dispatcher."""
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or inside_functorch()
-        or torch._C._get_tracing_state() is not None
+        or _dispatch_modes()
+        or _function_modes()
+        or _innermost_transform() is not None
+        or _tracing_state() is not None
     )
 
 
@@ -184,4 +207,4 @@ def is_batched_gradient(t: Tensor) -> bool:
 
 def inside_functorch() -> bool:
     """Say whether a transform of torch.func is at work, whose tensors have no memory of their own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _innermost_transform() is not None

@@ -7,7 +7,7 @@ pick.py writes it.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
@@ -31,8 +31,8 @@ BYTES = ir.VectorType(ir.IntType(8), LANES)
 def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, place: Any, streamed: Any) -> Any:
     """Write at place the 32 values that 16 bytes of codes stand for, the high half of a byte first: levels times scale.
 
-    Values are an array of float32; of uint16 for bfloat16; or of uint32 for float32 rounded to bfloat16. Where to read
-    and write are numbers: slices, with what Python means by negative and too large ones, would cost more than the rest.
+    What values are is said by their dtype, a key of FORMS. Where to read and write are numbers: slices, with what
+    Python means by negative and too large ones, would cost more than the rest.
     """
     if {codes.layout, values.layout} != {"C"}:
         raise TypingError(f"codes and values lie in memory as {codes.layout} and {values.layout}; want contiguous ones")
@@ -81,6 +81,12 @@ def as_bfloat16(builder: Any, products: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", products, products), every(0x7FC0), rounded)
 
 
+def as_float16(builder: Any, products: Any) -> Any:
+    """Return the bits of the products rounded to float16 by the processor's own instruction."""
+    halves = builder.fptrunc(products, ir.VectorType(ir.HalfType(), LANES))
+    return builder.zext(builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), WORDS)
+
+
 def as_rounded(builder: Any, products: Any) -> Any:
     """Return the bits of the products rounded to bfloat16, as float32."""
     return builder.shl(as_bfloat16(builder, products), every(16))
@@ -96,11 +102,16 @@ def in_halves(builder: Any, high: Any, low: Any) -> Any:
     return builder.or_(high, builder.shl(low, every(16)))
 
 
+# of an array of values by its dtype: what the products become, and how those of high and low halves are put together.
+# uint16 stands for bfloat16, int16 for float16, uint32 for float32 rounded to bfloat16
 FORMS = {
     types.float32: (as_float32, in_turn),
     types.uint16: (as_bfloat16, in_halves),
+    types.int16: (as_float16, in_halves),
     types.uint32: (as_rounded, in_turn),
 }
+# without an instruction for it LLVM would call a function that is not there
+ROUNDS_TO_FLOAT16 = bool(binding.get_host_cpu_features().get("f16c"))
 
 
 @compiled
@@ -118,7 +129,7 @@ def decode(
     Args:
         codes: uint8 [ceil(n / 2)], the high half first.
         absmax: float32 [ceil(n / block_size)].
-        values: [last - first] or longer; float32; uint16 for bfloat16; uint32 for float32 rounded to bfloat16.
+        values: [last - first] or longer, of a dtype in FORMS.
         block_size: elements of a scale, a multiple of 32.
         first: a multiple of block_size.
         last: n at most.

@@ -68,6 +68,13 @@ class QuantizedWeight(nn.Module):
         self.nested_block_size = check_nested_block_size("QuantizedWeight", nested_block_size)
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return codes, absmax, nested_absmax and nested_offset, which are asked for at every forward."""
+        # PyTorch's way to a buffer's name raises and catches an AttributeError first
+        held: dict[str, Any] = self._buffers
+        return held["codes"], held["absmax"], held["nested_absmax"], held["nested_offset"]
+
+    @property
     def device(self) -> torch.device:
         return self.codes.device
 
@@ -123,40 +130,19 @@ class QuantizedWeight(nn.Module):
         check_dtype("cannot dequantise to", dtype)
         dense: Tensor
         if self.quant_type == "nf4":
-            dense = operations.run(
-                torch.ops.lora_core.nf4_dequantize,
-                self.codes,
-                self.absmax,
-                self.nested_absmax,
-                self.nested_offset,
-                self.shape,
-                dtype,
-                self.block_size,
-                self.nested_block_size,
-            )
+            blocks = (self.block_size, self.nested_block_size)
+            dense = operations.run(torch.ops.lora_core.nf4_dequantize, *self.parts, self.shape, dtype, *blocks)
         else:
-            dense = operations.run(
-                torch.ops.lora_core.dequantize,
-                self.codes,
-                self.dense_absmax(),
-                self.shape,
-                dtype,
-                self.block_size,
-                self.quant_type,
-            )
+            given = (self.codes, self.dense_absmax(), self.shape, dtype, self.block_size, self.quant_type)
+            dense = operations.run(torch.ops.lora_core.dequantize, *given)
         return dense
 
     def dense_absmax(self) -> Tensor:
         """Return the scales in float32, as they enter the weights."""
-        if self.nested_absmax is None or self.nested_offset is None:
+        if not self.double_quant:
             return self.absmax
-        dense: Tensor = operations.run(
-            torch.ops.lora_core.absmax_dequantize,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            self.nested_block_size,
-        )
+        _, *scales = self.parts
+        dense: Tensor = operations.run(torch.ops.lora_core.absmax_dequantize, *scales, self.nested_block_size)
         return dense
 
     def to_bitsandbytes(self, prefix: str = "weight") -> dict[str, Tensor]:
@@ -198,9 +184,6 @@ class QuantizedWeight(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Find what has a key in the state dict and no attribute: torch.distributed.checkpoint follows every key."""
-        # the parts are asked for at every forward: before PyTorch's longer way to them
-        if name in self.__dict__["_buffers"]:
-            return self._buffers[name]
         if name == bitsandbytes.STATE:
             return _State(self)
         if name in bitsandbytes.MAPS and name in bitsandbytes.keys(self.quant_type, self.double_quant):

@@ -42,7 +42,7 @@ class Packed(NamedTuple):
         """
         if q.quant_type != "nf4":
             raise ConfigError(f"the weight is quantised as {q.quant_type!r}; want 'nf4': use q.dequantize() instead")
-        return cls(q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size)
+        return cls(*q.parts, q.shape, q.block_size, q.nested_block_size)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, shape [N, K]."""

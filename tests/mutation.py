@@ -79,6 +79,10 @@ IN_MANY_ADAPTERS = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_find
 IN_NF4_NESTED = "test_kernels_nf4_lora_linear.py::test_nf4_lora_linear_kernels_take_any_second_level"
 IN_REACH = "test_kernels_far.py::test_operands_of_more_dimensions"
 IN_WIDE = "test_kernels_far.py::test_float64_is_left"
+IN_HALVES = "test_kernels_far.py::test_half_precision_is_left"
+IN_ALIGNED = "test_kernels_nf4_lora_linear.py::test_panels_of_rows_that_fill"
+IN_SECOND = "test_ops_eager.py::test_a_second_derivative"
+IN_BUILT = "test_kernels_dispatch.py::test_operations_run_by_the_reference"
 IN_NF4_SPLIT = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_splits"
 IN_PANELS = "test_kernels_nf4_lora_linear.py::test_panels_of_rows_put_together"
 IN_COLUMNS = "test_kernels_nf4_lora_linear.py::test_panels_of_columns_put_together"
@@ -161,6 +165,8 @@ MUTATIONS = (
     ),
     Mutation("kernels/reach.py", "any(map(_is_far, args))", "False", IN_REACH),
     Mutation("kernels/reach.py", "any(t.dtype == torch.float64 for t in (tokens, *matrices))", "False", IN_WIDE),
+    Mutation("kernels/reach.py", "and not _multiplies_halves(tokens.device)", "and False", IN_HALVES),
+    Mutation(PANELS, "for rows in (aligned, whole)", "for rows in (whole,)", IN_ALIGNED),
     Mutation(PANELS, "    w = as_read(w)\n    n, k = w.shape\n    step", "    n, k = w.shape\n    step", IN_NF4_NESTED),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
     Mutation(SUM, "out.numel() % ALIGNMENT or", "out.numel() % 2 or", IN_SUM),
@@ -275,6 +281,8 @@ MUTATIONS = (
     Mutation(COLUMNS, "first_tile * BLOCK_K + begin", "begin", IN_COLUMNS),
     Mutation(COLUMNS, "n = (tile // across)", "n = (tile % across)", IN_COLUMNS),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
+    Mutation(EAGER, "and t.requires_grad for t in tensors", "and False for t in tensors", IN_SECOND),
+    Mutation("lora_core/backends.py", "if why_not_launched() is None:", "if True:", IN_BUILT),
     Mutation(SIBLINGS, "held.x() is x and", "held.x() is not None and", IN_SIBLINGS),
     Mutation(SIBLINGS, "return x._version, x.requires_grad", "return 0, x.requires_grad", IN_SIBLINGS),
     Mutation(SIBLINGS, "held.states[place] != layer.term_state(x)", "False", IN_HELD),
@@ -346,6 +354,7 @@ MUTATIONS = (
         "test_cpu_stream.py::test_streaming_is_what",
     ),
     Mutation("lora_core/cpu/nf4_dequantize.py", ">= STREAMED_BYTES", "< STREAMED_BYTES", IN_STREAMED),
+    Mutation(COMPILED, "types.int16: (as_float16,", "types.int16: (as_bfloat16,", IN_CPU_DECODE),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/compiled/pick.py", '">=", half', '">", half', IN_CPU_PICK),
     Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),

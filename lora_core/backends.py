@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+import threading
 import warnings
 from typing import Any
 
@@ -41,18 +42,27 @@ def _first_call(name: str, operation: Any, device_type: str, *args: Any, **kwarg
         # the file registers its launch functions in place of this one
         importlib.import_module(f"lora_core.kernels.{name}")
     else:
-        from lora_core.ops.eager import withdraw
+        from lora_core.ops.eager import unregister
 
-        withdraw(operation, device_type)
+        unregister(operation, device_type)
     return operation(*args, **kwargs)
 
 
-@functools.cache
 def why_not_launched() -> str | None:
     """Return why Triton cannot launch anything on this machine's GPU, or None where it can; warn once if not.
 
     The first launch of a process builds a small library in C, unless Triton has it in its cache.
     """
+    with _one_tries:
+        return _tried()
+
+
+# a cache alone lets two threads try at once
+_one_tries = threading.Lock()
+
+
+@functools.cache
+def _tried() -> str | None:
     try:
         from triton.runtime.driver import driver
 

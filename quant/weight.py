@@ -12,6 +12,8 @@ from lora_core.quant.blockwise import check_block_size, check_nested_block_size
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.quant.parts import check_dtype, check_four_bit, check_parts
 
+PARTS = ("codes", "absmax", "nested_absmax", "nested_offset")
+
 
 class QuantizedWeight(nn.Module):
     """A weight of any shape held as 4-bit codes and block scales; made by quantize or from_bitsandbytes.
@@ -70,8 +72,11 @@ class QuantizedWeight(nn.Module):
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return codes, absmax, nested_absmax and nested_offset, which are asked for at every forward."""
-        # PyTorch's way to a buffer's name raises and catches an AttributeError first
         held: dict[str, Any] = self._buffers
+        if len(held) < len(PARTS):
+            # somebody holds a part elsewhere, as a parameter or computed
+            return self.codes, self.absmax, self.nested_absmax, self.nested_offset
+        # PyTorch's way to a buffer's name raises and catches an AttributeError first
         return held["codes"], held["absmax"], held["nested_absmax"], held["nested_offset"]
 
     @property
@@ -227,7 +232,7 @@ class QuantizedWeight(nn.Module):
             )
             return
         assign = local_metadata.get("assign_to_params_buffers", False)
-        for key in ("codes", "absmax", "nested_absmax", "nested_offset"):
+        for key in PARTS:
             self._load_part(key, read.pop(key), assign)
         for key, value in read.items():
             setattr(self, key, value)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lora_core import cli, doctor
 from lora_core.doctor import checks
@@ -44,6 +45,26 @@ def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
         cli.main(["doctor"])
     assert stop.value.code == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["allow_tf32", "fp32_precision"])
+def test_doctor_multiplies_in_float32_whatever_a_program_says_and_says_so_again_after(monkeypatch, way):
+    matmul = torch.backends.cuda.matmul
+    names = ["fp32_precision", *(f"allow_{half}_reduced_precision_reduction" for half in ("bf16", "fp16"))]
+    before = {name: getattr(matmul, name) for name in names}
+    seen = {}
+    monkeypatch.setattr(checks, "lora_linear", lambda *args: seen.update({n: getattr(matmul, n) for n in names}))
+    try:
+        setattr(matmul, way, True if way == "allow_tf32" else "tf32")
+        matmul.allow_bf16_reduced_precision_reduction = True
+        said = {name: getattr(matmul, name) for name in names}
+        doctor.self_check("cpu")
+        assert seen == {"fp32_precision": "ieee", **dict.fromkeys(names[1:], False)}
+        assert {name: getattr(matmul, name) for name in names} == said
+    finally:
+        matmul.allow_tf32 = False
+        for name, value in before.items():
+            setattr(matmul, name, value)
 
 
 def test_doctor_counts_an_exception_as_a_failure(monkeypatch):

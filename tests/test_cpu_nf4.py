@@ -1,6 +1,7 @@
 """NF4 on the CPU, by compiled loops and by NumPy: the reference's bits."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -263,3 +264,20 @@ def test_cpu_takes_scales_of_any_shape(loops, nested):
     q = lc.quantize_nf4(torch.randn(100, 64), double_quant=nested)
     second = (q.nested_absmax[:, None], q.nested_offset.view(1, 1)) if nested else (None, None)
     assert torch.equal(nf4_dequantize(q.codes, q.absmax[:, None], *second, q.shape, q.dtype), q.dequantize())
+
+
+@pytest.mark.parametrize("features", ["", "-f16c,+avx2"])
+def test_cpu_decodes_for_the_processor_that_numba_compiles_for(features, tmp_path):
+    """It may be told of another, as for a cache that several share: what rounds to float16 is an instruction."""
+    pytest.importorskip("numba")
+    program = """
+import torch
+import lora_core as lc
+from lora_core.reference import nf4
+q = lc.quantize_nf4(torch.randn(1024, 1024), double_quant=False)
+want = nf4.nf4_dequantize(q.codes, q.absmax, None, None, q.shape, torch.float16, 64)
+assert torch.equal(q.dequantize(torch.float16), want)
+"""
+    told = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], env=os.environ | told, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -173,6 +173,7 @@ from triton.runtime.driver import driver
 def without_a_compiler(_):
     raise RuntimeError("Failed to find C compiler.")
 type(driver).active = property(without_a_compiler)
+first = lora_linear.op._backend_fns["cuda"]
 
 x, w, b, a_, b_ = (torch.randn(*s) for s in ((3, 8), (5, 8), (5,), (2, 8), (5, 2)))
 args = (x, w, b, a_, b_, 0.5, 0.0, None)
@@ -181,6 +182,8 @@ with warnings.catch_warnings(record=True) as said:
     for module, given in ((lora_linear, args), (nf4_quantize, (w, 64))):
         # what the dispatcher calls for a tensor on a GPU
         module.op._backend_fns["cuda"](*given)
+    # in another thread, which was on its way to the first call
+    assert torch.equal(first(*args)[0], lc.lora_linear(*args))
 message, = map(str, (w.message for w in said))
 assert "RuntimeError: Failed to find C compiler" in message and "apt-get install gcc" in message, message
 for name in ("lora_linear", "nf4_quantize"):

@@ -112,6 +112,25 @@ def test_a_second_derivative_is_refused_even_of_a_constant_gradient(which):
         (d_x.sum() + lora_a.sum()).backward()
 
 
+def test_a_second_derivative_is_refused_where_no_pair_is_trained():
+    """x alone is; of several layers the gradients of their outputs are what the backward is asked of."""
+    weight, x, lora_a, lora_b = operands()
+    ys = run("linears", weight, x, lora_a.detach(), lora_b.detach())
+    (d_x,) = torch.autograd.grad(ys.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd|differentiat"):
+        d_x.sum().backward()
+
+
+def test_a_quantised_weight_is_decoded_past_the_dispatcher():
+    q = lc.quantize_nf4(torch.randn(8, 64))
+    with torch.profiler.profile() as profile:
+        q.dequantize()
+    assert not any(event.key.startswith("lora_core::") for event in profile.key_averages())
+    with Listener() as listener:
+        q.dequantize()
+    assert listener.heard == ["lora_core::nf4_dequantize"]
+
+
 def test_tensors_that_dispatch_by_themselves_go_through():
     from torch._subclasses import FakeTensorMode
 

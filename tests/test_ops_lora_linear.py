@@ -14,6 +14,7 @@ import lora_core as lc
 from lora_core.ops.lora_linear import backward_op, lora_linear, op
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_lora_linear import op as nf4_op
+from lora_core.ops.packed import Packed
 from lora_core.reference import lora as reference
 from lora_core.reference import nf4 as nf4_reference
 
@@ -261,6 +262,13 @@ def test_autocast_gives_what_the_cast_operands_give(dtype):
 
 
 GOOD = operands(4, 5, 64, 3)
+
+
+@pytest.mark.parametrize("scaling", [1, 1.0])
+def test_parts_of_a_4bit_weight_are_refused_where_a_dense_one_is_wanted(scaling):
+    x, weight, bias, a, b = GOOD
+    with pytest.raises(lc.DtypeError, match="weight is a Packed; want a torch.Tensor: call nf4_lora_linear"):
+        lora_linear(x, Packed.of(lc.quantize_nf4(weight)), bias, a, b, scaling)
 
 
 @pytest.mark.parametrize(

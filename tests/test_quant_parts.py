@@ -420,3 +420,13 @@ def test_mean_of_no_scales_at_all_is_not_read():
     about = json.loads(bytes(given[key].tolist())) | {"nested_offset": None}
     given[key] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     assert QuantizedWeight.from_bitsandbytes(given).nested_offset == 0
+
+
+def test_weight_whose_parts_are_held_elsewhere_is_decoded():
+    """As parameters, by a tool that shards those alone, or computed at each use."""
+    q = lc.quantize_nf4(torch.randn(8, 64))
+    wanted = q.dequantize()
+    for name in ("codes", "absmax"):
+        part = q._buffers.pop(name)
+        setattr(q, name, torch.nn.Parameter(part, requires_grad=False))
+    assert torch.equal(q.dequantize(), wanted)

@@ -9,7 +9,7 @@ SCALING, SEED = 0.5, 77
 
 
 class Case(NamedTuple):
-    """Operands: their dtype, x [M, K], W [N, K], A [R, K], and the dropout before A."""
+    """Operands: their dtype, x [M, K], W [N, K], A [R, K], the dropout before A, and A's and B's dtype if another."""
 
     dtype: torch.dtype
     m: int
@@ -17,6 +17,7 @@ class Case(NamedTuple):
     k: int
     r: int
     dropout: float = 0.0
+    low: torch.dtype | None = None
 
 
 CASES = (
@@ -25,6 +26,8 @@ CASES = (
     # as models have them, whole tiles in half precision: a few tokens, and many, which drop some of x
     Case(torch.bfloat16, 16, 64, 256, 16),
     Case(torch.bfloat16, 80, 64, 256, 16, 0.25),
+    # as adapters are trained over a base in half precision
+    Case(torch.float16, 16, 64, 256, 16, low=torch.float32),
 )
 
 
@@ -41,9 +44,9 @@ class Operands(NamedTuple):
 def operands(device: str, case: Case) -> Operands:
     """Return the operands of a case, the same on every device."""
     g = torch.Generator().manual_seed(0)
-    _, m, n, k, r, _ = case
-    shapes = ((m, k), (n, k), (n,), (r, k), (n, r))
-    return Operands(*(torch.randn(shape, generator=g).to(device, case.dtype) for shape in shapes))
+    dtype, m, n, k, r, _, low = case
+    made = (torch.randn(shape, generator=g) for shape in ((m, k), (n, k), (n,), (r, k), (n, r)))
+    return Operands(*(t.to(device, d) for t, d in zip(made, [dtype] * 3 + [low or dtype] * 2, strict=True)))
 
 
 def mask_of(device: str, case: Case) -> tuple[float, Tensor]:

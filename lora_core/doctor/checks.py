@@ -162,7 +162,7 @@ def _gradients(
 def _check_dora_norm(device: str, case: Case) -> str:
     _, weight, _, a, b = operands(device, case)
     for w in (weight, quantize_nf4(weight)):
-        dense = w if isinstance(w, Tensor) else w.dequantize()
+        dense = w if isinstance(w, Tensor) else w.dequantize(a.dtype)
         truth, bound = (dora.dora_norm_dense(wide(dense), wide(a), wide(b), SCALING) for wide in (double, magnitude_of))
         # of squares, as the root of a small sum magnifies its error
         squares = dora_norm(w, a, b, SCALING).double().square()

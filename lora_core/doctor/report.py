@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,16 +77,25 @@ def self_check(device: str) -> list[SelfCheck]:
 @contextlib.contextmanager
 def _sums_in_float32() -> Iterator[None]:
     """Let cuBLAS multiply and add as the bounds have it, whatever the environment or a program says."""
-    flags = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     matmul = torch.backends.cuda.matmul
-    before = {flag: getattr(matmul, flag) for flag in flags}
+    before: dict[str, Any] = {}
+    # of PyTorch's two ways to allow TF32 the older sets both, and cannot be read where the newer alone was used
+    with contextlib.suppress(RuntimeError):
+        before["allow_tf32"] = matmul.allow_tf32
+    before["fp32_precision"] = matmul.fp32_precision
+    reductions = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    for name in reductions:
+        # each is two switches where PyTorch has the second, and set by a pair
+        second = f"{name}_split_k"
+        value = getattr(matmul, name)
+        before[name] = (value, getattr(matmul, second)) if hasattr(matmul, second) else value
     try:
-        for flag in flags:
-            setattr(matmul, flag, False)
+        for name in ("allow_tf32", *reductions):
+            setattr(matmul, name, False)
         yield
     finally:
-        for flag, value in before.items():
-            setattr(matmul, flag, value)
+        for name, value in before.items():
+            setattr(matmul, name, value)
 
 
 def _run(operation: str, device: str) -> SelfCheck:

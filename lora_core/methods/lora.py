@@ -3,9 +3,9 @@
     Delta W = s B A,   s = alpha / r  (LoRA)   or   alpha / sqrt(r)  (rsLoRA)
 
 rsLoRA's square root keeps the update from collapsing as r grows. B starts at 0, and its gradient s G^T S, with
-S = x A^T and G = dL/dy, holds s: after a step of gradient descent s S B^T = -eta s^2 (S S^T) G, and S S^T is a sum over
-the r rows of A, so that the update is of size s^2 r. With s = alpha / r that vanishes as r grows, with alpha / sqrt(r)
-it stays. (The first step of Adam takes the gradient's sign, without s: there the update is of size s r.)
+S = x A^T and G = dL/dy, holds s: a step of gradient descent lowers the loss by eta s^2 |G^T S|^2, a sum over the r rows
+of A, so by s^2 r. With s = alpha / r that vanishes as r grows, with alpha / sqrt(r) it stays. (The first step of Adam
+takes the gradient's sign, without s: there it is s r.)
 
 Sources: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Kalajdzievski 2023 (arXiv 2312.03732), theorem 3.2.
 """

@@ -102,10 +102,8 @@ def dora_norm(
     dtype = dtype or lora_a.dtype
     check_dtype("dora_norm: dtype is", dtype)
     _check(torch.empty(weight.shape, dtype=dtype, device="meta"), weight.codes, lora_a, lora_b)
-    q = weight
-    packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size, q.nested_block_size)
     with outside_autocast(lora_a):
-        nf4_norm: Tensor = nf4_op(*packed, dtype, lora_a, lora_b, scaling)
+        nf4_norm: Tensor = nf4_op(*Packed.of(weight), dtype, lora_a, lora_b, scaling)
     return nf4_norm
 
 

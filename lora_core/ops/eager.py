@@ -5,7 +5,7 @@ Tracing, faking, transforming and counting need it; in plain eager code autograd
 torch.autograd.Function tells it for a tenth of that. What runs is the same either way:
 
     wrapper, as lora_linear
-      intercepted (compiling, a mode, functorch, a tensor subclass)?  operation -> dispatcher -> implementation
+      intercepted (compiling, a mode, functorch, __torch_dispatch__)? operation -> dispatcher -> implementation
       gradients?                                                      autograd.Function       -> implementation
       neither                                                                                    implementation
 """
@@ -46,10 +46,11 @@ def register(operation: Any, device_type: str, implementation: Callable[..., Any
     _definitions[operation._opoverload._overloadpacket] = operation
 
 
-def withdraw(operation: Any, device_type: str) -> None:
+def unregister(operation: Any, device_type: str) -> None:
     """Let the operation's own body, the reference, run it on this type of device again."""
     operation.register_kernel(device_type)(operation._init_fn)
-    del _implementations[operation, device_type]
+    # another thread may have been here
+    _implementations.pop((operation, device_type), None)
 
 
 def registered(name: str, device_type: str) -> Callable[..., Any] | None:
@@ -102,7 +103,8 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     operation.register_autograd(backward, setup_context=save)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        made = _implementations[operation, args[0].device.type](*args)
+        # what another thread has taken back since is the dispatcher's to run
+        made = _implementations.get((operation, _first(args).device.type), operation)(*args)
         output = type(made)(map(_without_view, made))
         save(ctx, args, output)
         return output

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_core.errors import DtypeError
 from lora_core.ops.checks import outside_autocast
 from lora_core.ops.eager import call, differentiable, none_to_empty
 from lora_core.ops.layer import Layer, prepared
+from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
 from lora_core.reference import lora as reference
 
@@ -147,6 +149,10 @@ def lora_linear(
             differentiation.
     Source: Hu et al. 2021, eq. 3.
     """
+    if isinstance(weight, Packed):
+        raise DtypeError(
+            "lora_linear: weight is a Packed; want a torch.Tensor: call nf4_lora_linear with the 4-bit weight"
+        )
     if ready(x, weight, bias, lora_a, lora_b, scaling, dropout, seed):
         return _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)[0]
     x, layer = prepared("lora_linear", x, Layer(weight, bias, lora_a, lora_b, scaling, dropout, seed))

@@ -7,9 +7,10 @@ pick.py writes it.
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core.errors import TypingError
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from lora_core.cpu.compiled.jit import compiled
@@ -110,8 +111,9 @@ FORMS = {
     types.int16: (as_float16, in_halves),
     types.uint32: (as_rounded, in_turn),
 }
-# without an instruction for it LLVM would call a function that is not there
-ROUNDS_TO_FLOAT16 = bool(binding.get_host_cpu_features().get("f16c"))
+# without an instruction for it LLVM would call a function that is not there. Numba is asked, not the processor: it may
+# have been told to compile for another
+ROUNDS_TO_FLOAT16 = "+f16c" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
 
 @compiled

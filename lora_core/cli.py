@@ -52,9 +52,21 @@ def _app(arguments: list[str]) -> Any:
         pretty_exceptions_enable=False,
     )
 
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            from lora_core import __version__
+
+            typer.echo(f"lora-core {__version__}")
+            raise typer.Exit
+
+    # a root makes `lora-core COMMAND` the form even when a single command is loaded
     @app.callback()
-    def _root() -> None:
-        """Makes `lora-core COMMAND` the form even when a single command is loaded."""
+    def _root(
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Show the version."
+        ),
+    ) -> None:
+        pass
 
     wanted = [name for name in COMMANDS if name in arguments[:1]] or COMMANDS
     for name in wanted:

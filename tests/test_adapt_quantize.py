@@ -1,5 +1,7 @@
 """Holding a model's linear layers in NF4."""
 
+import warnings
+
 import pytest
 import torch
 from models import TinyDecoder, randomise, tokens
@@ -168,3 +170,13 @@ def test_a_compute_dtype_stays_where_the_model_is_converted(fused):
 def test_configuration_whose_double_quant_is_no_boolean_is_refused(double_quant):
     with pytest.raises(lc.ConfigError, match="NF4Config: double_quant is .*; want True or False"):
         lc.NF4Config(double_quant=double_quant)
+
+
+def test_quantising_again_in_another_format_changes_nothing_and_says_so():
+    model = lc.quantize_model(nn.Sequential(nn.Linear(64, 64)), skip_modules=[])
+    with pytest.warns(UserWarning, match="leaves 0 in the 4-bit format they are in"):
+        lc.quantize_model(model, lc.NF4Config(block_size=128), skip_modules=[])
+    assert model[0].weight.block_size == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lc.quantize_model(model, skip_modules=[])

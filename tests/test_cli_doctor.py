@@ -91,3 +91,8 @@ def test_program_ends_bad_input_with_one_line(capsys):
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("lora-core: CheckpointError:") and message.count("\n") == 1
+
+
+def test_program_shows_its_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"lora-core {importlib.metadata.version('lora-core')}\n"

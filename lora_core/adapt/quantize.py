@@ -19,6 +19,9 @@ from lora_core.methods.fields import is_names
 from lora_core.methods.nf4 import NF4Config
 from lora_core.quant.blockwise import check_input
 
+# names in a warning
+SHOWN = 3
+
 
 def quantize_model(
     model: nn.Module, config: NF4Config | None = None, skip_modules: Sequence[str] | None = None
@@ -76,6 +79,14 @@ def quantize_model(
         )
     if own:
         warnings.warn(f"quantize_model leaves {why}", UserWarning, stacklevel=2)
+    other = [names[0] for m, names in where.items() if isinstance(m, NF4Linear) and not _is_in(m, config)]
+    if other:
+        warnings.warn(
+            f"quantize_model leaves {', '.join(other[:SHOWN])}{' and more' * (len(other) > SHOWN)} in the 4-bit format "
+            "they are in: quantise the model in full precision to change it",
+            UserWarning,
+            stacklevel=2,
+        )
     for module, names in chosen.items():
         _check(module.get_parameter("weight"), names[0])
     _warn_of_unmatched(model, skip_modules)
@@ -108,6 +119,12 @@ def _is_used_otherwise(model: nn.Module, module: nn.Module, names: list[str]) ->
     if any(works_on(model, name) for name in names):
         return True
     return not plain(module).is_as_written() or not isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _is_in(layer: NF4Linear, config: NF4Config) -> bool:
+    """Say whether a layer is in the format that a configuration asks for."""
+    q = layer.weight
+    return (q.block_size, q.double_quant) == (config.block_size, config.double_quant)
 
 
 def _check(weight: Tensor, name: str) -> None:

@@ -12,13 +12,14 @@ from lora_core.adapt.bypassed import bypassed, bypassed_in_training
 from lora_core.adapt.kinds import is_linear
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.saved import TASK_HEADS, saves
-from lora_core.adapt.unsupported import refuse_unsupported
+from lora_core.adapt.unsupported import gives_several, refuse_unsupported
 from lora_core.adapt.untargeted import (
     nothing_found,
     warn_of_bypassed,
     warn_of_experts,
     warn_of_idle_patterns,
     warn_of_inner,
+    warn_of_routers,
     warn_of_unmatched,
 )
 from lora_core.adapt.walk import original_modules, outermost, plain_name, stated_embeddings
@@ -48,6 +49,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         head = output_head(model, config.task_type)
         linear = [n for n, m in candidates.items() if is_linear(m) and m is not head and not bypassed(model, n)]
+        routers = {n for n in linear if gives_several(candidates[n])}
+        warn_of_routers(routers)
+        linear = [n for n in linear if n not in routers]
         found = [n for n in linear if not bypassed_in_training(model, n)]
         warn_of_bypassed("'all-linear' leaves out", set(linear).difference(found))
     else:

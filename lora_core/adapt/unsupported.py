@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lora_core.adapt.bypassed import bypassed
 from lora_core.adapt.kinds import SUPPORTED, adapted_kind, has_pefts_adapter, is_held_by_others
-from lora_core.adapt.source import source_of
+from lora_core.adapt.source import returns_several, source_of
 from lora_core.dtypes import FLOATS
 from lora_core.errors import AdapterError, ConfigError, DtypeError
 from lora_core.layers.adapter import AdapterLayer
@@ -54,6 +54,12 @@ def _looks_up_otherwise(module: nn.Module) -> bool:
     return type(module).forward is not nn.Embedding.forward
 
 
+def gives_several(module: nn.Module) -> bool:
+    """Say whether a linear layer's class has a forward of its own that returns several results, as a router's does."""
+    forward = type(module).forward
+    return isinstance(module, nn.Linear) and forward is not nn.Linear.forward and returns_several(forward)
+
+
 def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
     if bypassed(model, name):
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
@@ -73,6 +79,11 @@ def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
             raise ConfigError(
                 f"{name} is a {type(module).__name__}, whose forward looks up other rows than it is given: an adapter "
                 "would look up the wrong ones; leave it out with exclude_modules"
+            )
+        if gives_several(module):
+            raise ConfigError(
+                f"{name} is a {type(module).__name__}, whose forward returns several results, to which no update can "
+                "be added: leave it out with exclude_modules"
             )
         if _convolves_otherwise(module):
             raise ConfigError(

@@ -59,12 +59,25 @@ def warn_of_bypassed(what: str, names: Iterable[str]) -> None:
         )
 
 
+def warn_of_routers(names: Iterable[str]) -> None:
+    """Warn of layers whose forward returns several results, as one that chooses experts does."""
+    told = sorted(names)
+    if told:
+        warnings.warn(
+            f"target_modules: 'all-linear' leaves out {_first(told)}: the forward returns several results, to which no "
+            "update can be added",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
     """Warn of weights that target_modules means and does not reach: experts in one tensor of three dimensions."""
     stacked = [
         f"{name}.{key}"
         for name, module in candidates.items()
-        if adapted_kind(module) is None
+        # what a weight is computed of is none that a layer has
+        if adapted_kind(module) is None and "parametrizations" not in name.split(".")
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
         # vectors by which tokens are mixed, or that stand for one, are no stack of matrices

@@ -128,9 +128,10 @@ def require_adapters(model: nn.Module, names: Iterable[str]) -> None:
     have = adapter_names(model)
     missing = [name for name in names if name not in have]
     if missing:
-        raise AdapterError(
-            f"no adapter named {missing[0]!r}: the model has {have or 'none'}; add it with add_adapter or load_adapter"
-        )
+        # PEFT's layers hold their matrices under these names
+        others = not have and any(hasattr(module, "lora_A") for module in model.modules())
+        advice = "it has PEFT's, for which PEFT has verbs" if others else "add it with add_adapter or load_adapter"
+        raise AdapterError(f"no adapter named {missing[0]!r}: the model has {have or 'none'}; {advice}")
 
 
 def merged_names(model: nn.Module) -> tuple[str, ...]:

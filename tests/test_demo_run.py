@@ -298,6 +298,13 @@ def test_demo_finds_a_folder_without_permission_before_training(tmp_path, locked
     assert "cannot be written: permission denied; want another folder" in capsys.readouterr().err
 
 
+def test_demo_refuses_an_empty_name_of_a_folder(capsys):
+    """As of a variable that is not set: it would write into the current one."""
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--quick", "--output", ""])
+    assert stop.value.code == 2 and "--output is empty; want a folder" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("training_is_an_error")
 def test_demo_pretraining_finds_a_folder_in_a_files_place_before_training(tmp_path):
     (tmp_path / "base.json").mkdir()

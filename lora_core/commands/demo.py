@@ -9,7 +9,7 @@ from lora_core.terminal import INTERRUPTED
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the table, charts, page and adapter.")] = Path("demo-output"),
+    output: Annotated[str, typer.Option(help="Folder for the table, charts, page and adapter.")] = "demo-output",
     seed: Annotated[int, typer.Option(help="Same seed and device, same numbers; timings aside.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Training steps of each method, or of --pretrain.")] = None,
@@ -18,12 +18,16 @@ def demo(
     pretrain: Annotated[bool, typer.Option("--pretrain", help="Make the base instead: about half an hour.")] = False,
 ) -> None:
     """Adapt a small GPT to Python source code: full fine-tuning, LoRA, rsLoRA and QLoRA, measured side by side."""
+    if not output:
+        from lora_core.errors import ConfigError
+
+        raise ConfigError("--output is empty; want a folder, . for this one")
     try:
         if pretrain:
             _refuse_beside_pretrain(device, quick, base)
-            _pretrain(output, seed, steps)
+            _pretrain(Path(output), seed, steps)
         else:
-            _demo(output, seed, device, steps, quick, base)
+            _demo(Path(output), seed, device, steps, quick, base)
     except KeyboardInterrupt:
         typer.echo(
             f"lora-core: interrupted; every file in {output} is whole, from this run or an earlier one", err=True

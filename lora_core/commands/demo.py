@@ -49,7 +49,7 @@ def _demo(output: Path, seed: int, device: str, steps: int | None, quick: bool, 
     results = run_demo(output, settings, choose_device(device))
     console = Console()
     # a pipe or a file has no width of its own
-    wide = console if console.is_terminal else Console(width=120)
+    wide = console if console.is_terminal else Console(width=130)
     print_results(results, wide)
     wide.print(f"Page: {(output / 'index.html').resolve()}", soft_wrap=True, highlight=False)
     if not results.agreement.agrees:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 # steps shorter than this differ by less than a millisecond
 SHORT_MS = 20
-COLUMNS = ("method", "trainable", "weights", "optimiser", "step", "code before", "after", "prose before", "after")
+COLUMNS = ("method", "trainable", "weights", "optimiser", "step", "code before", "code after", "prose before", "prose after")
 
 
 def cells(row: Row) -> tuple[str, ...]:

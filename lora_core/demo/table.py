@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 MIB = 2**20
 # steps shorter than this differ by less than a millisecond
 SHORT_MS = 20
-COLUMNS = ("method", "trainable", "weights", "optimiser", "step", "code before", "code after", "prose before", "prose after")
+LOSSES = ("code before", "code after", "prose before", "prose after")
+COLUMNS = ("method", "trainable", "weights", "optimiser", "step", *LOSSES)
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -183,7 +183,7 @@ def written(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
 def _dequantized(q: Any, dtype: Any) -> Any:
     from lora_core.reference.nf4 import nf4_dequantize
 
-    return nf4_dequantize(q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, dtype, BLOCK_SIZE)
+    return nf4_dequantize(*q.parts, q.shape, dtype, BLOCK_SIZE)
 
 
 def near(got: list[float], truth: list[float], config: Any, what: str, unit: float = UNIT_FP32) -> Check:

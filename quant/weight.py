@@ -72,12 +72,10 @@ class QuantizedWeight(nn.Module):
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return codes, absmax, nested_absmax and nested_offset, which are asked for at every forward."""
+        # PyTorch's way to a buffer's name raises and catches an AttributeError first; a part may be held elsewhere
         held: dict[str, Any] = self._buffers
-        if len(held) < len(PARTS):
-            # somebody holds a part elsewhere, as a parameter or computed
-            return self.codes, self.absmax, self.nested_absmax, self.nested_offset
-        # PyTorch's way to a buffer's name raises and catches an AttributeError first
-        return held["codes"], held["absmax"], held["nested_absmax"], held["nested_offset"]
+        codes, absmax, *nested = (held[name] if name in held else getattr(self, name) for name in PARTS)
+        return codes, absmax, *nested
 
     @property
     def device(self) -> torch.device:

@@ -281,7 +281,7 @@ MUTATIONS = (
     Mutation(COLUMNS, "first_tile * BLOCK_K + begin", "begin", IN_COLUMNS),
     Mutation(COLUMNS, "n = (tile // across)", "n = (tile % across)", IN_COLUMNS),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
-    Mutation(EAGER, "and t.requires_grad for t in tensors", "and False for t in tensors", IN_SECOND),
+    Mutation(EAGER, "any(t.requires_grad for a in args", "any(False for a in args", IN_SECOND),
     Mutation("lora_core/backends.py", "if why_not_launched() is None:", "if True:", IN_BUILT),
     Mutation(SIBLINGS, "held.x() is x and", "held.x() is not None and", IN_SIBLINGS),
     Mutation(SIBLINGS, "return x._version, x.requires_grad", "return 0, x.requires_grad", IN_SIBLINGS),

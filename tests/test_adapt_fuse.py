@@ -180,3 +180,10 @@ def test_scales_that_change_between_siblings_are_seen_where_a_parameter_has_lost
     dense = bnb.functional.dequantize_4bit(base.weight.data, base.quant_state)
     adapter = model.b.lora_A["default"].weight, model.b.lora_B["default"].weight, model.b.scaling["default"]
     check_forward(y, x, dense, base.bias, *adapter)
+
+
+def test_a_model_with_pefts_adapters_is_said_to_have_pefts(tmp_path):
+    model = with_peft(Projections())
+    lc.fuse(model)
+    with pytest.raises(lc.AdapterError, match="no adapter named 'default'.*it has PEFT's, for which PEFT has verbs"):
+        lc.save_adapter(model, tmp_path)

@@ -51,9 +51,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     dense = q.dequantize(dtype)
 
     def written(x: Any, a: Any, b: Any) -> Any:
-        w = reference.nf4.nf4_dequantize(
-            q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape, dtype, BLOCK_SIZE
-        )
+        w = reference.nf4.nf4_dequantize(*q.parts, q.shape, dtype, BLOCK_SIZE)
         return lora.lora_linear(x, w, bias, a, b, SCALING)
 
     ours = {

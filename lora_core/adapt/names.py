@@ -1,7 +1,7 @@
 """What a list of names, or an expression, means: PEFT's rules."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 ALL_LINEAR = "all-linear"
 
@@ -25,3 +25,9 @@ def endings(name: str) -> Iterator[str]:
     while "." in name:
         name = name.partition(".")[2]
         yield name
+
+
+def first_few(names: Sequence[str], shown: int) -> str:
+    """Return the first names as a message tells them, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_core.adapt.bypassed import bypassed, works_on
 from lora_core.adapt.fast_path import settle_fast_paths
 from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
-from lora_core.adapt.names import inside_any, matches
+from lora_core.adapt.names import first_few, inside_any, matches
 from lora_core.adapt.target import output_head
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
 from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace, unwrapped
@@ -82,8 +82,8 @@ def quantize_model(
     other = [names[0] for m, names in where.items() if isinstance(m, NF4Linear) and not _is_in(m, config)]
     if other:
         warnings.warn(
-            f"quantize_model leaves {', '.join(other[:SHOWN])}{' and more' * (len(other) > SHOWN)} in the 4-bit format "
-            "they are in: quantise the model in full precision to change it",
+            f"quantize_model leaves {first_few(other, SHOWN)} in the 4-bit format they are in: quantise the model in "
+            "full precision to change it",
             UserWarning,
             stacklevel=2,
         )

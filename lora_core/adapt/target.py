@@ -14,12 +14,13 @@ from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.saved import TASK_HEADS, saves
 from lora_core.adapt.unsupported import gives_several, refuse_unsupported
 from lora_core.adapt.untargeted import (
+    BYPASSED,
+    SEVERAL,
     nothing_found,
-    warn_of_bypassed,
+    warn_of,
     warn_of_experts,
     warn_of_idle_patterns,
     warn_of_inner,
-    warn_of_routers,
     warn_of_unmatched,
 )
 from lora_core.adapt.walk import original_modules, outermost, plain_name, stated_embeddings
@@ -50,15 +51,15 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         head = output_head(model, config.task_type)
         linear = [n for n, m in candidates.items() if is_linear(m) and m is not head and not bypassed(model, n)]
         routers = {n for n in linear if gives_several(candidates[n])}
-        warn_of_routers(routers)
+        warn_of("'all-linear' leaves out", routers, SEVERAL)
         linear = [n for n in linear if n not in routers]
         found = [n for n in linear if not bypassed_in_training(model, n)]
-        warn_of_bypassed("'all-linear' leaves out", set(linear).difference(found))
+        warn_of("'all-linear' leaves out", set(linear).difference(found), BYPASSED)
     else:
         names = wanted if isinstance(wanted, str) else frozenset(wanted)
         found = [n for n in candidates if matches(plain_name(n), names)]
         warn_of_unmatched("target_modules", wanted, candidates)
-        warn_of_bypassed("an adapter may do nothing at", {n for n in found if bypassed_in_training(model, n)})
+        warn_of("an adapter may do nothing at", {n for n in found if bypassed_in_training(model, n)}, BYPASSED)
     warn_of_experts(wanted, candidates)
     found = [n for n in found if not _left_out(plain_name(n), config)]
     found = [n for n in found if _layer_chosen(plain_name(n), config)]

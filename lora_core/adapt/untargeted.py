@@ -7,13 +7,18 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lora_core.adapt.kinds import adapted_kind
-from lora_core.adapt.names import ALL_LINEAR, endings, matches
+from lora_core.adapt.names import ALL_LINEAR, endings, first_few, matches
 from lora_core.adapt.walk import outermost, plain_name
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.methods.lora import LoraConfig, pattern_matches
 
 SHOWN_CANDIDATES = 12
 SHOWN_NAMES = 4
+# why layers are told of
+BYPASSED = (
+    "in training their module may work with the weight itself and not call the layer, as where kernels of its own run"
+)
+SEVERAL = "the forward returns several results, to which no update can be added"
 
 
 def warn_of_unmatched(field: str, wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
@@ -47,28 +52,11 @@ def warn_of_inner(found: list[str]) -> None:
         )
 
 
-def warn_of_bypassed(what: str, names: Iterable[str]) -> None:
-    """Warn of layers whose weight their module may take itself when it trains."""
+def warn_of(what: str, names: Iterable[str], why: str) -> None:
+    """Warn of layers, if there are any, which target_modules means and to which something happens."""
     told = sorted(names)
     if told:
-        warnings.warn(
-            f"target_modules: {what} {_first(told)}: in training their module may work with "
-            "the weight itself and not call the layer, as where kernels of its own run",
-            UserWarning,
-            stacklevel=5,
-        )
-
-
-def warn_of_routers(names: Iterable[str]) -> None:
-    """Warn of layers whose forward returns several results, as one that chooses experts does."""
-    told = sorted(names)
-    if told:
-        warnings.warn(
-            f"target_modules: 'all-linear' leaves out {_first(told)}: the forward returns several results, to which no "
-            "update can be added",
-            UserWarning,
-            stacklevel=5,
-        )
+        warnings.warn(f"target_modules: {what} {first_few(told, SHOWN_NAMES)}: {why}", UserWarning, stacklevel=5)
 
 
 def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
@@ -86,16 +74,11 @@ def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module
     ]
     if stacked:
         warnings.warn(
-            f"target_modules leaves stacked weights out, which are in no linear layer: {_first(stacked)}",
+            f"target_modules leaves stacked weights out, which are in no linear layer: "
+            f"{first_few(stacked, SHOWN_NAMES)}",
             UserWarning,
             stacklevel=5,
         )
-
-
-def _first(names: Sequence[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 def _means(wanted: Sequence[str] | str, stacked: str) -> bool:

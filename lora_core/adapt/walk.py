@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lora_core.adapt.kinds import has_pefts_adapter
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
@@ -128,8 +129,7 @@ def require_adapters(model: nn.Module, names: Iterable[str]) -> None:
     have = adapter_names(model)
     missing = [name for name in names if name not in have]
     if missing:
-        # PEFT's layers hold their matrices under these names
-        others = not have and any(hasattr(module, "lora_A") for module in model.modules())
+        others = any(map(has_pefts_adapter, model.modules()))
         advice = "it has PEFT's, for which PEFT has verbs" if others else "add it with add_adapter or load_adapter"
         raise AdapterError(f"no adapter named {missing[0]!r}: the model has {have or 'none'}; {advice}")
 

@@ -1,5 +1,6 @@
 """What the system says of the processor."""
 
+import functools
 import platform
 from pathlib import Path
 
@@ -10,6 +11,7 @@ CPUINFO = Path("/proc/cpuinfo")
 INTEL = "GenuineIntel"
 
 
+@functools.cache
 def cpuinfo(path: Path = CPUINFO) -> dict[str, str]:
     """Return what Linux says of the first core, by name; nothing where there is no such file."""
     if not path.exists():

@@ -46,11 +46,11 @@ def within(got: Tensor, truth: Tensor, magnitude: Tensor, products: int) -> bool
     return bool((error <= bound).all())
 
 
-def require_close(got: Tensor, o: Operands, weight: Tensor, mask: tuple[float, Tensor]) -> None:
+def require_close(got: Tensor, o: Operands, weight: Tensor) -> None:
     """Raise Disagreement unless y is the reference's for these operands, with this W in place of theirs."""
 
     def y(wide: Callable[[Tensor], Tensor]) -> Tensor:
-        return lora.lora_linear(wide(o.x), wide(weight), wide(o.bias), wide(o.a), wide(o.b), SCALING, *on_cpu(mask))
+        return lora.lora_linear(wide(o.x), wide(weight), wide(o.bias), wide(o.a), wide(o.b), SCALING, *on_cpu(o.mask))
 
     require(within(got, y(double), y(magnitude_of), o.x.shape[1] + len(o.a)), "outside the rounding bound")
 

@@ -32,23 +32,21 @@ CASES = (
 
 
 class Operands(NamedTuple):
-    """Of a linear layer with its low-rank path."""
+    """Of a linear layer with its low-rank path; the mask is a dropout and its seed."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor
     a: Tensor
     b: Tensor
+    mask: tuple[float, Tensor]
 
 
 def operands(device: str, case: Case) -> Operands:
     """Return the operands of a case, the same on every device."""
     g = torch.Generator().manual_seed(0)
-    dtype, m, n, k, r, _, low = case
+    dtype, m, n, k, r, dropout, low = case
     made = (torch.randn(shape, generator=g) for shape in ((m, k), (n, k), (n,), (r, k), (n, r)))
-    return Operands(*(t.to(device, d) for t, d in zip(made, [dtype] * 3 + [low or dtype] * 2, strict=True)))
-
-
-def mask_of(device: str, case: Case) -> tuple[float, Tensor]:
-    """Return the dropout and its seed."""
-    return case.dropout, torch.tensor([SEED], device=device)
+    dtypes = (dtype, dtype, dtype, low or dtype, low or dtype)
+    x, weight, bias, a, b = (t.to(device, d) for t, d in zip(made, dtypes, strict=True))
+    return Operands(x, weight, bias, a, b, (dropout, torch.tensor([SEED], device=device)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_core.doctor.agreement import Disagreement, double, magnitude_of, on_cpu, require, require_close, within
-from lora_core.doctor.cases import CASES, SCALING, Case, Operands, mask_of, operands
+from lora_core.doctor.cases import CASES, SCALING, Case, Operands, operands
 from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.absmax_quantize import absmax_quantize
 from lora_core.ops.dora_norm import dora_norm
@@ -40,17 +40,17 @@ def check(operation: str, device: str) -> str:
 
 def _check_quantize(device: str, case: Case) -> str:
     for dtype in (torch.float32, torch.bfloat16):
-        weight = operands(device, case._replace(dtype=dtype))[1]
+        weight = operands(device, case._replace(dtype=dtype)).weight
         for got, want in zip(nf4_quantize(weight, 64), nf4.nf4_quantize(weight, 64), strict=True):
             require(torch.equal(got, want), f"codes or scales of a {dtype} weight differ")
     return "codes and scales equal"
 
 
 def _check_dequantize(device: str, case: Case) -> str:
-    weight = operands(device, case)[1]
+    weight = operands(device, case).weight
     for double_quant in (False, True):
         q = quantize_nf4(weight, 64, double_quant)
-        packed = (q.codes, q.absmax, q.nested_absmax, q.nested_offset, q.shape)
+        packed = (*q.parts, q.shape)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             same = torch.equal(nf4_dequantize(*packed, dtype, 64), nf4.nf4_dequantize(*packed, dtype, 64))
             require(same, f"{dtype} weights differ, double quantisation {double_quant}")
@@ -58,7 +58,7 @@ def _check_dequantize(device: str, case: Case) -> str:
 
 
 def _scales(device: str, case: Case) -> tuple[Tensor, Tensor]:
-    absmax = operands(device, case)[1].float().abs().flatten()
+    absmax = operands(device, case).weight.float().abs().flatten()
     return absmax, scales.absmax_offset(absmax)
 
 
@@ -77,72 +77,68 @@ def _check_absmax_dequantize(device: str, case: Case) -> str:
 
 
 def _check_linear(device: str, case: Case) -> str:
-    o, mask = operands(device, case), mask_of(device, case)
-    require_close(lora_linear(*o, SCALING, *mask), o, o.weight, mask)
+    o = operands(device, case)
+    require_close(lora_linear(*o[:5], SCALING, *o.mask), o, o.weight)
     return "within rounding"
 
 
 def _check_nf4_linear(device: str, case: Case) -> str:
-    o, mask = operands(device, case), mask_of(device, case)
+    o = operands(device, case)
     q: QuantizedWeight = quantize_nf4(o.weight)
-    require_close(nf4_lora_linear(o.x, q, o.bias, o.a, o.b, SCALING, *mask), o, q.dequantize(), mask)
+    require_close(nf4_lora_linear(o.x, q, o.bias, o.a, o.b, SCALING, *o.mask), o, q.dequantize())
     return "within rounding"
 
 
 def _check_backward(device: str, case: Case) -> str:
-    o, mask = operands(device, case), mask_of(device, case)
-    return _check_gradients(lambda x, a, b: lora_linear(x, o.weight, o.bias, a, b, SCALING, *mask), o, o.weight, mask)
+    o = operands(device, case)
+    return _check_gradients(lambda x, a, b: lora_linear(x, o.weight, o.bias, a, b, SCALING, *o.mask), o, o.weight)
 
 
 def _check_nf4_backward(device: str, case: Case) -> str:
-    o, mask = operands(device, case), mask_of(device, case)
+    o = operands(device, case)
     q = quantize_nf4(o.weight)
-    return _check_gradients(
-        lambda x, a, b: nf4_lora_linear(x, q, o.bias, a, b, SCALING, *mask), o, q.dequantize(), mask
-    )
+    return _check_gradients(lambda x, a, b: nf4_lora_linear(x, q, o.bias, a, b, SCALING, *o.mask), o, q.dequantize())
 
 
 def _check_linears(device: str, case: Case) -> str:
-    o, mask = operands(device, case), mask_of(device, case)
+    o = operands(device, case)
     q = quantize_nf4(o.weight)
-    ys = lora_linears(o.x, [Layer(w, o.bias, o.a, o.b, SCALING, *mask) for w in (o.weight, Packed.of(q))])
+    ys = lora_linears(o.x, [Layer(w, o.bias, o.a, o.b, SCALING, *o.mask) for w in (o.weight, Packed.of(q))])
     for y, weight in zip(ys, (o.weight, q.dequantize()), strict=True):
-        require_close(y, o, weight, mask)
+        require_close(y, o, weight)
     return "a dense and an NF4 layer, within rounding"
 
 
 def _check_linears_backward(device: str, case: Case) -> str:
-    o, mask = operands(device, case), mask_of(device, case)
+    o = operands(device, case)
     q = quantize_nf4(o.weight)
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        layers = [Layer(w, o.bias, a, b, SCALING, *mask) for w in (o.weight, Packed.of(q))]
+        layers = [Layer(w, o.bias, a, b, SCALING, *o.mask) for w in (o.weight, Packed.of(q))]
         return torch.stack(lora_linears(x, layers)).sum(0)
 
     # two layers with one pair: the gradients of both weights' sum, the pair's twice
-    return _check_gradients(run, o, o.weight.double() + q.dequantize().double(), mask, layers=2)
+    return _check_gradients(run, o, o.weight.double() + q.dequantize().double(), layers=2)
 
 
 def _check_gradients(
     run: Callable[[Tensor, Tensor, Tensor], Tensor],
     o: Operands,
     weight: Tensor,
-    mask: tuple[float, Tensor],
     layers: int = 1,
 ) -> str:
     """Compare d_x, d_lora_a and d_lora_b of the sum of y with the reference in float64.
 
     Args:
         run: returns y of x, A and B; of several layers their sum.
-        o: x, A and B, and more.
+        o: x, A, B and the mask, and more.
         weight: W as it is multiplied, or the sum of several layers'.
-        mask: the dropout and its seed.
         layers: how many layers have A and B.
     """
     leaves = [t.requires_grad_() for t in (o.x, o.a, o.b)]
     got = torch.autograd.grad(run(*leaves).sum(), leaves)
     truth, magnitude = (
-        _gradients(SCALING * layers, on_cpu(mask), *map(wide, (o.x, weight, o.a, o.b)))
+        _gradients(SCALING * layers, on_cpu(o.mask), *map(wide, (o.x, weight, o.a, o.b)))
         for wide in (double, magnitude_of)
     )
     products = sum(o.x.shape) + sum(o.b.shape)
@@ -160,7 +156,7 @@ def _gradients(
 
 
 def _check_dora_norm(device: str, case: Case) -> str:
-    _, weight, _, a, b = operands(device, case)
+    _, weight, _, a, b, _ = operands(device, case)
     for w in (weight, quantize_nf4(weight)):
         dense = w if isinstance(w, Tensor) else w.dequantize(a.dtype)
         truth, bound = (dora.dora_norm_dense(wide(dense), wide(a), wide(b), SCALING) for wide in (double, magnitude_of))
@@ -178,7 +174,7 @@ def _groups(device: str, case: Case) -> tuple[list[int], Tensor, Tensor]:
 
 
 def _check_grouped(device: str, case: Case) -> str:
-    x, _, _, a, b = operands(device, case)
+    x, _, _, a, b, _ = operands(device, case)
     ranks, adapter, scaling = _groups(device, case)
     got = grouped_lora(x, a, b, ranks, adapter, scaling)
     truth, magnitude = (
@@ -190,7 +186,7 @@ def _check_grouped(device: str, case: Case) -> str:
 
 
 def _check_grouped_backward(device: str, case: Case) -> str:
-    x, _, _, a, b = operands(device, case)
+    x, _, _, a, b, _ = operands(device, case)
     ranks, adapter, scaling = _groups(device, case)
     for leaf in (x, a, b):
         leaf.requires_grad_()

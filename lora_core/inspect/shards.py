@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lora_core.adapt.names import first_few
 from lora_core.errors import CheckpointError
 from lora_core.inspect.files import SHOWN_NAMES, Tensors, read_json
 from lora_core.inspect.report import Report
@@ -29,10 +30,14 @@ def check_index(report: Report, folder: Path, tensors: Tensors) -> None:
             continue
         absent = sorted({shard for shard in found.values() if shard not in report.files})
         if absent:
-            report.problems.append(f"{file.name} names {_listed(absent)}, not in the folder: copy or download them")
+            report.problems.append(
+                f"{file.name} names {first_few(absent, SHOWN_NAMES)}, not in the folder: copy or download them"
+            )
         lost = sorted(n for n, shard in found.items() if shard in report.files and tensors.file_of(n) != shard)
         if lost:
-            report.problems.append(f"{file.name} places {_listed(lost)} in a file without it: save the model again")
+            report.problems.append(
+                f"{file.name} places {first_few(lost, SHOWN_NAMES)} in a file without it: save the model again"
+            )
 
 
 def _weight_map(file: Path) -> dict[str, str]:
@@ -40,8 +45,3 @@ def _weight_map(file: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
         raise CheckpointError(f"{file} has no weight_map of tensors' names to files' names: save the model again")
     return found
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more

@@ -76,10 +76,7 @@ def call(operation: Any, *args: Any) -> Any:
 
 
 def _asks_for_gradients(args: tuple[Any, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    tensors = (t for a in args for t in (a if type(a) is list else (a,)))
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t.requires_grad for a in args for t in _tensors_of(a))
 
 
 def _run(packet: Any, *args: Any) -> Any:
@@ -187,8 +184,12 @@ def _direct_implementation(operation: Any, args: tuple[Any, ...]) -> Callable[..
 
 def _is_plain(value: Any) -> bool:
     """Say whether a value is, or holds, no tensor of a class that handles operations itself."""
-    tensors = value if type(value) is list else (value,)
-    return all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors if isinstance(t, Tensor))
+    return all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in _tensors_of(value))
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors that an argument is, or is a list of."""
+    return (t for t in (value if type(value) is list else (value,)) if isinstance(t, Tensor))
 
 
 def dispatch_is_intercepted() -> bool:
@@ -197,7 +198,7 @@ def dispatch_is_intercepted() -> bool:
         torch.compiler.is_compiling()
         or _dispatch_modes()
         or _function_modes()
-        or _innermost_transform() is not None
+        or inside_functorch()
         or _tracing_state() is not None
     )
 

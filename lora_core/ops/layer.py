@@ -22,12 +22,7 @@ class Layer(NamedTuple):
 
     Args:
         weight: W, dtype of x, shape [N, K], or the parts of an NF4 weight of that shape.
-        bias: b, dtype of x, shape [N], or None.
-        lora_a: A, dtype of x or float32, shape [R, K].
-        lora_b: B, dtype of lora_a, shape [N, R].
-        scaling: s, alpha / r.
-        dropout: probability of zeroing an element of x before A, in [0, 1).
-        seed: int64 tensor of one element, which fixes the mask; needed where dropout > 0.
+        bias, lora_a, lora_b, scaling, dropout, seed: as lora_linear takes them.
     """
 
     weight: Tensor | Packed

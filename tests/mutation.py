@@ -91,6 +91,7 @@ IN_NF4_ADDED = "test_kernels_nf4_lora_linear.py::test_nf4_input_gradient_is_adde
 IN_DORA = "test_kernels_dora_norm.py::test_dora_norm_kernel_matches"
 IN_NF4_DORA = "test_kernels_dora_norm.py::test_nf4_dora_norm_kernel_matches"
 IN_GROUPED = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_match"
+IN_GROUPED_TILES = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_walk_every_tile"
 IN_GROUPED_BACKWARD = "test_kernels_grouped_lora.py::test_grouped_lora_backward_kernels_match"
 IN_SORTING = "test_kernels_grouped_lora.py::test_grouped_lora_sorts"
 IN_LINEARS = "test_kernels_lora_linears.py::test_lora_linears_kernels_match"
@@ -111,7 +112,8 @@ IN_PLACE = "test_ops_eager.py::test_a_result_may_be_changed_in_place"
 IN_NONE = "test_ops_lora_linear.py::test_lora_linear_passes_opcheck"
 IN_AUTOCAST = "test_ops_modes.py::test_backward_inside_autocast"
 IN_BYPASSED = "test_adapt_bypassed.py::test_what_is_never_called_is_read"
-IN_CPU = "test_cpu_product.py::test_lora_linear_on_the_cpu"
+IN_CPU_ROWS = "test_cpu_product.py::test_gradient_of_b"
+IN_SCALED_PRODUCT = "test_cpu_product.py::test_scaled_product_is"
 IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_reference"
 IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
 IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
@@ -216,7 +218,7 @@ MUTATIONS = (
     ),
     Mutation(ROWS, "else dot(tl.trans(t), d, product)", "else dot(tl.trans(t), d, 0 * product)", IN_BACKWARD),
     Mutation(SHRINK, "tl.program_id(0).to(tl.int64) * BLOCK_M", "tl.program_id(0).to(tl.int64) * 16", IN_LINEAR),
-    Mutation(GROUPS, "(tile - tiles_before) * BLOCK_M", "(tile - tiles_before) * (BLOCK_M + 1)", IN_GROUPED),
+    Mutation(GROUPS, "(tile - tiles_before) * BLOCK_M", "(tile - tiles_before) * (BLOCK_M + 1)", IN_GROUPED_TILES),
     Mutation(
         EXPAND, "s_ptr + stored[:, None] + rank[None, :]", "s_ptr + stored[:, None] + rank[None, :] * 0", IN_GROUPED
     ),
@@ -304,7 +306,8 @@ MUTATIONS = (
     Mutation("lora_core/adapt/save.py", "if found[place].shape != shape:", "if False:", IN_SHARE),
     Mutation("lora_core/adapt/walk.py", "if part not in WRAPPED", "if part", IN_WRAPPED),
     Mutation("lora_core/layers/adapter.py", "if trained else y", "if not trained else y", IN_MERGED),
-    Mutation(CPU, "mul_(scaling).contiguous()", "contiguous()", IN_CPU),
+    Mutation(CPU, "_rows_summed(hidden, d_y, scaling)", "_rows_summed(hidden, d_y)", IN_CPU_ROWS),
+    Mutation(CPU_PRODUCT, "beta=0, alpha=factor", "beta=0", IN_SCALED_PRODUCT),
     Mutation(CPU_GROUPED, "if _is_finite(y):", "if True:", IN_CPU_GROUPED),
     Mutation(CPU_GROUPED, "index_copy_(0, order, by_adapter)", "copy_(by_adapter)", IN_CPU_GROUPED_BACKWARD),
     Mutation(CPU_PRODUCT, 'b, dense, "none"', 'b, None, "none"', IN_PRODUCT),

@@ -21,7 +21,7 @@ libraries = st.sampled_from(LIBRARIES)
 
 @contextlib.contextmanager
 def using(library):
-    """Make products run by one library, whatever processor and size, and dB as of few columns or of many."""
+    """Make products run by one library, whatever processor and size, and gradients as of few columns or of many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "onednn_is_faster", lambda: library == "onednn")
         patch.setattr(products, "LEAST_OPERATIONS", 1)
@@ -51,6 +51,17 @@ def test_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, of_bias, 
     assert_within_rounding(y, lambda a, b, bias: a @ b.T + bias, a, b, bias, depth=k + 1)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@given(m=sizes, n=sizes, k=sizes, of_a=layouts, of_b=layouts, seed=seeds)
+def test_scaled_product_is_the_formula_by_either_library(m, n, k, of_a, of_b, factor, library, seed):
+    a, b = matrix(m, k, seed, of_a), matrix(n, k, seed + 1, of_b)
+    with using(library):
+        y = products.scaled_product(a, b, factor)
+    assert y.is_contiguous()
+    assert_within_rounding(y, lambda a, b: factor * (a @ b.T), a, b, depth=k + 1)
+
+
 @given(sizes, sizes, sizes, layouts, layouts, libraries, seeds)
 def test_add_product_is_the_formula_by_either_library(m, n, k, of_b, of_y, library, seed):
     a, b, y = matrix(m, k, seed, "rows"), matrix(n, k, seed + 1, of_b), matrix(m, n, seed + 2, of_y)
@@ -72,6 +83,18 @@ def test_lora_linear_on_the_cpu_is_the_formula_by_either_library(m, n, k, r, wit
     check_forward(y, *operands, hidden)
     check_backward(grads, d_y, *rest)
     assert all(g.is_contiguous() for g in grads)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("rows", [0, 1, 47, 48, 300])
+def test_gradient_of_b_is_the_formula_of_few_rows_and_of_many(rows, library):
+    """With 3 ranks, 48 rows are many."""
+    assert low_rank.TALL * 3 == 48
+    d_y, hidden = matrix(rows, 33, 0, "gaps"), matrix(rows, 3, 1, "columns")
+    with using(library):
+        d_b = low_rank.b_gradient(d_y, hidden, 0.3)
+    assert d_b.is_contiguous()
+    assert_within_rounding(d_b, lambda g, s: 0.3 * (g.T @ s), d_y, hidden, depth=rows + 1)
 
 
 def test_onednn_runs_what_is_large_and_dense_and_only_where_it_is_allowed(monkeypatch):

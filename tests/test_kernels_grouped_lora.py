@@ -97,6 +97,17 @@ def test_grouped_lora_backward_kernels_match_the_formula(m, n, k, ranks, dtypes,
     check_backward(grads, base, (x, None, *rest), hidden)
 
 
+def test_grouped_lora_kernels_walk_every_tile_of_an_adapter():
+    """Four tiles of one adapter between one row of another and of none."""
+    x, base, *rest, adapter, scaling = operands(60, 20, 33, [3, 5], (torch.float32,) * 2, 0)
+    adapter[:] = 1
+    adapter[7], adapter[40] = 0, -1
+    args = (x, base, *rest, adapter, scaling)
+    y, hidden = launch_grouped_lora(*args)
+    check_forward(y, hidden, args)
+    check_backward(launch_grouped_lora_backward(base, x, *args[2:], hidden, (True,) * 3), base, args, hidden)
+
+
 @pytest.mark.parametrize("count", [63, 64, 65, 130, 200])
 def test_grouped_lora_kernels_find_a_row_s_adapter_among_many(count):
     """A search looks at 64 adapters in a step."""

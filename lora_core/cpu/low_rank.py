@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from lora_core.cpu.product import product
+from lora_core.cpu.product import product, scaled_product
 from lora_core.reference.dropout import dropout as drop
 
-# columns of x or dL/dy: at 256 to 1408 of them MKL's product took 0.5 to 1.15 times what the other took, at 4096 up to
-# 1.8
+# columns of x or dL/dy, by a few of S or dS: with 256 to 1408 of them MKL took 0.5 to 1.15 times what oneDNN took, with
+# 4096 up to 1.8, where oneDNN is the faster library
 MANY = 2048
+# rows of dL/dy for each rank, from which on dB^T and a copy of it take less time than dB: 1.3 to 2 times less at 1024
+# rows and 16 ranks, 4 times more at one row
+TALL = 16
 
 
 def runs_here(x: Tensor, lora_a: Tensor) -> bool:
@@ -28,25 +31,24 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_
 
 def hidden_gradient(d_y: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """Return dS = s G B."""
-    return product(d_y, lora_b.T).mul_(scaling)
+    return scaled_product(d_y, lora_b.T, scaling)
 
 
 def a_gradient(d_s: Tensor, x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """Return dA = dS^T drop(x)."""
-    return _rows_summed(drop(x, dropout, seed), d_s).T.contiguous()
+    return _rows_summed(d_s, drop(x, dropout, seed))
 
 
 def b_gradient(d_y: Tensor, hidden: Tensor, scaling: float) -> Tensor:
-    """Return dB = s G^T S."""
-    return _rows_summed(d_y, hidden).mul_(scaling).contiguous()
+    """Return dB = s G^T S; of many rows made as the transpose of s S^T G, whose few rows both libraries like better."""
+    if d_y.shape[0] < TALL * hidden.shape[1]:
+        return scaled_product(d_y.T, hidden.T, scaling, by_mkl=True)
+    return _rows_summed(hidden, d_y, scaling).T.contiguous()
 
 
-def _rows_summed(wide: Tensor, narrow: Tensor) -> Tensor:
-    """Return wide^T narrow, in any strides.
-
-    Of many columns made as the transpose of narrow^T wide, whose few rows oneDNN likes better.
-    """
-    return product(narrow.T, wide.T).T if wide.shape[1] > MANY else torch.mm(wide.T, narrow)
+def _rows_summed(narrow: Tensor, wide: Tensor, factor: float = 1.0) -> Tensor:
+    """Return factor narrow^T wide, narrow [M, R] and wide [M, C] in any strides."""
+    return scaled_product(narrow.T, wide.T, factor, by_mkl=wide.shape[1] <= MANY)
 
 
 def add_low_rank(d_x: Tensor, d_s: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:

@@ -198,6 +198,30 @@ assert torch.isfinite(want.dequantize()).all()
 """
 
 
+TOGETHER = """
+import sys
+import torch
+import lora_core as lc
+from lora_core.cpu import compiled
+
+w = lc.quantize_nf4(torch.randn(64, 64))
+calls = 1
+compiled.WORTHWHILE_TOGETHER = 10 * (64 * 64 + compiled.OF_A_CALL)
+want = w.dequantize()
+while "numba" not in sys.modules:
+    calls += 1
+    assert torch.equal(w.dequantize(), want)
+assert calls == 9, calls
+"""
+
+
+def test_numba_is_loaded_for_many_small_weights_too():
+    """The tenth small call has it: nine dequantise, after one that quantises."""
+    pytest.importorskip("numba")
+    run = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("prepare", "loaded"),
     [

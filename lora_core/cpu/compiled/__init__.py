@@ -6,16 +6,28 @@ import importlib.util
 import sys
 from typing import Any
 
-# elements from which on a call whose result is the same either way is worth loading Numba for: it takes 0.3 s, and
-# 1.5 s more where nothing is kept yet
+# elements from which on a call whose result is the same either way is worth loading Numba for: it takes 0.3 to 0.9 s,
+# and 1.5 s more where nothing is kept yet
 WORTHWHILE = 2**18
+# elements that smaller calls have to add up to: by then they have taken about as long. A call takes as long as so many
+# elements even if it has none
+WORTHWHILE_TOGETHER, OF_A_CALL = 2**28, 2**16
+_asked = 0
 
 
 def load_for(name: str, elements: int) -> Any:
-    """Return a module of this folder where it is there already or worth loading for so many elements, else None."""
+    """Return a module of this folder where it is there already or worth loading for so many elements, else None.
+
+    Small calls add up, over all that are made.
+    """
+    global _asked
     # load waits for a module that another thread is importing
-    there = f"{__name__}.{name}" in sys.modules
-    return load(name) if there or elements >= WORTHWHILE else None
+    if f"{__name__}.{name}" not in sys.modules and elements < WORTHWHILE:
+        # a count that another thread has just overwritten comes a call later
+        _asked += elements + OF_A_CALL
+        if _asked < WORTHWHILE_TOGETHER:
+            return None
+    return load(name)
 
 
 @functools.cache

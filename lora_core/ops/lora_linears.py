@@ -14,6 +14,7 @@ from lora_core.ops.checks import check_tensors, outside_autocast
 from lora_core.ops.eager import call, differentiable, none_to_empty
 from lora_core.ops.layer import Layer, prepared
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
+from lora_core.ops.ready import ready
 from lora_core.reference import lora_linears as reference
 
 
@@ -192,7 +193,8 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         raise ConfigError("lora_linears: layers is empty: want at least one")
     checked = []
     for i, layer in enumerate(layers):
-        x, layer = _prepared(f"lora_linears, layer {i}", x, layer)
+        if not _ready(x, layer):
+            x, layer = _prepared(f"lora_linears, layer {i}", x, layer)
         checked.append(layer)
     lows = {layer.lora_a.dtype for layer in checked}
     if len(lows) > 1:
@@ -209,6 +211,17 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         return list(_run(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)[:-1])
 
 
+def _ready(x: Tensor, layer: Layer) -> bool:
+    """Say whether a layer can be taken as it is; never where _prepared would refuse or convert anything."""
+    return type(layer) is Layer and ready(x, *layer) and not (torch.is_grad_enabled() and _trained(layer))
+
+
+def _trained(layer: Layer) -> list[str]:
+    """Return which of a layer's operands are being trained though they have to be frozen."""
+    frozen = {"weight": layer.weight, "bias": layer.bias}
+    return [key for key, t in frozen.items() if isinstance(t, Tensor) and t.requires_grad]
+
+
 def _prepared(name: str, x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
     """Return x and a layer as the operation takes them; raise unless it does."""
     if not isinstance(layer, Layer):
@@ -216,8 +229,7 @@ def _prepared(name: str, x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
     if not isinstance(layer.weight, (Tensor, Packed)):
         raise DtypeError(f"{name}: weight is a {type(layer.weight).__name__}; want a torch.Tensor, or Packed.of(q)")
     x, layer = prepared(name, x, layer)
-    frozen = {"weight": layer.weight, "bias": layer.bias}
-    trained = [key for key, t in frozen.items() if isinstance(t, Tensor) and t.requires_grad]
+    trained = _trained(layer)
     if trained and torch.is_grad_enabled():
         raise ConfigError(
             f"{name}: {' and '.join(trained)} requires a gradient, which this operation does not make: "

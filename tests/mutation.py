@@ -113,6 +113,10 @@ IN_NONE = "test_ops_lora_linear.py::test_lora_linear_passes_opcheck"
 IN_AUTOCAST = "test_ops_modes.py::test_backward_inside_autocast"
 IN_BYPASSED = "test_adapt_bypassed.py::test_what_is_never_called_is_read"
 IN_CPU_ROWS = "test_cpu_product.py::test_gradient_of_b"
+IN_ONE_ROW = "test_kernels_far.py::test_a_matrix_of_one_row"
+IN_SIDES = "test_kernels_crossover.py::test_faster_path_tells"
+IN_WINDOWS = "test_demo_corpus.py::test_demo_nats_per_byte_of_some_windows"
+IN_SAMPLE = "test_demo_parts.py::test_demo_sample_goes_on"
 IN_SCALED_PRODUCT = "test_cpu_product.py::test_scaled_product_is"
 IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_reference"
 IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
@@ -308,6 +312,15 @@ MUTATIONS = (
     Mutation("lora_core/layers/adapter.py", "if trained else y", "if not trained else y", IN_MERGED),
     Mutation(CPU, "_rows_summed(hidden, d_y, scaling)", "_rows_summed(hidden, d_y)", IN_CPU_ROWS),
     Mutation(CPU_PRODUCT, "beta=0, alpha=factor", "beta=0", IN_SCALED_PRODUCT),
+    Mutation("kernels/reach.py", "(size > 1 or value.dim() == 2)", "size > 1", IN_ONE_ROW),
+    Mutation(
+        "kernels/crossover.py",
+        "own = (self.m, self.n, self.k, self.r)",
+        "own = (self.m, self.k, self.n, self.r)",
+        IN_SIDES,
+    ),
+    Mutation("lora_core/demo/data.py", "torch.arange(limit) * count // limit", "torch.arange(limit)", IN_WINDOWS),
+    Mutation("lora_core/demo/sample.py", "tokens[-base.config.context :]", "tokens", IN_SAMPLE),
     Mutation(CPU_GROUPED, "if _is_finite(y):", "if True:", IN_CPU_GROUPED),
     Mutation(CPU_GROUPED, "index_copy_(0, order, by_adapter)", "copy_(by_adapter)", IN_CPU_GROUPED_BACKWARD),
     Mutation(CPU_PRODUCT, 'b, dense, "none"', 'b, None, "none"', IN_PRODUCT),

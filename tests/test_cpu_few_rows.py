@@ -197,20 +197,27 @@ def test_few_rows_are_not_of_a_small_weight_though_all_is_loaded(monkeypatch):
     assert few.few_rows(x, Packed.of(lc.quantize_nf4(torch.randn(9, 64)))) is not None
 
 
-@pytest.mark.parametrize("rows", [2, 64])
+# decoded in registers, in the cache, and for a dense product
+@pytest.mark.parametrize("rows", [2, 12, 64])
 def test_rows_of_a_lazily_negated_x_are_multiplied(rows):
     q, x = lc.quantize_nf4(torch.randn(40, 96)), torch.randn(rows, 96)
     y = lc.nf4_lora_linear(torch._neg_view(x), q, None, None, None, 1.0)
     assert torch.equal(y, lc.nf4_lora_linear(-x, q, None, None, None, 1.0))
+    x.requires_grad_()
+    y, d_y = lc.nf4_lora_linear(x, q, None, None, None, 1.0), torch.randn(rows, 40)
+    found = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in (torch._neg_view(d_y), -d_y)]
+    assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("rows", [2, 64])
-def test_parts_too_small_for_their_shape_are_refused(rows):
+@pytest.mark.parametrize("rows", [2, 12, 64])
+@pytest.mark.parametrize("nested", [False, True])
+def test_parts_too_small_for_their_shape_are_refused(rows, nested):
     """Whether few rows or many: the loops would read what lies behind them."""
-    w = Packed.of(lc.quantize_nf4(torch.randn(40, 96), double_quant=False))
-    for short in ({"codes": w.codes[:10]}, {"absmax": w.absmax[:2]}):
+    w = Packed.of(lc.quantize_nf4(torch.randn(40, 960), double_quant=nested))
+    cuts = {"codes": 10, "absmax": 2} | ({"nested_absmax": 1} if nested else {})
+    for short in ({part: getattr(w, part)[:count]} for part, count in cuts.items()):
         with pytest.raises(lc.ShapeError, match=f"{next(iter(short))} has"):
-            packed_lora_linear(torch.randn(rows, 96), w._replace(**short), None, None, None, 1.0)
+            packed_lora_linear(torch.randn(rows, 960), w._replace(**short), None, None, None, 1.0)
 
 
 @pytest.mark.parametrize("wide", range(3))

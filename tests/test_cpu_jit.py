@@ -1,5 +1,7 @@
 """What is compiled is kept until any file changes that it was made from."""
 
+import importlib
+import inspect
 import shutil
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import pytest
 
 pytest.importorskip("numba")
 
-from lora_core.cpu.compiled import jit
+from lora_core.cpu.compiled import jit, load
 from lora_core.cpu.compiled.jit import compiled, stamp
+from lora_core.quant import codebook
 
 FOLDER = Path(jit.__file__).parent
 WRITTEN = """
@@ -28,6 +31,22 @@ def test_stamp_changes_with_every_file_the_loops_are_made_from(tmp_path):
         assert stamp.__wrapped__(files) != before
         path.write_text(text)
     assert stamp.__wrapped__(files) == before
+
+
+def test_stamp_is_of_the_levels_too():
+    files = inspect.signature(stamp).parameters["files"].default
+    assert Path(codebook.__file__) in files and {path.parent for path in files} == {
+        FOLDER,
+        Path(codebook.__file__).parent,
+    }
+
+
+def test_a_numba_that_does_not_go_with_this_numpy_is_done_without(monkeypatch):
+    def broken(name):
+        raise ValueError("numpy.dtype size changed, may indicate binary incompatibility")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert load.__wrapped__("nf4") is None
 
 
 def test_what_is_kept_is_compiled_anew_where_the_stamp_is_another(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import lora_core as lc
 from lora_core import cpu
 from lora_core.cpu import compiled
+from lora_core.cpu.plain import nf4 as plain
 from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_quantize import nf4_quantize, op
@@ -196,6 +198,14 @@ want = lc.quantize_nf4(large)
 assert (compiled.load_for("nf4", 0) is not None) is {loaded}
 assert torch.isfinite(want.dequantize()).all()
 """
+
+
+def test_numpys_loops_encode_what_is_not_finite_without_a_warning():
+    values, codes, absmax = np.full(64, np.inf, np.float32), np.zeros(32, np.uint8), np.zeros(1, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.encode(values, codes, absmax, 64)
+    assert absmax[0] == np.inf
 
 
 TOGETHER = """

@@ -1,6 +1,7 @@
 """The demo's text, tokenizer, model and base."""
 
 import ast
+import inspect
 import json
 import math
 
@@ -9,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core.demo.base import SHIPPED, load_base
-from lora_core.demo.corpus import CODE_LIMIT_BYTES, HELD_OUT_ONE_IN, digest, load_corpus
+from lora_core.demo.corpus import CODE_LIMIT_BYTES, HELD_OUT_ONE_IN, _definitions, digest, load_corpus
 from lora_core.demo.data import nats_per_byte, token_stream, training_batch
 from lora_core.demo.model import GPT, GPTConfig
-from lora_core.demo.pretrain import PretrainSettings, _resume, pretrain
+from lora_core.demo.pretrain import PretrainSettings, _resume, _train, pretrain
 from lora_core.demo.schedule import learning_rate_at
 from lora_core.demo.tokenizer import Tokenizer, train_tokenizer
 from lora_core.errors import CheckpointError
@@ -67,6 +68,22 @@ def test_demo_corpus_code_is_capped_and_holds_no_docstring_prose(corpus):
         if ast.get_docstring(tree):
             pytest.fail(f"a module's docstring is left: {text[:80]!r}")
     assert parsed > len(code) // 4
+
+
+def test_demo_corpus_finds_docstrings_wherever_a_definition_can_stand():
+    source = """
+        try:
+            def a(): "of a try"
+        except OSError:
+            def b(): "of an except"
+        else:
+            class C: "of an else"
+        match 1:
+            case 1:
+                async def d(): "of a case"
+        """
+    found = {ast.get_docstring(node) for node in _definitions(ast.parse(inspect.cleandoc(source)))}
+    assert found == {None, "of a try", "of an except", "of an else", "of a case"}
 
 
 def test_demo_corpus_digest_ignores_indentation():
@@ -140,9 +157,25 @@ def test_demo_nats_per_byte_of_a_uniform_guess_is_the_vocabulary_over_the_bytes(
     assert math.isclose(nats_per_byte(Uniform(), stream, tokenizer, 16), math.log(258) / 2)
 
 
+def test_demo_nats_per_byte_of_some_windows_takes_them_evenly_from_the_whole_stream():
+    shown = []
+
+    class Recording(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, tokens):
+            shown.extend(tokens[:, 0].tolist())
+            return self.anchor + torch.zeros(*tokens.shape, 257)
+
+    nats_per_byte(Recording(), torch.arange(81), Tokenizer([]), 8, limit=5)
+    assert shown == [0, 16, 32, 48, 64]
+
+
 def test_demo_learning_rate_rises_then_falls_to_a_twentieth():
     rates = [learning_rate_at(step, 100, 1.0, 10) for step in range(101)]
-    assert rates.index(max(rates)) in (9, 10) and rates[0] < rates[5] < rates[9]
+    assert rates.index(max(rates)) in (9, 10) and 0.1 == rates[0] < rates[5] < rates[9]
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert math.isclose(rates[-1], 0.05)
 
@@ -252,3 +285,16 @@ def test_demo_pretraining_goes_on_from_a_checkpoint_with_the_same_result(tmp_pat
     assert resumed["held_out_nats_per_byte"] == whole["held_out_nats_per_byte"] < whole["untrained_nats_per_byte"]
     first, second = (load_base(tmp_path / name).state for name in ("whole", "resumed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    # what is recorded was measured of what is kept, which is rounded to half precision
+    base = load_base(tmp_path / "whole")
+    kept = nats_per_byte(base.model(), token_stream(short.held_out, base.tokenizer), base.tokenizer, config.context)
+    assert kept == whole["held_out_nats_per_byte"]
+
+
+def test_demo_pretraining_decays_matrices_and_no_norms(monkeypatch):
+    made, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **rest: made.append(adamw(*args, **rest)) or made[-1])
+    settings = PretrainSettings(steps=1, batch=1, bfloat16=False)
+    _train(GPT(TINY), torch.arange(290), torch.arange(290), Tokenizer([]), settings, None)
+    decays = {p.ndim: group["weight_decay"] for group in made[0].param_groups for p in group["params"]}
+    assert decays == {2: settings.weight_decay, 1: 0.0} and settings.weight_decay > 0

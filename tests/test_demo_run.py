@@ -14,18 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lora_core as lc
 from lora_core.adapt.files import STALE_SECONDS
 from lora_core.adapt.load import load_adapter
+from lora_core.adapt.merge import merge_and_unload
 from lora_core.cli import main
+from lora_core.demo import charts
 from lora_core.demo import run as demo_run
-from lora_core.demo.adaptation import Adaptation, held_bytes, measure
-from lora_core.demo.agreement import Agreement
-from lora_core.demo.base import load_base
+from lora_core.demo.adaptation import Adaptation, Losses, held_bytes, measure
+from lora_core.demo.agreement import Agreement, logits
+from lora_core.demo.base import QLORA, load_base
 from lora_core.demo.files import write_atomically
+from lora_core.demo.page import ALT, page
 from lora_core.demo.run import run_demo, write_results
 from lora_core.demo.settings import METHODS, DemoSettings, check_output, choose_device
-from lora_core.demo.table import cells, print_results
+from lora_core.demo.table import COLUMNS, agreement_lines, cells, print_results
 from lora_core.demo.text import load_text
+from lora_core.demo.weights import HISTOGRAM_BINS, HISTOGRAM_RANGE
 from lora_core.errors import ConfigError, DeviceError, LoraCoreError
 
 FILES = {"index.html", "results.json", "loss_curves.png", "quantization_error.png", "singular_values.png"}
@@ -120,6 +125,97 @@ def test_demo_run_the_three_forms_agree(finished):
     assert 0 < agreement.merged_rounding < 1e-4 and agreement.merged_difference > 0
     # rounding to 4 bits again is another matter, and is said
     assert agreement.requantizing_error > 0.01 and agreement.requantized != agreement.merged
+
+
+def test_demo_run_errors_of_the_three_forms_are_against_float64(finished, text):
+    folder, results = finished
+    base, exact = load_base(), load_adapter(load_base().dequantized(), folder / "qlora-adapter").double()
+    merged = merge_and_unload(load_adapter(base.dequantized(), folder / "qlora-adapter"))
+    windows = text.code_held_out[: DemoSettings.quick().agreement_windows * base.config.context]
+    windows = windows.view(-1, base.config.context)
+    off = (logits(merged, windows) - logits(exact, windows)).square().mean().sqrt().item()
+    assert results.agreement.merged_rounding == pytest.approx(off, rel=1e-6)
+
+
+def test_demo_run_says_whether_the_three_forms_agree(finished):
+    results = finished[1]
+    changed = dataclasses.replace(results.agreement, reloaded_difference=1e-7)
+    assert agreement_lines(results)[-1] == "All three forms agree."
+    assert agreement_lines(dataclasses.replace(results, agreement=changed))[-1] == "THE THREE FORMS DO NOT AGREE."
+
+
+def test_demo_run_figures_are_what_their_names_say(finished):
+    """Times in milliseconds, points at the steps they were measured after, QLoRA's start that of its own base."""
+    results = finished[1]
+    for row in results.rows:
+        # a step of this model takes no microseconds, and no minutes
+        assert 1 < row.step_ms < 60_000
+        assert [step for step, _ in row.held_out_curve] == [0, 2, 4]
+        losses = (row.before.code, row.after.code, row.before.prose, row.after.prose)
+        assert cells(row)[5:] == tuple(f"{loss:.3f}" for loss in losses)
+    *plain, qlora = results.rows
+    assert all(row.before == plain[0].before for row in plain) and qlora.before != plain[0].before
+    assert results.setting["tokens_per_step"] == 4 * load_base().config.context
+
+
+def test_demo_run_weights_of_four_bits_are_off_by_a_share_of_their_norm(finished):
+    by_name = {error.name: error for error in finished[1].quantization}
+    weights = [m.weight.detach() for m in load_base().model().modules() if isinstance(m, torch.nn.Linear)]
+    held = [lc.quantize_nf4(w, QLORA.block_size, double_quant=False).dequantize() for w in weights]
+    off, size = (torch.cat([t.flatten() for t in each]).double() for each in (held, weights))
+    assert by_name["NF4"].relative_error == pytest.approx(((off - size).norm() / size.norm()).item(), rel=1e-6)
+
+
+def test_demo_run_energy_is_of_the_squares(finished):
+    for spectrum in finished[1].spectra:
+        squares = [value**2 for value in spectrum.singular_values]
+        assert spectrum.energy_in_rank == pytest.approx(sum(squares[: finished[1].rank]) / sum(squares))
+
+
+def test_demo_held_out_code_is_trained_on_nowhere(text):
+    spelled = load_base().tokenizer.decode(text.code_held_out.tolist())
+    assert spelled == "".join(text.corpus.code.held_out)
+
+
+def test_demo_histogram_is_drawn_over_the_middles_of_its_bins(finished, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, *rest, **how: (drawn.append(x), plot(axes, x, *rest, **how))[1])
+    charts._draw(charts._quantization_error, finished[1], charts.LIGHT)
+    # an odd number of bins around zero
+    assert len(drawn) == 4 and all(abs(x[HISTOGRAM_BINS // 2]) < 1e-9 for x in drawn)
+    assert all(x[0] - (-HISTOGRAM_RANGE) == pytest.approx(HISTOGRAM_RANGE - x[-1]) for x in drawn)
+
+
+def test_demo_page_marks_the_best_of_the_columns_that_rank(finished):
+    folder, results = finished
+    html = (folder / "index.html").read_text("utf-8")
+    lines = re.findall("<tr>(<td.*?)</tr>", html)
+    marked = [[bool(mark) for mark in re.findall('<td( class="best")?>', line)] for line in lines]
+    ranked = {2: "weight_bytes", 3: "optimizer_bytes"} | {6: "code", 8: "prose"}
+    for column, name in ranked.items():
+        values = [getattr(row if column < 4 else row.after, name) for row in results.rows]
+        assert [line[column] for line in marked] == [value == min(values) for value in values]
+    assert not any(line[column] for line in marked for column in range(len(COLUMNS)) if column not in ranked)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_demo_page_says_where_this_pythons_prose_is_another(finished, same):
+    results = finished[1]
+    told = dataclasses.replace(results, setting=results.setting | {"same_prose_as_base": same})
+    pictures = {f"{name}.png": b"" for name in ALT}
+    assert ("documentation differs" in page(told, pictures, pictures)) is not same
+
+
+def test_demo_step_trains_by_its_own_gradients_clipped(text):
+    run = Adaptation(load_base(), METHODS[1], text, DemoSettings.quick(), CPU, Losses(1, 1))
+    for _ in range(3):
+        # what an earlier step or another hand has left behind
+        for parameter in run.parameters:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        run.step()
+        assert torch.stack([parameter.grad.norm() for parameter in run.parameters]).norm() < 1.0001
 
 
 def test_demo_agreement_notices_a_changed_model(finished):

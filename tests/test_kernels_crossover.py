@@ -62,6 +62,23 @@ def test_faster_path_of_sizes_that_are_loaded_another_way_is_that_of_measurement
     assert faster_path("chip", torch.bfloat16, 16, 64, 64, 16) == "library"
 
 
+def test_faster_path_tells_inputs_from_outputs(table):
+    """An up projection is no down projection."""
+    up, down = {"n": 4096, "k": 64}, {"n": 64, "k": 4096}
+    table([row(16, 1.0, 2.0) | down, row(16, 2.0, 1.0) | up])
+    assert faster_path("chip", torch.bfloat16, 16, 64, 4096, 16) == "fused"
+    assert faster_path("chip", torch.bfloat16, 16, 4096, 64, 16) == "library"
+
+
+def test_an_empty_variable_names_no_table(table, monkeypatch, caplog):
+    table([])
+    monkeypatch.setenv(crossover.VARIABLE, "")
+    crossover.measurements.cache_clear()
+    with caplog.at_level(logging.WARNING, "lora_core.kernels"):
+        assert crossover.measurements() == crossover.read(crossover.SHIPPED)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("rows", ["no json", '[{"device": "chip"}]', "[1]"])
 def test_a_damaged_table_is_said_and_not_followed(table, rows, caplog):
     table(rows)

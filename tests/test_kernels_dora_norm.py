@@ -81,6 +81,14 @@ def test_dora_norm_kernels_take_any_strides_give_the_same_bits_twice_and_change_
     assert torch.equal(first, second) and all(torch.equal(a, b) for a, b in zip(loose, before, strict=True))
 
 
+def test_dora_norm_kernel_reads_nothing_behind_a():
+    """K is no multiple of a step, and what follows A's last row is no number."""
+    behind = torch.full((3 * 33 + 64,), float("nan"), device=DEVICE)
+    lora_a = behind[: 3 * 33].view(3, 33).normal_()
+    weight, lora_b = torch.randn(5, 33, device=DEVICE), torch.randn(5, 3, device=DEVICE)
+    assert launch_dora_norm(weight, lora_a, lora_b, 1.0).isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 2), (3, 8, 0), (3, 0, 2)], ids=str)
 def test_dora_norm_takes_empty_operands(shape):
     n, k, r = shape

@@ -165,6 +165,22 @@ def test_operands_of_more_dimensions_are_copied_only_where_they_span_what_is_far
     assert isinstance(given[-1][2], tuple) and given[-1][2][1].is_contiguous()
 
 
+def test_a_matrix_of_one_row_is_copied_where_its_rows_would_lie_far_apart():
+    """Its stride is given to a kernel all the same; a copy that keeps the layout would have it, too."""
+    given = []
+    near(given.append)(torch.randn(4).as_strided((1, 4), (LARGEST + 1, 1)))
+    assert given[0].stride() == (4, 1)
+
+
+def test_ranks_of_several_layers_beyond_reach_together_are_left_to_the_reference(monkeypatch, caplog):
+    monkeypatch.setattr(reach, "LARGEST_SIDE", 64)
+    x, weight, a, b = (torch.randn(*shape, device=DEVICE) for shape in ((3, 16), (8, 16), (40, 16), (8, 40)))
+    none = [x.new_empty(0)] * 2
+    with caplog.at_level("DEBUG", "lora_core.kernels"):
+        launch_lora_linears(x, *flatten([weight] * 2), none, [a] * 2, [b] * 2, [0.5] * 2, [0.0] * 2, none)
+    assert "lora_linears: a side of more than 64, reference" in caplog.messages
+
+
 @pytest.mark.parametrize(
     ("tokens", "side", "sides", "said"),
     [

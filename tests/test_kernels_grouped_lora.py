@@ -138,7 +138,7 @@ def test_grouped_lora_sorts_every_row_into_one_tile(adapter, count):
     assert found.tile_ends[-1] <= found.tiles
 
 
-@pytest.mark.parametrize("needs", itertools.product((False, True), repeat=3), ids=str)
+@pytest.mark.parametrize("needs", [*itertools.product((False, True), repeat=3)], ids=str)
 def test_grouped_lora_backward_kernels_make_just_what_is_needed(needs):
     x, base, *rest = operands(20, 9, 33, [4, 0, 17], (torch.bfloat16,) * 2, 0)
     hidden = launch_grouped_lora(x, None, *rest)[1]

@@ -64,7 +64,7 @@ def test_lora_linear_backward_kernels_match_the_formula(m, n, k, r, dtypes, scal
     check_backward(grads, d_y, *rest)
 
 
-@pytest.mark.parametrize("needs", itertools.product((False, True), repeat=5), ids=str)
+@pytest.mark.parametrize("needs", [*itertools.product((False, True), repeat=5)], ids=str)
 @pytest.mark.parametrize(("r", "dropout"), [(4, 0.0), (4, 0.5), (40, 0.0), (40, 0.5)])
 def test_lora_linear_backward_kernels_make_just_what_is_needed(needs, r, dropout):
     """Every subset, by one read of dL/dy (r = 4) and by two (r = 40): the same as all together, the rest None."""
@@ -89,6 +89,13 @@ def test_shrink_kernel_splits_its_sum_without_a_trace(m, k, r, dtypes, dropout, 
     magnitude = 0.7 * (wide * keep).abs() @ lora_a.double().cpu().T.abs()
     unit = torch.finfo(dtypes[1]).eps / 2
     assert_within_bound(s.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * (k + splits + 2) ** 0.5 * magnitude)
+
+
+def test_row_sum_kernel_makes_the_gradient_of_a_bias_without_ranks():
+    d_y = torch.randn(5, 7, device=DEVICE)
+    found = launch_row_sum(d_y, d_y[:, :0], bias=True)
+    assert found.product.shape == (7, 0)
+    torch.testing.assert_close(found.d_bias, d_y.sum(0))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

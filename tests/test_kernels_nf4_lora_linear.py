@@ -171,7 +171,7 @@ def test_nf4_input_gradient_is_added_to_what_is_there(n, k, path, panel_bytes, s
     assert_within_bound(total.cpu(), exact, bound)
 
 
-@pytest.mark.parametrize("needs", itertools.product((False, True), repeat=4), ids=str)
+@pytest.mark.parametrize("needs", [*itertools.product((False, True), repeat=4)], ids=str)
 @pytest.mark.parametrize(("m", "dropout"), [(5, 0.0), (5, 0.5), (70, 0.0), (70, 0.5)])
 def test_nf4_lora_linear_backward_kernels_make_just_what_is_needed(needs, m, dropout):
     x, weight, _, lora_a, lora_b = linear_operands(m, 20, 40, 4, torch.bfloat16, torch.float32, 0, DEVICE)

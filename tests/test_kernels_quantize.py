@@ -69,6 +69,13 @@ def test_absmax_kernels_give_the_references_codes_and_scales(count, block_size, 
     assert torch.equal(back, double.dequantize_absmax(codes, absmax2, offset, block_size))
 
 
+def test_absmax_quantize_kernel_takes_scales_that_lie_apart():
+    absmax = torch.rand(600, device=DEVICE)[::2]
+    offset = absmax.mean().view(1)
+    found, want = launch_absmax_quantize(absmax, offset, 256), double.quantize_absmax(absmax, offset, 256)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_absmax_quantize_kernel_breaks_ties_towards_even_codes():
     """Every midpoint that float32 holds exactly, and its neighbours."""
     middle = codebook("dynamic").midpoints

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 DASHES = ("-", "--", "-.", ":")
 PIXELS_PER_INCH = 144
-SMOOTHED_STEPS = 10
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 WORTHWHILE = 2**18
 # elements that smaller calls have to add up to: by then they have taken about as long. A call takes as long as so many
 # elements even if it has none
-WORTHWHILE_TOGETHER, OF_A_CALL = 2**28, 2**16
+WORTHWHILE_TOGETHER, OF_A_CALL = 2**27, 2**16
 _asked = 0
 
 

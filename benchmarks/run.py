@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m bench
             return FAILED
         if suite == "cpu":
             heap.keep_freed_memory()
+            _load_loops()
         given.device = "cuda" if suite == "gpu" else "cpu"
         given.results = given.results or record.RESULTS
         jobs = _jobs(given, suite)
@@ -117,6 +118,13 @@ def _jobs(given: argparse.Namespace, suite: str) -> list[Job]:
     ops = given.op or case_names()
     asked.require_sizes(ops, given.shape or (), lambda op: shapes_of(op, None, "cpu")[0])
     return [(op, shape) for op in ops for shape in shapes_of(op, given.shape, suite)]
+
+
+def _load_loops() -> None:
+    """Load what many small 4-bit weights load by themselves, which would be in the middle of a sample."""
+    from lora_core.cpu import compiled
+
+    compiled.load("nf4")
 
 
 def _cheapest(jobs: Sequence[Job], device: str) -> Iterator[Case]:

@@ -113,6 +113,7 @@ IN_NONE = "test_ops_lora_linear.py::test_lora_linear_passes_opcheck"
 IN_AUTOCAST = "test_ops_modes.py::test_backward_inside_autocast"
 IN_BYPASSED = "test_adapt_bypassed.py::test_what_is_never_called_is_read"
 IN_CPU_ROWS = "test_cpu_product.py::test_gradient_of_b"
+IN_PANELS_OF_ROWS = "test_kernels_nf4_lora_linear.py::test_every_panel_of_rows_has"
 IN_ONE_ROW = "test_kernels_far.py::test_a_matrix_of_one_row"
 IN_SIDES = "test_kernels_crossover.py::test_faster_path_tells"
 IN_WINDOWS = "test_demo_corpus.py::test_demo_nats_per_byte_of_some_windows"
@@ -312,6 +313,7 @@ MUTATIONS = (
     Mutation("lora_core/layers/adapter.py", "if trained else y", "if not trained else y", IN_MERGED),
     Mutation(CPU, "_rows_summed(hidden, d_y, scaling)", "_rows_summed(hidden, d_y)", IN_CPU_ROWS),
     Mutation(CPU_PRODUCT, "beta=0, alpha=factor", "beta=0", IN_SCALED_PRODUCT),
+    Mutation(PACKED, "bias[first:end]", "bias[: end - first]", IN_PANELS_OF_ROWS),
     Mutation("kernels/reach.py", "(size > 1 or value.dim() == 2)", "size > 1", IN_ONE_ROW),
     Mutation(
         "kernels/crossover.py",

@@ -185,6 +185,16 @@ def test_nf4_lora_linear_backward_kernels_make_just_what_is_needed(needs, m, dro
     check_backward((d_x, None, *others), d_y, x, dense, *rest)
 
 
+@pytest.mark.parametrize("path", ["fused", "library"])
+def test_every_panel_of_rows_has_its_own_part_of_the_bias(path):
+    m, n, k, r = 70, 300, 64, 4
+    x, weight, bias, lora_a, lora_b = linear_operands(m, n, k, r, torch.float32, torch.float32, 0, DEVICE)
+    w, dense = quantised(weight, 64, True)
+    assert len(list(row_panels(w, torch.float32, 1))) > 1
+    y, hidden = launch_nf4_lora_linear(x, *w, bias, lora_a, lora_b, 0.5, 0.0, SEED, path, panel_bytes=1)
+    check_forward(y, x, dense, bias, lora_a, lora_b, 0.5, 0.0, SEED, hidden, "either")
+
+
 @pytest.mark.parametrize("m", [3, 70])
 @pytest.mark.parametrize("spread", ["columns", "transposed"])
 def test_nf4_lora_linear_kernels_take_any_strides(m, spread):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import block_sizes, counts, dtypes, scales, seeds, values
 
+from lora_core.kernels import absmax_dequantize
 from lora_core.kernels.absmax_dequantize import launch_absmax_dequantize
 from lora_core.kernels.absmax_quantize import launch_absmax_quantize
 from lora_core.kernels.nf4_quantize import launch_nf4_quantize
@@ -74,6 +75,19 @@ def test_absmax_quantize_kernel_takes_scales_that_lie_apart():
     offset = absmax.mean().view(1)
     found, want = launch_absmax_quantize(absmax, offset, 256), double.quantize_absmax(absmax, offset, 256)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("moved", ["codes", "absmax2"])
+def test_absmax_dequantize_kernel_loads_by_the_element_what_begins_between_two_vectors(moved, monkeypatch):
+    monkeypatch.setattr(absmax_dequantize, "_WIDE", None)
+    codes, absmax2 = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(2), torch.rand(2, device=DEVICE)
+    offset = torch.rand(1, device=DEVICE)
+    want = double.dequantize_absmax(codes, absmax2, offset, 256)
+    if moved == "codes":
+        codes = torch.cat([codes[:1], codes])[1:]
+    else:
+        absmax2 = torch.cat([absmax2[:1], absmax2])[1:]
+    assert torch.equal(launch_absmax_dequantize(codes, absmax2, offset, 256), want)
 
 
 def test_absmax_quantize_kernel_breaks_ties_towards_even_codes():

@@ -22,6 +22,7 @@ from lora_core.kernels.log import log, log_launch
 from lora_core.kernels.low_rank_matmul import launch_low_rank_matmul
 from lora_core.kernels.row_sum import launch_row_sum
 from lora_core.kernels.shrink import launch_shrink
+from lora_core.ops.scaled import scaled
 
 # bytes a part of a float32 sum moves: written once and read once
 PART_BYTES = 8
@@ -82,7 +83,7 @@ def low_rank_part(
     if total is not None and bias is None and lora_b.shape[1] == 0:
         return total
     if bias is None and _library_can(x, lora_b, dropout):
-        return _scaled(hidden, lora_b, factor) if total is None else total.addmm_(hidden, lora_b.T, alpha=factor)
+        return scaled(hidden, lora_b, factor) if total is None else total.addmm_(hidden, lora_b.T, alpha=factor)
     # no terms of x W^T
     x, weight = x[:, :0], x.new_empty(columns, 0)
     return launch_low_rank_matmul(x, weight, bias, hidden, lora_b, factor, dropout, seed, total, total is not None)
@@ -102,21 +103,13 @@ def skinny_product(
         x, lora_a, dropout, seed, factor: as in launch_shrink.
     """
     if path == "library" and _library_can(x, lora_a, dropout):
-        return _scaled(x, lora_a, factor)
+        return scaled(x, lora_a, factor)
     return launch_shrink(x, lora_a, dropout, seed, factor)
 
 
 def _library_can(x: Tensor, other: Tensor, dropout: float = 0.0) -> bool:
     """Say whether no mask and no second dtype is in the way of a product."""
     return not dropout and x.dtype == other.dtype
-
-
-def _scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """Return factor a b^T, scaled before it is rounded."""
-    if factor == 1.0:
-        return torch.mm(a, b.T)
-    y = a.new_empty(len(a), len(b))
-    return torch.addmm(y, a, b.T, beta=0, alpha=factor, out=y)
 
 
 def low_rank_gradients(
@@ -149,7 +142,7 @@ def low_rank_gradients(
     )
     log_launch("gradients of A and B", "one read of dy" if together and need_b else "a read of dy each", hidden)
     if need_b and by_library:
-        d_lora_b = _scaled(d_y.T, hidden.T, scaling)
+        d_lora_b = scaled(d_y.T, hidden.T, scaling)
     elif need_b:
         shrink_by = lora_b if together else None
         d_lora_b, d_bias, d_s = launch_row_sum(d_y, hidden, scaling, shrink_by=shrink_by, bias=need_bias)

@@ -52,6 +52,7 @@ COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
 COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD = (
     f"lora_core/cpu/compiled/{name}.py" for name in ("nf4_product", "tile", "picked", "spread")
 )
+REACH, CROSSOVER = "kernels/reach.py", "kernels/crossover.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -170,9 +171,9 @@ MUTATIONS = (
     Mutation(
         DECODE, "None and w.nested_block_size != NESTED", "None and w.nested_block_size < 0 * NESTED", IN_NF4_NESTED
     ),
-    Mutation("kernels/reach.py", "any(map(_is_far, args))", "False", IN_REACH),
-    Mutation("kernels/reach.py", "any(t.dtype == torch.float64 for t in (tokens, *matrices))", "False", IN_WIDE),
-    Mutation("kernels/reach.py", "and not _multiplies_halves(tokens.device)", "and False", IN_HALVES),
+    Mutation(REACH, "any(map(_is_far, args))", "False", IN_REACH),
+    Mutation(REACH, "any(t.dtype == torch.float64 for t in (tokens, *matrices))", "False", IN_WIDE),
+    Mutation(REACH, "and not _multiplies_halves(tokens.device)", "and False", IN_HALVES),
     Mutation(PANELS, "for rows in (aligned, whole)", "for rows in (whole,)", IN_ALIGNED),
     Mutation(PANELS, "    w = as_read(w)\n    n, k = w.shape\n    step", "    n, k = w.shape\n    step", IN_NF4_NESTED),
     Mutation(SUM, "    total *= factor\n", "", IN_SUM),
@@ -312,11 +313,11 @@ MUTATIONS = (
     Mutation("lora_core/adapt/walk.py", "if part not in WRAPPED", "if part", IN_WRAPPED),
     Mutation("lora_core/layers/adapter.py", "if trained else y", "if not trained else y", IN_MERGED),
     Mutation(CPU, "_rows_summed(hidden, d_y, scaling)", "_rows_summed(hidden, d_y)", IN_CPU_ROWS),
-    Mutation(CPU_PRODUCT, "beta=0, alpha=factor", "beta=0", IN_SCALED_PRODUCT),
+    Mutation("lora_core/ops/scaled.py", "beta=0, alpha=factor", "beta=0", IN_SCALED_PRODUCT),
     Mutation(PACKED, "bias[first:end]", "bias[: end - first]", IN_PANELS_OF_ROWS),
-    Mutation("kernels/reach.py", "(size > 1 or value.dim() == 2)", "size > 1", IN_ONE_ROW),
+    Mutation(REACH, "(size > 1 or value.dim() == 2)", "size > 1", IN_ONE_ROW),
     Mutation(
-        "kernels/crossover.py",
+        CROSSOVER,
         "own = (self.m, self.n, self.k, self.r)",
         "own = (self.m, self.k, self.n, self.r)",
         IN_SIDES,
@@ -341,7 +342,7 @@ MUTATIONS = (
         IN_FUSE,
     ),
     Mutation(
-        "kernels/crossover.py",
+        CROSSOVER,
         "self.fused_ms < self.library_ms",
         "self.fused_ms > self.library_ms",
         "test_kernels_crossover.py::test_faster_path_is_that_of_the_nearest",

@@ -200,6 +200,35 @@ assert torch.isfinite(want.dequantize()).all()
 """
 
 
+@pytest.mark.parametrize(
+    ("prepare", "loaded"),
+    [
+        ("", True),
+        # neither beside the sources nor in the home folder is there room for what was compiled
+        ("import numba.core.caching as c; c.CacheImpl._locator_classes = []", True),
+        # not installed
+        (
+            "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'numba' else find(n)",
+            False,
+        ),
+        # installed, and not for this NumPy
+        ("sys.modules['numba'] = None; import importlib.util as u; u.find_spec = lambda n: True", False),
+        # installed, and switched off
+        ("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", False),
+    ],
+)
+def test_numba_is_loaded_for_large_weights_where_it_works(prepare, loaded):
+    if loaded:
+        pytest.importorskip("numba")
+    run = subprocess.run(
+        [sys.executable, "-c", LOADING.format(prepare=prepare, loaded=loaded)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 def test_numpys_loops_encode_what_is_not_finite_without_a_warning():
     values, codes, absmax = np.full(64, np.inf, np.float32), np.zeros(32, np.uint8), np.zeros(1, np.float32)
     with warnings.catch_warnings():
@@ -229,35 +258,6 @@ def test_numba_is_loaded_for_many_small_weights_too():
     """The tenth small call has it: nine dequantise, after one that quantises."""
     pytest.importorskip("numba")
     run = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
-@pytest.mark.parametrize(
-    ("prepare", "loaded"),
-    [
-        ("", True),
-        # neither beside the sources nor in the home folder is there room for what was compiled
-        ("import numba.core.caching as c; c.CacheImpl._locator_classes = []", True),
-        # not installed
-        (
-            "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'numba' else find(n)",
-            False,
-        ),
-        # installed, and not for this NumPy
-        ("sys.modules['numba'] = None; import importlib.util as u; u.find_spec = lambda n: True", False),
-        # installed, and switched off
-        ("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'", False),
-    ],
-)
-def test_numba_is_loaded_for_large_weights_where_it_works(prepare, loaded):
-    if loaded:
-        pytest.importorskip("numba")
-    run = subprocess.run(
-        [sys.executable, "-c", LOADING.format(prepare=prepare, loaded=loaded)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
     assert run.returncode == 0, run.stderr[-2000:]
 
 

@@ -141,36 +141,30 @@ def test_demo_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(first, training_batch(stream, 4, 16, seed=2, step=2)[0])
 
 
+class Uniform(torch.nn.Module):
+    """Takes every token for as likely; keeps the first of each window it is shown."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(()))
+        self.vocabulary, self.shown = vocabulary, []
+
+    def forward(self, tokens):
+        self.shown.extend(tokens[:, 0].tolist())
+        return self.anchor + torch.zeros(*tokens.shape, self.vocabulary)
+
+
 def test_demo_nats_per_byte_of_a_uniform_guess_is_the_vocabulary_over_the_bytes():
     tokenizer = Tokenizer([(97, 98)])
-
-    class Uniform(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self, tokens):
-            return self.anchor + torch.zeros(*tokens.shape, len(tokenizer))
-
     # "ab" is one token of two bytes: half the nats of a token that spells one
     stream = torch.full((65,), 257)
-    assert math.isclose(nats_per_byte(Uniform(), stream, tokenizer, 16), math.log(258) / 2)
+    assert math.isclose(nats_per_byte(Uniform(len(tokenizer)), stream, tokenizer, 16), math.log(258) / 2)
 
 
 def test_demo_nats_per_byte_of_some_windows_takes_them_evenly_from_the_whole_stream():
-    shown = []
-
-    class Recording(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self, tokens):
-            shown.extend(tokens[:, 0].tolist())
-            return self.anchor + torch.zeros(*tokens.shape, 257)
-
-    nats_per_byte(Recording(), torch.arange(81), Tokenizer([]), 8, limit=5)
-    assert shown == [0, 16, 32, 48, 64]
+    model = Uniform(257)
+    nats_per_byte(model, torch.arange(81), Tokenizer([]), 8, limit=5)
+    assert model.shown == [0, 16, 32, 48, 64]
 
 
 def test_demo_learning_rate_rises_then_falls_to_a_twentieth():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.cpu.processor import INTEL, has_avx512, maker
+from lora_core.ops.scaled import scaled
 
 # a call of oneDNN costs some 11 us more than one of MKL, and some 60 where nothing of it is in the caches: below so
 # many operations that is more than it saves; below so many, too, where b has fewer elements than SMALL
@@ -35,10 +36,7 @@ def onednn_is_faster() -> bool:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias; a [M, K], b [N, K], bias [N]."""
     if _by_onednn(a, b):
-        # it reads a bias as if it were contiguous
-        dense = None if bias is None else bias.contiguous()
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, dense, "none", [], "")
-        return y
+        return _onednns(a, b, bias)
     # the same product, which reaches MKL 1 to 8 us sooner where b is stored by columns
     return torch.mm(a, b.T) if bias is None else F.linear(a, b, bias)
 
@@ -46,10 +44,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def scaled_product(a: Tensor, b: Tensor, factor: float, by_mkl: bool = False) -> Tensor:
     """Return factor a b^T, by MKL whatever the size where the shape is known to suit it."""
     if not by_mkl and _by_onednn(a, b):
-        return product(a, b).mul_(factor)
-    if factor == 1.0:
-        return torch.mm(a, b.T)
-    return a.new_empty(a.shape[0], b.shape[0]).addmm_(a, b.T, beta=0, alpha=factor)
+        y = _onednns(a, b)
+        return y if factor == 1.0 else y.mul_(factor)
+    return scaled(a, b, factor)
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -58,6 +55,13 @@ def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a, y, b, None, "add")
         return total
     return y.addmm_(a, b.T)
+
+
+def _onednns(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    # it reads a bias as if it were contiguous
+    dense = None if bias is None else bias.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, dense, "none", [], "")
+    return y
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:

@@ -213,11 +213,13 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
 
 def _ready(x: Tensor, layer: Layer) -> bool:
     """Say whether a layer can be taken as it is; never where _prepared would refuse or convert anything."""
-    return type(layer) is Layer and ready(x, *layer) and not (torch.is_grad_enabled() and _trained(layer))
+    return type(layer) is Layer and ready(x, *layer) and not _trained(layer)
 
 
 def _trained(layer: Layer) -> list[str]:
-    """Return which of a layer's operands are being trained though they have to be frozen."""
+    """Return which of a layer's operands are being trained, as far as gradients are made, and have to be frozen."""
+    if not torch.is_grad_enabled():
+        return []
     frozen = {"weight": layer.weight, "bias": layer.bias}
     return [key for key, t in frozen.items() if isinstance(t, Tensor) and t.requires_grad]
 
@@ -230,7 +232,7 @@ def _prepared(name: str, x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
         raise DtypeError(f"{name}: weight is a {type(layer.weight).__name__}; want a torch.Tensor, or Packed.of(q)")
     x, layer = prepared(name, x, layer)
     trained = _trained(layer)
-    if trained and torch.is_grad_enabled():
+    if trained:
         raise ConfigError(
             f"{name}: {' and '.join(trained)} requires a gradient, which this operation does not make: "
             "call lora_linear, or freeze it with requires_grad_(False)"

@@ -73,7 +73,7 @@ def test_lora_linear_backward_kernels_make_just_what_is_needed(needs, r, dropout
     run = (d_y, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
     grads = launch_lora_linear_backward(*run, needs)
     for got, need in zip(grads, needs, strict=True):
-        assert need or got is None
+        assert (got is not None) == need
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     check_backward(wanted, d_y, x, weight, lora_a, lora_b, hidden, 0.5, dropout, SEED)
 

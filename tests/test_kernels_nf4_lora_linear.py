@@ -180,7 +180,7 @@ def test_nf4_lora_linear_backward_kernels_make_just_what_is_needed(needs, m, dro
     rest = (lora_a, lora_b, hidden, 0.5, dropout, SEED)
     d_x, *others = launch_nf4_lora_linear_backward(d_y, x if needs[2] else None, *w, *rest, needs)
     for got, need in zip((d_x, *others), needs, strict=True):
-        assert need or got is None
+        assert (got is not None) == need
     d_x, *others = (g if need else None for g, need in zip((d_x, *others), needs, strict=True))
     check_backward((d_x, None, *others), d_y, x, dense, *rest)
 

@@ -49,8 +49,8 @@ LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
 CPU_GROUPED = "lora_core/cpu/grouped_lora.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
 COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
-COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD = (
-    f"lora_core/cpu/compiled/{name}.py" for name in ("nf4_product", "tile", "picked", "spread")
+COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD, SIXTEEN, SHARED = (
+    f"lora_core/cpu/compiled/{name}.py" for name in ("nf4_product", "tile", "picked", "spread", "sixteen", "share")
 )
 REACH, CROSSOVER = "kernels/reach.py", "kernels/crossover.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
@@ -124,6 +124,8 @@ IN_CPU_DECODE = "test_cpu_nf4.py::test_cpu_dequantises_to_the_bits_of_the_refere
 IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
 IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
 IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
+IN_SHARED = "test_cpu_share.py::test_every_range"
+IN_FAILED = "test_cpu_share.py::test_failure"
 IN_CPU_PICK = "test_cpu_pick.py::test_pick_takes_the_entry_that_each_lane_names"
 IN_FEW_ROWS = "test_cpu_few_rows.py::test_few_rows_match_the_formula"
 IN_FEW_ROWS_BACK = "test_cpu_few_rows.py::test_few_rows_match_the_formula_backward"
@@ -347,11 +349,14 @@ MUTATIONS = (
         "self.fused_ms > self.library_ms",
         "test_kernels_crossover.py::test_faster_path_is_that_of_the_nearest",
     ),
-    Mutation(COMPILED, "every(0x7FFF)", "every(0x8000)", IN_CPU_SCALES),
-    Mutation(COMPILED, "every(0x7FC0)", "rounded", IN_CPU_SCALES),
+    Mutation(SIXTEEN, "every(0x7FFF)", "every(0x8000)", IN_CPU_SCALES),
+    Mutation(SIXTEEN, "every(0x7FC0)", "rounded", IN_CPU_SCALES),
     Mutation(COMPILED, "scale, stop = absmax[block]", "scale, stop = absmax[0]", IN_CPU_DECODE),
-    Mutation(COMPILED, "decoded = absmax2[block]", "decoded = absmax2[0]", IN_CPU_CHUNKS),
+    Mutation(COMPILED, "scales.absmax2[block]", "scales.absmax2[0]", IN_CPU_CHUNKS),
     Mutation(COMPILED, "absmax[whole // block_size], short", "absmax[first // block_size], short", IN_CPU_DECODE),
+    Mutation(SHARED, '"add", begins, step', '"add", begins, count', IN_SHARED),
+    Mutation(SHARED, "several.type(1)", "several.type(3)", IN_SHARED),
+    Mutation(SHARED, "builder.store(FLAG(1), ", "builder.store(FLAG(0), ", IN_FAILED),
     Mutation(COMPILED_PRODUCT, "begins[c] = start % block_size", "begins[c] = 0", IN_FEW_ROWS),
     Mutation(COMPILED_TILE, "builder.sub(k, whole)", "number(0)", IN_TILE),
     Mutation(COMPILED_TILE, '"<", number(c), size', '"<=", number(c), size', IN_TILE),
@@ -373,10 +378,10 @@ MUTATIONS = (
         "test_cpu_stream.py::test_streaming_is_what",
     ),
     Mutation("lora_core/cpu/nf4_dequantize.py", ">= STREAMED_BYTES", "< STREAMED_BYTES", IN_STREAMED),
-    Mutation(COMPILED, "types.int16: (as_float16,", "types.int16: (as_bfloat16,", IN_CPU_DECODE),
+    Mutation(SIXTEEN, "types.int16: (as_float16,", "types.int16: (as_bfloat16,", IN_CPU_DECODE),
     Mutation(COMPILED, "quotient <= midpoint", "quotient < midpoint", IN_CPU_ENCODE),
     Mutation("lora_core/cpu/compiled/pick.py", '">=", half', '">", half', IN_CPU_PICK),
-    Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size)\n", "offset, 256)\n", IN_CPU_SCALES_ALONE),
+    Mutation("lora_core/cpu/absmax_dequantize.py", "offset, block_size), ", "offset, 256), ", IN_CPU_SCALES_ALONE),
     Mutation(PLAIN, "scales[at + whole // block_size]", "scales[at]", IN_CPU_DECODE),
     Mutation(
         "lora_core/ops/nf4_lora_linear.py",

@@ -13,6 +13,7 @@ from lora_core.cpu import compiled
 from lora_core.cpu import few_rows as few
 from lora_core.cpu.nf4_lora_linear import nf4_lora_linear, nf4_lora_linear_backward
 from lora_core.cpu.processor import multiplies_bfloat16_tiles
+from lora_core.cpu.scales import NONE, Scales
 from lora_core.ops.nf4_lora_linear import packed_lora_linear
 from lora_core.ops.packed import Packed
 from lora_core.reference.lora import shrink
@@ -228,10 +229,11 @@ def test_loops_refuse_numbers_of_another_size(wide):
     arrays = [np.zeros(1, np.float32), np.zeros((1, 2, 32), np.float32), np.zeros((1, 1), np.float32)]
     arrays[wide] = arrays[wide].astype(np.float64)
     absmax, halves, plain = arrays
+    alone, scales = (0, 1, np.zeros(1, np.intp), 1, 1), Scales(absmax, *NONE, 256)
     with pytest.raises(numba.core.errors.TypingError, match="want float32"):
-        loops.multiply_picked(codes, absmax, halves, kind, plain, 6, 0, 1)
+        loops.multiply_picked(*alone, codes, scales, halves, kind, plain, 6)
     with pytest.raises(numba.core.errors.TypingError, match="want float32"):
-        loops.multiply_back(codes, absmax, plain, kind, halves, 6, 0, 1)
+        loops.multiply_back(*alone, codes, scales, plain, kind, halves[None], 1, 6)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])

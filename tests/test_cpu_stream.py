@@ -59,12 +59,12 @@ def test_large_results_in_memory_that_is_there_are_streamed(dtype, monkeypatch):
     flags = []
 
     class Loops:
-        decode_absmax, ROUNDS_TO_FLOAT16 = nf4.decode_absmax, nf4.ROUNDS_TO_FLOAT16
+        ROUNDS_TO_FLOAT16 = nf4.ROUNDS_TO_FLOAT16
 
         @staticmethod
-        def decode(*arguments):
+        def dequantize(*arguments):
             flags.append(arguments[-1])
-            nf4.decode(*arguments)
+            nf4.dequantize(*arguments)
 
     monkeypatch.setattr(compiled, "load_for", lambda name, elements: Loops)
     monkeypatch.setattr(dequantize, "STREAMED_BYTES", 2**22)

@@ -12,6 +12,7 @@ from lora_core.cpu import chunks, team
 def three(request, monkeypatch):
     if request.param == "pool":
         monkeypatch.setattr(team, "_openmp", lambda: None)
+        monkeypatch.setattr(team, "_address", lambda: 0)
     elif team._openmp() is None:
         pytest.skip("this PyTorch runs on another OpenMP than GNU's")
     before = torch.get_num_threads()

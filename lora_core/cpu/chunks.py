@@ -2,23 +2,39 @@
 
 NumPy's, PyTorch's and compiled loops let go of the interpreter lock, so threads share the work. Every call takes the
 lock for a moment, so the calls have to be long: with chunks of 32,768 elements two threads were slower than one, with
-these they take half the time.
+these they take half the time. A loop that is compiled with the taking of its ranges needs the lock for none of them.
 """
 
 import collections
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from lora_core.cpu.team import together
+from lora_core.cpu import team
 
 # elements; a float32 copy is 1 MiB
 CHUNK = 2**18
 # PyTorch splits an operation over its own threads above this many elements (at::internal::GRAIN_SIZE), which must not
 # happen in ours; its _foreach_ operations take a chunk's grains in one call
 GRAIN = 2**15
+# elements worth a range of a compiled loop: some 6 us
+SHARED = 2**15
 # ranges a thread gets on average: one that shares its core with another program gets fewer
 RANGES = 8
+
+
+def share(loop: Callable[..., None], count: int, chunk: int, *arguments: Any) -> None:
+    """Run a compiled loop on ranges that cover range(count); every one but the last is a multiple of chunk long.
+
+    Args:
+        loop: of lora_core.cpu.compiled, called (openmp, threads, counter, step, count, *arguments).
+        count: elements, or whatever is shared out, in all.
+        chunk: how many of them are worth a range.
+        arguments: of the loop.
+    """
+    threads, step = _shares(count, chunk)
+    team.share(loop, threads, step, count, *arguments)
 
 
 def run(work: Callable[[int, int], None], count: int, chunk: int = CHUNK) -> None:
@@ -29,12 +45,10 @@ def run(work: Callable[[int, int], None], count: int, chunk: int = CHUNK) -> Non
         count: elements, or whatever is shared out, in all.
         chunk: how many of them are worth a call.
     """
-    chunks = -(-count // chunk)
-    threads = min(torch.get_num_threads(), chunks)
-    if threads <= 1:
+    threads, step = _shares(count, chunk)
+    if threads == 1:
         work(0, count)
         return
-    step = max(chunks // (threads * RANGES), 1) * chunk
     starts = collections.deque(range(0, count, step))
 
     # inference mode is a thread's own, and its tensors may be written in no other mode
@@ -49,4 +63,11 @@ def run(work: Callable[[int, int], None], count: int, chunk: int = CHUNK) -> Non
                     return
                 work(first, min(first + step, count))
 
-    together(share, threads)
+    team.together(share, threads)
+
+
+def _shares(count: int, chunk: int) -> tuple[int, int]:
+    """Return the threads that a count is worth, and what they take of it at a time."""
+    chunks = max(-(-count // chunk), 1)
+    threads = min(torch.get_num_threads(), chunks)
+    return threads, max(chunks // (threads * RANGES), 1) * chunk

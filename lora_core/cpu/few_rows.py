@@ -1,6 +1,5 @@
 """Products of few rows with an NF4 weight and with its transpose, decoded on the way."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_core.cpu import compiled
-from lora_core.cpu.chunks import CHUNK, run
+from lora_core.cpu.chunks import SHARED, share
 from lora_core.cpu.processor import has_avx512, multiplies_bfloat16_tiles
 from lora_core.cpu.scales import Scales
 from lora_core.ops.eager import is_batched_gradient
@@ -55,9 +54,9 @@ def _reaches(w: Packed) -> bool:
     return 2 * w.codes.numel() >= n and scales * w.block_size >= n and nested
 
 
-def _arrays(w: Packed) -> tuple[np.ndarray, Scales]:
+def _codes(w: Packed) -> tuple[np.ndarray, Scales]:
     """Return the weight's codes and its scales."""
-    scales = Scales(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
+    scales = Scales.of(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
     return w.codes.numpy().ravel(), scales
 
 
@@ -71,47 +70,15 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     if loops is None:
         return None
     y = torch.empty(len(x), n, dtype=torch.float32)
-    codes, scales = _arrays(w)
     rows = x.detach().float().resolve_neg()
     if len(x) <= loops.PICKED_ROWS and k % loops.STEP == 0:
-        multiply, worth = _picked(loops, codes, scales, rows, y, ROOMS[x.dtype], w.block_size)
+        multiply, size = loops.multiply_picked, int(w.block_size).bit_length() - 1
+        rows = rows.reshape(len(x), -1, 2).transpose(1, 2)
     else:
-        multiply, worth = _decoded(loops, codes, scales, rows, y, ROOMS[x.dtype], w.block_size)
-
-    def work(first: int, last: int) -> None:
-        scales.decode(loops.nf4, first * k // w.block_size, -(-last * k // w.block_size))
-        multiply(first, last)
-
-    run(work, n, chunk=max(worth // k, 1))
+        multiply, size = loops.multiply, w.block_size
+    arguments = *_codes(w), rows.contiguous().numpy(), np.empty(0, ROOMS[x.dtype]), y.numpy(), size
+    share(multiply, n, max(SHARED // k, 1), *arguments)
     return y
-
-
-def _picked(
-    loops: Any, codes: np.ndarray, scales: Scales, x: Tensor, y: Tensor, kind: type, block_size: int
-) -> tuple[Callable[[int, int], None], int]:
-    """Return what writes columns first to last of y, W decoded in registers, and the weights worth a call."""
-    halves = x.reshape(len(x), -1, 2).transpose(1, 2).contiguous().numpy()
-    of: np.ndarray = np.empty(0, kind)
-    out, shift = y.numpy(), int(block_size).bit_length() - 1
-
-    def multiply(first: int, last: int) -> None:
-        loops.multiply_picked(codes, scales.values, halves, of, out, shift, first, last)
-
-    return multiply, CHUNK * max(4 // len(x), 1)
-
-
-def _decoded(
-    loops: Any, codes: np.ndarray, scales: Scales, x: Tensor, y: Tensor, kind: type, block_size: int
-) -> tuple[Callable[[int, int], None], int]:
-    """Return the same, W decoded into a scratch of a few of its rows."""
-    rows, out = x.contiguous().numpy(), y.numpy()
-    # zeros, as a tile multiplies rows that are not there, too
-    scratch = loops.COLUMNS, x.shape[1] + block_size
-
-    def multiply(first: int, last: int) -> None:
-        loops.multiply(codes, scales.values, rows, np.zeros(scratch, kind), out, block_size, first, last)
-
-    return multiply, CHUNK
 
 
 def few_rows_back(d_y: Tensor, w: Packed) -> Tensor | None:
@@ -127,17 +94,9 @@ def few_rows_back(d_y: Tensor, w: Packed) -> Tensor | None:
     # with a dense copy sixteen rows of [4096, 4096] took 11 ms in float32 and 7 here, in bfloat16 7 and 8
     if len(d_y) > loops.PICKED_ROWS * (2 if d_y.dtype == torch.float32 else 1):
         return None
-    codes, scales = _arrays(w)
     grads, of = d_y.detach().float().resolve_neg().contiguous().numpy(), np.empty(0, ROOMS[d_y.dtype])
-    part = max(-(-n // PARTS), CHUNK // k, 1)
+    part = max(-(-n // PARTS), SHARED // k, 1)
     sums = torch.zeros(-(-n // part), len(d_y), 2, k // 2, dtype=torch.float32)
-    halves, shift = sums.numpy(), int(w.block_size).bit_length() - 1
-
-    def work(first: int, last: int) -> None:
-        scales.decode(loops.nf4, first * k // w.block_size, -(-last * k // w.block_size))
-        for start in range(first, last, part):
-            into = halves[start // part]
-            loops.multiply_back(codes, scales.values, grads, of, into, shift, start, min(start + part, last))
-
-    run(work, n, chunk=part)
+    shift = int(w.block_size).bit_length() - 1
+    share(loops.multiply_back, n, part, *_codes(w), grads, of, sums.numpy(), part, shift)
     return sums.sum(0).transpose(1, 2).reshape(len(d_y), k)

@@ -1,13 +1,14 @@
 """lora_core::nf4_dequantize on the CPU, by compiled loops where Numba is installed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_core.cpu import compiled
 from lora_core.cpu.allocate import empty, is_resident
-from lora_core.cpu.chunks import CHUNK, GRAIN, run
+from lora_core.cpu.chunks import CHUNK, GRAIN, SHARED, run, share
 from lora_core.cpu.plain import nf4 as plain
 from lora_core.cpu.processor import INTEL, maker
 from lora_core.cpu.scales import Scales
@@ -39,34 +40,38 @@ def nf4_dequantize(
     # the largest first: what follows must not take a piece of the freed memory it fits in
     dense = empty(shape, dtype)
     flat, packed = dense.view(-1), codes.numpy().ravel()
-    scales = Scales(absmax, nested_absmax, nested_offset, nested_block_size)
-    loops = compiled.load_for("nf4", flat.numel()) or plain
+    scales, count = Scales.of(absmax, nested_absmax, nested_offset, nested_block_size), flat.numel()
+    loops = compiled.load_for("nf4", count)
+    out = None if loops is None else _writable(flat, loops)
+    if out is not None:
+        streamed = dense.nbytes >= STREAMED_BYTES and is_resident(dense)
+        share(loops.dequantize, count, SHARED, packed, scales, out, block_size, streamed)
+        return dense
 
-    # as NumPy knows it, where the loops can write it
-    if dtype == torch.float32:
-        out = flat.numpy()
-    elif dtype == torch.bfloat16 and loops is not plain:
-        out = flat.view(torch.uint16).numpy()
-    elif dtype == torch.float16 and loops is not plain and loops.ROUNDS_TO_FLOAT16:
-        out = flat.view(torch.int16).numpy()
-    else:
-        out = None
-    streamed = dense.nbytes >= STREAMED_BYTES and is_resident(dense)
+    by = loops or plain
 
     def work(first: int, last: int) -> None:
-        scales.decode(loops, first // block_size, -(-last // block_size))
-        if out is not None:
-            loops.decode(packed, scales.values, out[first:last], block_size, first, last, streamed)
-            return
+        by.decode_scales(scales, first // block_size, -(-last // block_size))
         values = torch.empty(min(CHUNK, last - first), dtype=torch.float32)
         for start in range(first, last, CHUNK):
             stop = min(start + CHUNK, last)
             decoded = values[: stop - start]
-            loops.decode(packed, scales.values, decoded.numpy(), block_size, start, stop, False)
+            by.decode(packed, scales.values, decoded.numpy(), block_size, start, stop, False)
             torch._foreach_copy_(flat[start:stop].split(GRAIN), decoded.split(GRAIN))
 
-    run(work, flat.numel())
+    run(work, count)
     return dense
+
+
+def _writable(flat: Tensor, loops: Any) -> Any:
+    """Return a result as the compiled loops can write it, or None where its dtype is none of theirs."""
+    if flat.dtype == torch.float32:
+        return flat.numpy()
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.uint16).numpy()
+    if flat.dtype == torch.float16 and loops.ROUNDS_TO_FLOAT16:
+        return flat.view(torch.int16).numpy()
+    return None
 
 
 register(op, "cpu", nf4_dequantize)

@@ -1,34 +1,38 @@
 """The scales of an NF4 weight as loops take them."""
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 
-class Scales:
-    """float32 scales [b] in NumPy, decoded a range at a time where they are codes themselves.
+class Scales(NamedTuple):
+    """float32 scales in NumPy. Where they are codes themselves, decode_scales of the loops makes a range at a time.
 
     Args:
-        absmax: float32 [b], or uint8 codes of it.
-        nested_absmax: float32 [ceil(b / block_size)], or None.
-        nested_offset: float32, one element, or None.
+        values: float32 [b].
+        codes: uint8 [b]; none where the values are the scales already.
+        absmax2: float32 [ceil(b / block_size)].
+        offset: float32 [1].
         block_size: scales sharing one second-level scale.
     """
 
-    def __init__(self, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, block_size: int):
-        self.values = absmax.numpy().ravel()
-        self._nested = None
-        if nested_absmax is not None and nested_offset is not None:
-            offset = nested_offset.numpy().ravel()
-            self._nested = self.values, nested_absmax.numpy().ravel(), offset, block_size
-            self.values = np.empty(self.values.size, np.float32)
+    values: np.ndarray
+    codes: np.ndarray
+    absmax2: np.ndarray
+    offset: np.ndarray
+    block_size: int
 
-    def decode(self, loops: Any, first: int, last: int) -> None:
-        """Make values first to last the scales; threads may do so for overlapping ranges.
+    @classmethod
+    def of(
+        cls, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, block_size: int
+    ) -> "Scales":
+        """Return those of a weight, sharing its memory: of scales [b] in float32, or of uint8 codes of them."""
+        given = absmax.numpy().ravel()
+        if nested_absmax is None or nested_offset is None:
+            return cls(given, *NONE, block_size)
+        nested = nested_absmax.numpy().ravel(), nested_offset.numpy().ravel()
+        return cls(np.empty(given.size, np.float32), given, *nested, block_size)
 
-        Args:
-            loops: lora_core.cpu.compiled.nf4 or lora_core.cpu.plain.nf4.
-        """
-        if self._nested is not None:
-            loops.decode_absmax(*self._nested, self.values, first, last)
+
+NONE = np.empty(0, np.uint8), np.empty(0, np.float32), np.zeros(1, np.float32)

@@ -1,119 +1,23 @@
-"""NF4 decoded and encoded.
-
-A block has but sixteen values, its levels times its scale, and each code picks one of them: sixteen at a time, as
-pick.py writes it.
-"""
+"""NF4 decoded and encoded, and scales that are codes themselves decoded."""
 
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core.errors import TypingError
-from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
 from lora_core.cpu.compiled.jit import compiled
-from lora_core.cpu.compiled.pick import LANES, WORD, every, pick
-from lora_core.cpu.compiled.stream import settle, starts_a_line, store
+from lora_core.cpu.compiled.pick import LANES
+from lora_core.cpu.compiled.share import share
+from lora_core.cpu.compiled.sixteen import ROUNDS_TO_FLOAT16, VALUES, decode_sixteen
+from lora_core.cpu.compiled.stream import settle, starts_a_line
+from lora_core.cpu.scales import Scales
 from lora_core.quant.codebook import codebook
 
-LEVELS, DYNAMIC = codebook("nf4").levels, codebook("dynamic").levels.numpy()
+__all__ = ["ROUNDS_TO_FLOAT16", "decode", "decode_scales", "dequantize", "dequantize_absmax", "encode"]
+
+DYNAMIC = codebook("dynamic").levels.numpy()
 MIDPOINTS = tuple(codebook("nf4").midpoints.numpy())
 ZERO = np.int32(codebook("nf4").zero)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-# what so many bytes, decoded at a time, stand for
-VALUES = 2 * LANES
-SINGLE = ir.FloatType()
-WORDS, SINGLES, PAIRS = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES), ir.VectorType(WORD, VALUES)
-BYTES = ir.VectorType(ir.IntType(8), LANES)
-
-
-def _decode_sixteen(_: Any, scale: Any, codes: Any, byte: Any, values: Any, place: Any, streamed: Any) -> Any:
-    """Write at place the 32 values that 16 bytes of codes stand for, the high half of a byte first: levels times scale.
-
-    What values are is said by their dtype, a key of FORMS. Where to read and write are numbers: slices, with what
-    Python means by negative and too large ones, would cost more than the rest.
-    """
-    if {codes.layout, values.layout} != {"C"}:
-        raise TypingError(f"codes and values lie in memory as {codes.layout} and {values.layout}; want contiguous ones")
-    entries_of, join = FORMS[values.dtype]
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def memory(at: int, kind: Any) -> Any:
-            array = context.make_array(signature.args[at])(context, builder, arguments[at])
-            return builder.bitcast(builder.gep(array.data, [arguments[at + 1]]), kind.as_pointer())
-
-        joined = join(builder, *sixteen(builder, entries_of, arguments[0], memory(1, BYTES)))
-        store(builder, joined, memory(3, joined.type), arguments[5])
-        return context.get_dummy_value()
-
-    return types.void(types.float32, codes, types.intp, values, types.intp, types.boolean), generate
-
-
-# (scale, codes, byte, values, place, streamed) in compiled code
-decode_sixteen: Any = intrinsic(_decode_sixteen)
-
-
-def sixteen(builder: Any, entries_of: Any, scale: Any, bytes_at: Any) -> tuple[Any, Any]:
-    """Return what the high and the low halves of 16 bytes stand for, as words."""
-    entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), in_every_lane(builder, scale)))
-    codes = builder.load(builder.bitcast(bytes_at, BYTES.as_pointer()), align=1)
-    index = builder.zext(codes, WORDS)
-    return pick(builder, entries, builder.lshr(index, every(4))), pick(builder, entries, builder.and_(index, every(15)))
-
-
-def in_every_lane(builder: Any, number: Any) -> Any:
-    """Return the vector with this float32 in every lane."""
-    first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), number, ir.Constant(WORD, 0))
-    return builder.shuffle_vector(first, first, every(0))
-
-
-def as_float32(builder: Any, products: Any) -> Any:
-    """Return the bits of the products."""
-    return builder.bitcast(products, WORDS)
-
-
-def as_bfloat16(builder: Any, products: Any) -> Any:
-    """Return the bits of the products rounded to bfloat16, to nearest, ties to even; of NaN as PyTorch writes it."""
-    bits = builder.bitcast(products, WORDS)
-    odd = builder.and_(builder.lshr(bits, every(16)), every(1))
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, every(0x7FFF))), every(16))
-    return builder.select(builder.fcmp_unordered("uno", products, products), every(0x7FC0), rounded)
-
-
-def as_float16(builder: Any, products: Any) -> Any:
-    """Return the bits of the products rounded to float16 by the processor's own instruction."""
-    halves = builder.fptrunc(products, ir.VectorType(ir.HalfType(), LANES))
-    return builder.zext(builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), WORDS)
-
-
-def as_rounded(builder: Any, products: Any) -> Any:
-    """Return the bits of the products rounded to bfloat16, as float32."""
-    return builder.shl(as_bfloat16(builder, products), every(16))
-
-
-def in_turn(builder: Any, high: Any, low: Any) -> Any:
-    """Return high[0], low[0], high[1], low[1], ..."""
-    return builder.shuffle_vector(high, low, ir.Constant(PAIRS, [i // 2 + i % 2 * LANES for i in range(VALUES)]))
-
-
-def in_halves(builder: Any, high: Any, low: Any) -> Any:
-    """Return the same of their 16-bit halves, as words whose first half in memory is the low one."""
-    return builder.or_(high, builder.shl(low, every(16)))
-
-
-# of an array of values by its dtype: what the products become, and how those of high and low halves are put together.
-# uint16 stands for bfloat16, int16 for float16, uint32 for float32 rounded to bfloat16
-FORMS = {
-    types.float32: (as_float32, in_turn),
-    types.uint16: (as_bfloat16, in_halves),
-    types.int16: (as_float16, in_halves),
-    types.uint32: (as_rounded, in_turn),
-}
-# without an instruction for it LLVM would call a function that is not there. Numba is asked, not the processor: it may
-# have been told to compile for another
-ROUNDS_TO_FLOAT16 = "+f16c" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
 
 @compiled
@@ -155,32 +59,58 @@ def decode(
 
 
 @compiled
-def decode_absmax(
-    codes: np.ndarray,
-    absmax2: np.ndarray,
-    offset: np.ndarray,
-    block_size: int,
-    scales: np.ndarray,
-    first: int,
-    last: int,
-) -> None:
-    """Write scales first to last, level * absmax2 + offset, each operation rounded.
+def decode_scales(scales: Scales, first: int, last: int) -> None:
+    """Make values first to last the scales, level * absmax2 + offset, each operation rounded.
+
+    Threads may do so for overlapping ranges.
 
     Args:
-        codes: uint8 [b].
-        absmax2: float32 [ceil(b / block_size)].
-        offset: float32 [1].
-        block_size: scales of a second-level scale.
-        scales: float32 [b].
+        scales: left as they are where they are no codes.
         first: of the scales.
         last: of the scales, b at most.
     """
-    mean = offset[0]
+    if not scales.codes.size:
+        return
+    mean, block_size = scales.offset[0], scales.block_size
     for block in range(first // block_size, -(-last // block_size)):
         start, stop = max(first, block * block_size), min(last, (block + 1) * block_size)
-        scale, coded, decoded = absmax2[block], codes[start:stop], scales[start:stop]
+        scale, coded, decoded = scales.absmax2[block], scales.codes[start:stop], scales.values[start:stop]
         for i in range(decoded.size):
             decoded[i] = DYNAMIC[coded[i]] * scale + mean
+
+
+@compiled
+def _dequantize(
+    codes: np.ndarray,
+    scales: Scales,
+    values: np.ndarray,
+    block_size: int,
+    streamed: bool,
+    first: int,
+    last: int,
+) -> None:
+    decode_scales(scales, first // block_size, -(-last // block_size))
+    decode(codes, scales.values, values[first:last], block_size, first, last, streamed)
+
+
+@compiled
+def dequantize(openmp: int, threads: int, counter: np.ndarray, step: int, count: int, *arguments: Any) -> None:
+    """Decode ranges of elements and of their scales; a step is a multiple of block_size.
+
+    Arguments:
+        codes, block_size, streamed: as in decode.
+        scales: of ceil(n / block_size) blocks.
+        values: [n], of a dtype in sixteen.FORMS.
+    """
+    if share(_dequantize, openmp, threads, counter, step, count, arguments):
+        raise MemoryError
+
+
+@compiled
+def dequantize_absmax(openmp: int, threads: int, counter: np.ndarray, step: int, count: int, *arguments: Any) -> None:
+    """Decode ranges of scales."""
+    if share(decode_scales, openmp, threads, counter, step, count, arguments):
+        raise MemoryError
 
 
 @compiled

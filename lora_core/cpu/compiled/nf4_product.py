@@ -4,13 +4,17 @@ A row of W is read once, at half a byte a weight, and multiplies all rows of x: 
 memory traffic falls away. From some tens of rows on the copy and a library's product are faster.
 """
 
+from typing import Any
+
 import numpy as np
 
 from lora_core.cpu.compiled import nf4, tile
 from lora_core.cpu.compiled import picked as in_registers
 from lora_core.cpu.compiled.emit import ROWS
 from lora_core.cpu.compiled.jit import compiled
+from lora_core.cpu.compiled.share import share
 from lora_core.cpu.compiled.spread import spread
+from lora_core.cpu.scales import Scales
 
 COLUMNS, PICKED_COLUMNS, STEP = tile.COLUMNS, in_registers.COLUMNS, in_registers.STEP
 # so many rows are faster with W decoded in registers, for each four of them anew: on two cores one row of [4096, 4096]
@@ -22,29 +26,20 @@ multiply_tile, picked = tile.tile(), in_registers.picked
 
 
 @compiled
-def multiply(
+def _multiply(
     codes: np.ndarray,
-    absmax: np.ndarray,
+    scales: Scales,
     x: np.ndarray,
-    room: np.ndarray,
+    kind: np.ndarray,
     y: np.ndarray,
     block_size: int,
     first: int,
     last: int,
 ) -> None:
-    """Write columns first to last of y, rows of W.
-
-    Args:
-        codes: uint8 [ceil(N K / 2)], the high half first.
-        absmax: float32 [ceil(N K / block_size)].
-        x: float32 [M, K].
-        room: scratch [COLUMNS, K + block_size], of what the weights are rounded to: float32, or uint32 for bfloat16.
-        y: float32 [M, N].
-        block_size: weights of a scale, a multiple of 32.
-        first: row of W.
-        last: row of W, N at most.
-    """
     rows, columns = x.shape
+    nf4.decode_scales(scales, first * columns // block_size, -(-last * columns // block_size))
+    # zeros, as a tile multiplies rows that are not there, too
+    room = np.zeros((COLUMNS, columns + block_size), kind.dtype)
     weights, begins = room.view(np.float32), np.zeros(COLUMNS, np.intp)
     for n in range(first, last, COLUMNS):
         size = min(COLUMNS, last - n)
@@ -52,15 +47,31 @@ def multiply(
             start = (n + c) * columns
             # a row may begin inside a block
             begins[c] = start % block_size
-            nf4.decode(codes, absmax, room[c], block_size, start - begins[c], start + columns, False)
+            nf4.decode(codes, scales.values, room[c], block_size, start - begins[c], start + columns, False)
         for m in range(0, rows, ROWS):
             multiply_tile(x, m, min(ROWS, rows - m), weights, begins, y, n, size)
 
 
 @compiled
-def multiply_picked(
+def multiply(openmp: int, threads: int, counter: np.ndarray, step: int, count: int, *arguments: Any) -> None:
+    """Write ranges of y's columns, rows of W, a few of which are decoded into a scratch of a thread's own.
+
+    Arguments:
+        codes: uint8 [ceil(N K / 2)], the high half first.
+        scales: [ceil(N K / block_size)].
+        x: float32 [M, K].
+        kind: an array of what the weights are rounded to: float32, or uint32 for bfloat16.
+        y: float32 [M, N].
+        block_size: weights of a scale, a multiple of 32.
+    """
+    if share(_multiply, openmp, threads, counter, step, count, arguments):
+        raise MemoryError
+
+
+@compiled
+def _multiply_picked(
     codes: np.ndarray,
-    absmax: np.ndarray,
+    scales: Scales,
     halves: np.ndarray,
     kind: np.ndarray,
     y: np.ndarray,
@@ -68,52 +79,66 @@ def multiply_picked(
     first: int,
     last: int,
 ) -> None:
-    """Write columns first to last of y, rows of W, which are decoded anew for each four rows of x.
+    rows, columns = len(halves), 2 * halves.shape[2]
+    nf4.decode_scales(scales, first * columns >> shift, -(-last * columns >> shift))
+    for n in range(first, last, PICKED_COLUMNS):
+        size = min(PICKED_COLUMNS, last - n)
+        for m in range(0, rows, ROWS):
+            picked(codes, scales.values, shift, halves, m, min(ROWS, rows - m), kind, y, n, size)
 
-    Args:
+
+@compiled
+def multiply_picked(openmp: int, threads: int, counter: np.ndarray, step: int, count: int, *arguments: Any) -> None:
+    """Write ranges of y's columns, rows of W, which are decoded anew for each four rows of x.
+
+    Arguments:
         codes: uint8 [N K / 2], the high half first; K a multiple of STEP.
-        absmax: float32 [ceil(N K / 2^shift)].
+        scales: [ceil(N K / 2^shift)].
         halves: float32 [M, 2, K / 2], the even places of x, then the odd ones.
         kind: an array of what the weights are rounded to: float32, or uint32 for bfloat16.
         y: float32 [M, N].
         shift: logarithm of the weights of a scale, which are a multiple of 32.
-        first: row of W.
-        last: row of W, N at most.
     """
-    rows = len(halves)
-    for n in range(first, last, PICKED_COLUMNS):
-        size = min(PICKED_COLUMNS, last - n)
-        for m in range(0, rows, ROWS):
-            picked(codes, absmax, shift, halves, m, min(ROWS, rows - m), kind, y, n, size)
+    if share(_multiply_picked, openmp, threads, counter, step, count, arguments):
+        raise MemoryError
 
 
 @compiled
-def multiply_back(
+def _multiply_back(
     codes: np.ndarray,
-    absmax: np.ndarray,
+    scales: Scales,
     d_y: np.ndarray,
     kind: np.ndarray,
-    halves: np.ndarray,
+    sums: np.ndarray,
+    part: int,
     shift: int,
     first: int,
     last: int,
 ) -> None:
-    """Add to halves what rows first to last of W give of d_y W, each decoded anew for each four rows of d_y.
+    rows, half = len(d_y), sums.shape[3]
+    nf4.decode_scales(scales, first * 2 * half >> shift, -(-last * 2 * half >> shift))
+    for start in range(first, last, part):
+        halves, stop = sums[start // part], min(start + part, last)
+        for begin in range(0, half, SLAB):
+            end = min(begin + SLAB, half)
+            for m in range(0, rows, ROWS):
+                for n in range(start, stop, PICKED_COLUMNS):
+                    count, size = min(ROWS, rows - m), min(PICKED_COLUMNS, stop - n)
+                    spread(codes, scales.values, shift, d_y, m, count, kind, halves, n, size, begin, end)
 
-    Args:
+
+@compiled
+def multiply_back(openmp: int, threads: int, counter: np.ndarray, step: int, count: int, *arguments: Any) -> None:
+    """Add to sums what ranges of W's rows give of d_y W, each row decoded anew for each four rows of d_y.
+
+    Arguments:
         codes: uint8 [N K / 2], the high half first; K a multiple of STEP.
-        absmax: float32 [ceil(N K / 2^shift)].
+        scales: [ceil(N K / 2^shift)].
         d_y: float32 [M, N].
         kind: an array of what the weights are rounded to: float32, or uint32 for bfloat16.
-        halves: float32 [M, 2, K / 2], sums for the even places of a row, then for the odd ones.
+        sums: float32 [ceil(N / part), M, 2, K / 2], of each part for the even places of a row, then for the odd ones.
+        part: rows of W that are summed together, of which a step is a multiple.
         shift: logarithm of the weights of a scale, which are a multiple of 32.
-        first: row of W.
-        last: row of W, N at most.
     """
-    rows, half = len(d_y), halves.shape[2]
-    for begin in range(0, half, SLAB):
-        end = min(begin + SLAB, half)
-        for m in range(0, rows, ROWS):
-            for n in range(first, last, PICKED_COLUMNS):
-                count, size = min(ROWS, rows - m), min(PICKED_COLUMNS, last - n)
-                spread(codes, absmax, shift, d_y, m, count, kind, halves, n, size, begin, end)
+    if share(_multiply_back, openmp, threads, counter, step, count, arguments):
+        raise MemoryError

@@ -23,8 +23,8 @@ from lora_core.cpu.compiled.emit import (
     sum_of,
     zeroed,
 )
-from lora_core.cpu.compiled.nf4 import FORMS, sixteen
 from lora_core.cpu.compiled.pick import LANES
+from lora_core.cpu.compiled.sixteen import FORMS, sixteen
 
 VECTOR = ir.VectorType(SINGLE, LANES)
 # columns of y in a tile, at most

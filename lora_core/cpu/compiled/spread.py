@@ -12,9 +12,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lora_core.cpu.compiled.emit import SINGLE, check_arrays, for_count, load, multiply_add, numbers, row_major
-from lora_core.cpu.compiled.nf4 import in_every_lane
 from lora_core.cpu.compiled.pick import LANES
 from lora_core.cpu.compiled.picked import SIDES, VECTOR, in_half, there, values_at
+from lora_core.cpu.compiled.sixteen import in_every_lane
 
 
 def _spread(

@@ -1,1 +1,1 @@
-"""The loops of lora_core/cpu/compiled in NumPy and PyTorch: the same functions, results and arguments."""
+"""The loops of lora_core/cpu/compiled in NumPy and PyTorch: the same results of the same arguments."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lora_core.cpu.chunks import CHUNK, GRAIN
+from lora_core.cpu.scales import Scales
 from lora_core.quant.codebook import codebook
 
 
@@ -50,28 +51,20 @@ def decode(
             part[whole:] *= scales[at + whole // block_size]
 
 
-def decode_absmax(
-    codes: np.ndarray,
-    absmax2: np.ndarray,
-    offset: np.ndarray,
-    block_size: int,
-    scales: np.ndarray,
-    first: int,
-    last: int,
-) -> None:
-    """Write scales first to last, level * absmax2 + offset, each operation rounded.
+def decode_scales(scales: Scales, first: int, last: int) -> None:
+    """Make values first to last the scales, level * absmax2 + offset, each operation rounded.
+
+    Threads may do so for overlapping ranges.
 
     Args:
-        codes: uint8 [b].
-        absmax2: float32 [ceil(b / block_size)].
-        offset: float32 [1].
-        block_size: scales of a second-level scale.
-        scales: float32 [b].
+        scales: left as they are where they are no codes.
         first: of the scales.
         last: of the scales, b at most.
     """
-    levels = codebook("dynamic").levels.numpy()[codes[first:last]]
-    scales[first:last] = levels * absmax2[np.arange(first, last) // block_size] + offset
+    if scales.codes.size:
+        levels = codebook("dynamic").levels.numpy()[scales.codes[first:last]]
+        blocks = np.arange(first, last) // scales.block_size
+        scales.values[first:last] = levels * scales.absmax2[blocks] + scales.offset
 
 
 def encode(values: np.ndarray, codes: np.ndarray, absmax: np.ndarray, block_size: int) -> None:

@@ -9,6 +9,7 @@ from models import randomise, recompute_activations
 
 import lora_core as lc
 from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.nf4_linear import NF4Linear
 
 pytestmark = pytest.mark.peer("transformers")
 
@@ -28,7 +29,20 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=16))
 
 
-MODELS = {"llama": llama, "gpt2": gpt2}
+def falcon(bias=False):
+    """Its linear layers are of a class of their own, which adds the bias in a step of its own."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
+    model = FalconForCausalLM(FalconConfig(**shape, bias=bias))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "falcon": falcon}
 TOKENS = torch.arange(12).view(2, 6) % 61
 
 
@@ -92,6 +106,41 @@ def test_quantised_transformers_models_run_and_train_their_adapters(kind):
     adapt(model)
     loss_of(model).backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_b" in n)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_falcons_own_linear_layers_are_fused_merged_and_quantised(bias):
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    model = falcon(bias).eval()
+    linear = {n for n, m in model.named_modules() if type(m) is FalconLinear}
+    assert len(linear) == 8
+    dense = copy.deepcopy(model)
+    adapt(model)
+    randomise(model, 0.1)
+    want = model(TOKENS).logits
+    assert set(lc.fuse(model).swapped) == linear
+    assert torch.allclose(model(TOKENS).logits, want, atol=1e-5)
+    merged = lc.merge_and_unload(model)
+    assert {n for n, m in merged.named_modules() if type(m) is FalconLinear} == linear
+    assert torch.allclose(merged(TOKENS).logits, want, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lc.quantize_model(dense)
+    assert {n for n, m in dense.named_modules() if type(m) is NF4Linear} == linear
+
+
+def test_a_class_made_of_falcons_linear_layer_is_its_own():
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Doubled(FalconLinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = torch.nn.Sequential(Doubled(8, 8), FalconLinear(8, 8))
+    with pytest.warns(UserWarning, match="leaves 0 in full precision"):
+        lc.quantize_model(model)
+    assert [type(m) for m in model] == [Doubled, NF4Linear]
 
 
 def test_merged_model_is_a_plain_transformers_model_again(tmp_path):

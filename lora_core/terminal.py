@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,8 +14,8 @@ INTERRUPTED = 130
 Kind = Literal["label", "number", "prose", "name"]
 # a name longer than this may be broken over lines, so that a table of long names is still a table
 SHORTEST_FOLD = 16
-# a cell's padding and the rule beside it
-RULED = 3
+# between two columns: a cell's padding on either side and a rule, or two blanks
+RULED, PLAIN = 3, 2
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Column:
 
     Args:
         head: its title.
-        kind: "label" and "number" stay on one line, a number to the right; "prose" wraps between words; a "name" may be
-            broken anywhere.
+        kind: "label" and "number" stay on one line, a number to the right; "prose" wraps between words, as every head
+            does; a "name" may be broken anywhere.
     """
 
     head: str
@@ -55,7 +55,7 @@ def print_text(console: "Console", text: str, style: str = "bold", styled: int =
 
 
 def print_table(console: "Console", columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Print a table, or where its labels and numbers are too wide for the terminal, the same as a list.
+    """Print a table, without rules where the terminal is too narrow for them, or where it is for a table, a list.
 
     Args:
         console: where to.
@@ -64,14 +64,21 @@ def print_table(console: "Console", columns: Sequence[Column], rows: Sequence[Se
         title: above it.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = _widths(columns, cells, console.width - RULED * len(columns) - 1)
+    widths = ruled = _widths(columns, cells, console.width - RULED * len(columns) - 1)
+    if ruled is None:
+        widths = _widths(columns, cells, console.width - PLAIN * (len(columns) - 1))
     if widths is None:
         _print_list(console, columns, cells, title)
         return
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title) if title else None, title_justify="left")
+    style: dict[str, Any] = {}
+    if ruled is None:
+        # what stands between two columns is one of the blanks
+        style = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, PLAIN - 1, 0, 0)}
+    table = Table(title=Text(title) if title else None, title_justify="left", **style)
     for column, width in zip(columns, widths, strict=True):
         justify: Literal["right", "left"] = "right" if column.kind == "number" else "left"
         table.add_column(Text(column.head), justify=justify, overflow="fold", width=width)
@@ -84,11 +91,13 @@ def _widths(columns: Sequence[Column], cells: list[list[str]], room: int) -> lis
     """Widths of the columns that keep whole what has to be, or None where there is not the room."""
     least, most = [], []
     for index, column in enumerate(columns):
-        texts = [column.head, *(row[index] for row in cells)]
-        longest = max(map(len, texts))
-        word = max(len(word) for text in texts for word in text.split() or [""])
-        least.append({"prose": word, "name": min(word, SHORTEST_FOLD)}.get(column.kind, longest))
-        most.append(longest)
+        texts = [row[index] for row in cells]
+        longest, word, in_head = (
+            max(map(len, each), default=0) for each in (texts, _words(texts), _words([column.head]))
+        )
+        needed = {"prose": word, "name": min(word, SHORTEST_FOLD)}.get(column.kind, longest)
+        least.append(max(needed, min(in_head, SHORTEST_FOLD) if column.kind == "name" else in_head))
+        most.append(max(longest, len(column.head)))
     if sum(least) > room:
         return None
     widths = list(least)
@@ -99,6 +108,10 @@ def _widths(columns: Sequence[Column], cells: list[list[str]], room: int) -> lis
         widths[index] += 1
         wanting = [i for i in wanting if widths[i] < most[i]]
     return widths
+
+
+def _words(texts: Sequence[str]) -> list[str]:
+    return [word for text in texts for word in text.split()]
 
 
 def _print_list(console: "Console", columns: Sequence[Column], cells: list[list[str]], title: str) -> None:

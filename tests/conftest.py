@@ -104,9 +104,27 @@ def _poisoned_empty(shape, dtype=np.float64, *args, **kwargs):
     return memory
 
 
+try:
+    from numba.core.dispatcher import Dispatcher
+except (ImportError, ValueError):
+    Dispatcher = None
+_compile = getattr(Dispatcher, "compile", None)
+
+
+def _compile_with_numpys_own(*args, **kwargs):
+    """Compile as ever: Numba knows functions by what they are when it first compiles, in a test or outside of any."""
+    found, np.empty = np.empty, _empty
+    try:
+        return _compile(*args, **kwargs)
+    finally:
+        np.empty = found
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> object:
     """Fill what torch.empty and numpy.empty return with NaN: a result that reads memory nobody wrote cannot pass."""
+    if Dispatcher is not None:
+        monkeypatch.setattr(Dispatcher, "compile", _compile_with_numpys_own)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr("numpy.empty", _poisoned_empty)

@@ -125,6 +125,7 @@ IN_CPU_SCALES = "test_cpu_nf4.py::test_cpu_decodes_every_byte_at_strange_scales"
 IN_CPU_SCALES_ALONE = "test_cpu_nf4.py::test_cpu_decodes_scales_to_the_bits"
 IN_CPU_CHUNKS = "test_cpu_nf4.py::test_cpu_gives_the_references_bits_on_many_chunks"
 IN_SHARED = "test_cpu_share.py::test_every_range"
+IN_COUNTED = "test_cpu_share.py::test_arrays_are"
 IN_FAILED = "test_cpu_share.py::test_failure"
 IN_CPU_PICK = "test_cpu_pick.py::test_pick_takes_the_entry_that_each_lane_names"
 IN_FEW_ROWS = "test_cpu_few_rows.py::test_few_rows_match_the_formula"
@@ -357,6 +358,8 @@ MUTATIONS = (
     Mutation(SHARED, '"add", begins, step', '"add", begins, count', IN_SHARED),
     Mutation(SHARED, "several.type(1)", "several.type(3)", IN_SHARED),
     Mutation(SHARED, "builder.store(FLAG(1), ", "builder.store(FLAG(0), ", IN_FAILED),
+    Mutation(SHARED, "array.meminfo = ir.Constant(array.meminfo.type, None)", "pass", IN_COUNTED),
+    Mutation(SHARED, "kind if isinstance(kind, types.BaseTuple) else ()", "()", IN_COUNTED),
     Mutation(COMPILED_PRODUCT, "begins[c] = start % block_size", "begins[c] = 0", IN_FEW_ROWS),
     Mutation(COMPILED_TILE, "builder.sub(k, whole)", "number(0)", IN_TILE),
     Mutation(COMPILED_TILE, '"<", number(c), size', '"<=", number(c), size', IN_TILE),

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from numba import types
+from numba.extending import intrinsic
 from test_cpu_team import three  # noqa: F401
-
-pytest.importorskip("numba")
 
 from lora_core.cpu import chunks, team
 from lora_core.cpu.compiled.jit import compiled
@@ -49,8 +49,20 @@ def fail(openmp, threads, counter, step, count, *arguments):
         raise MemoryError
 
 
+def _has_counter(_, array):
+    def generate(context, builder, signature, arguments):
+        meminfo = context.make_array(signature.args[0])(context, builder, arguments[0]).meminfo
+        return builder.icmp_unsigned("!=", meminfo, meminfo.type(None))
+
+    return types.boolean(array), generate
+
+
+has_counter = intrinsic(_has_counter)
+
+
 @compiled
-def _add(pair, into, first, last):
+def _add(pair, into, counted, first, last):
+    counted[0] += has_counter(pair[0]) + has_counter(into)
     for i in range(first, last):
         into[i] += pair[0][i] * pair[1]
 
@@ -61,9 +73,9 @@ def add(openmp, threads, counter, step, count, *arguments):
         raise MemoryError
 
 
-def _marked(count, chunk):
+def _marked(count, chunk, of_a_thread=None):
     seen, threads = np.zeros(count, np.int64), np.zeros(count, np.uint64)
-    chunks.share(mark, count, chunk, seen, threads)
+    chunks.share(mark, count, chunk, of_a_thread or chunk, seen, threads)
     assert (seen == 1).all()
     return threads
 
@@ -78,7 +90,7 @@ def test_every_range_is_worked_once_by_several_threads(three):  # noqa: F811
 
 @pytest.mark.parametrize("count", [0, 1, 9, 10])
 def test_what_is_not_worth_a_second_thread_is_worked_here(three, count):  # noqa: F811
-    assert set(_marked(count, 10)) <= {this_thread()}
+    assert set(_marked(count, 10)) <= {this_thread()} == set(_marked(40, 10, of_a_thread=40))
 
 
 def test_forked_process_does_not_wait_for_threads_it_lacks(three, monkeypatch):  # noqa: F811
@@ -89,9 +101,9 @@ def test_forked_process_does_not_wait_for_threads_it_lacks(three, monkeypatch): 
 def test_failure_of_a_range_is_raised_and_leaves_the_others(three):  # noqa: F811
     seen = np.zeros(100, np.int64)
     with pytest.raises(MemoryError):
-        chunks.share(fail, 100, 10, seen, 55)
+        chunks.share(fail, 100, 10, 10, seen, 55)
     assert (seen[50:60] == 0).all() and set(seen) == {0, 1} and seen.sum() == 90
-    chunks.share(fail, 100, 10, seen, 100)
+    chunks.share(fail, 100, 10, 10, seen, 100)
     assert (seen >= 1).all()
 
 
@@ -100,15 +112,15 @@ def test_interpreter_is_free_meanwhile():
     fired = []
     threading.Timer(0.001, lambda: fired.append(time.perf_counter())).start()
     seen, threads = np.zeros(20, np.int64), np.zeros(20, np.uint64)
-    chunks.share(mark, 20, 1, seen, threads)
+    chunks.share(mark, 20, 1, 1, seen, threads)
     assert fired and fired[0] < time.perf_counter() - MICROSECONDS / 1e6
 
 
 def test_arrays_are_neither_kept_nor_lost(three):  # noqa: F811
     """References to them are not counted inside, of those in tuples either."""
-    numbers, into = np.arange(100.0), np.zeros(100)
+    numbers, into, counted = np.arange(100.0), np.zeros(100), np.zeros(1, np.int64)
     before = [sys.getrefcount(a) for a in (numbers, into)]
     for _ in range(5):
-        chunks.share(add, 100, 10, (numbers, 2), into)
+        chunks.share(add, 100, 10, 10, (numbers, 2), into, counted)
     assert [sys.getrefcount(a) for a in (numbers, into)] == before
-    assert (into == 10 * np.arange(100.0)).all()
+    assert (into == 10 * np.arange(100.0)).all() and counted == 0

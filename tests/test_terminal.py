@@ -38,6 +38,21 @@ def test_terminal_table_is_a_table_where_it_fits_and_a_list_elsewhere():
     assert "│" not in narrow and "trained parameters\n  many: 6,738,415,616\n  few: 39,976,960\n" in narrow
 
 
+def test_terminal_table_goes_without_rules_and_wraps_its_heads_before_it_is_a_list():
+    columns = (Column("label"), Column("loss before", "number"), Column("loss after", "number"))
+    rows = [("a label", "1.5", "1.25"), ("another", "22.5", "3")]
+    ruled, plain, listed = (printed(w, lambda c: print_table(c, columns, rows)) for w in (28, 22, 21))
+    assert "│ a label │    1.5 │  1.25 │" in ruled.splitlines() and "┃         ┃   loss ┃  loss ┃" in ruled.splitlines()
+    assert [line.rstrip() for line in plain.splitlines()] == [
+        "           loss   loss",
+        "label    before  after",
+        "─" * 22,
+        "a label     1.5   1.25",
+        "another    22.5      3",
+    ]
+    assert "a label\n  loss before: 1.5\n" in listed
+
+
 def test_terminal_name_may_be_broken_and_loses_nothing():
     name = "model.layers.0.self_attn.q_proj"
     shown = printed(34, lambda console: print_table(console, [Column("a", "name"), Column("b")], [(name, "16 x 64")]))

@@ -12,7 +12,7 @@ from lora_core.cpu.scales import Scales
 from lora_core.ops.absmax_dequantize import check_second_level, op
 from lora_core.ops.eager import register
 
-# scales worth a range, and a call of NumPy's: 4 and 60 us of loops
+# scales worth a range, and a thread or a call of NumPy's: 4 and 60 us of loops
 SHARED, CHUNK = 2**12, 2**16
 
 
@@ -25,7 +25,7 @@ def absmax_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block_size
     if loops is None:
         run(functools.partial(plain.decode_scales, scales), count, CHUNK)
     else:
-        share(loops.dequantize_absmax, count, SHARED, scales)
+        share(loops.dequantize_absmax, count, SHARED, CHUNK, scales)
     return torch.from_numpy(scales.values)
 
 

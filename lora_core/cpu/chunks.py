@@ -24,16 +24,17 @@ SHARED = 2**15
 RANGES = 8
 
 
-def share(loop: Callable[..., None], count: int, chunk: int, *arguments: Any) -> None:
+def share(loop: Callable[..., None], count: int, chunk: int, of_a_thread: int, *arguments: Any) -> None:
     """Run a compiled loop on ranges that cover range(count); every one but the last is a multiple of chunk long.
 
     Args:
         loop: of lora_core.cpu.compiled, called (openmp, threads, counter, step, count, *arguments).
         count: elements, or whatever is shared out, in all.
         chunk: how many of them are worth a range.
+        of_a_thread: how many of them are worth a thread: all wait for the last, which another program may hold up.
         arguments: of the loop.
     """
-    threads, step = _shares(count, chunk)
+    threads, step = _shares(count, chunk, of_a_thread)
     team.share(loop, threads, step, count, *arguments)
 
 
@@ -45,7 +46,7 @@ def run(work: Callable[[int, int], None], count: int, chunk: int = CHUNK) -> Non
         count: elements, or whatever is shared out, in all.
         chunk: how many of them are worth a call.
     """
-    threads, step = _shares(count, chunk)
+    threads, step = _shares(count, chunk, chunk)
     if threads == 1:
         work(0, count)
         return
@@ -66,8 +67,7 @@ def run(work: Callable[[int, int], None], count: int, chunk: int = CHUNK) -> Non
     team.together(share, threads)
 
 
-def _shares(count: int, chunk: int) -> tuple[int, int]:
+def _shares(count: int, chunk: int, of_a_thread: int) -> tuple[int, int]:
     """Return the threads that a count is worth, and what they take of it at a time."""
-    chunks = max(-(-count // chunk), 1)
-    threads = min(torch.get_num_threads(), chunks)
-    return threads, max(chunks // (threads * RANGES), 1) * chunk
+    threads = min(torch.get_num_threads(), max(-(-count // of_a_thread), 1))
+    return threads, max(-(-count // chunk) // (threads * RANGES), 1) * chunk

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_core.cpu import compiled
-from lora_core.cpu.chunks import SHARED, share
+from lora_core.cpu.chunks import CHUNK, SHARED, share
 from lora_core.cpu.processor import has_avx512, multiplies_bfloat16_tiles
 from lora_core.cpu.scales import Scales
 from lora_core.ops.eager import is_batched_gradient
@@ -77,7 +77,7 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
     else:
         multiply, size = loops.multiply, w.block_size
     arguments = *_codes(w), rows.contiguous().numpy(), np.empty(0, ROOMS[x.dtype]), y.numpy(), size
-    share(multiply, n, max(SHARED // k, 1), *arguments)
+    share(multiply, n, max(SHARED // k, 1), max(CHUNK // k, 1), *arguments)
     return y
 
 
@@ -98,5 +98,6 @@ def few_rows_back(d_y: Tensor, w: Packed) -> Tensor | None:
     part = max(-(-n // PARTS), SHARED // k, 1)
     sums = torch.zeros(-(-n // part), len(d_y), 2, k // 2, dtype=torch.float32)
     shift = int(w.block_size).bit_length() - 1
-    share(loops.multiply_back, n, part, *_codes(w), grads, of, sums.numpy(), part, shift)
+    arguments = *_codes(w), grads, of, sums.numpy(), part, shift
+    share(loops.multiply_back, n, part, max(CHUNK // k, 1), *arguments)
     return sums.sum(0).transpose(1, 2).reshape(len(d_y), k)

@@ -45,7 +45,7 @@ def nf4_dequantize(
     out = None if loops is None else _writable(flat, loops)
     if out is not None:
         streamed = dense.nbytes >= STREAMED_BYTES and is_resident(dense)
-        share(loops.dequantize, count, SHARED, packed, scales, out, block_size, streamed)
+        share(loops.dequantize, count, SHARED, CHUNK, packed, scales, out, block_size, streamed)
         return dense
 
     by = loops or plain

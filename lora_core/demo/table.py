@@ -11,7 +11,7 @@ MIB = 2**20
 # steps shorter than this differ by less than a millisecond
 SHORT_MS = 20
 LOSSES = ("code before", "code after", "prose before", "prose after")
-COLUMNS = ("method", "trainable", "weights", "optimiser", "step", *LOSSES)
+COLUMNS = ("method", "trainable", "weights (MiB)", "optimiser (MiB)", "step (ms)", *LOSSES)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -19,9 +19,9 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.title,
         f"{row.trainable:,}",
-        f"{row.weight_bytes / MIB:.1f} MiB",
-        f"{row.optimizer_bytes / MIB:.1f} MiB",
-        f"{row.step_ms:.{1 if row.step_ms < SHORT_MS else 0}f} ms",
+        f"{row.weight_bytes / MIB:.1f}",
+        f"{row.optimizer_bytes / MIB:.1f}",
+        f"{row.step_ms:.{1 if row.step_ms < SHORT_MS else 0}f}",
         f"{row.before.code:.3f}",
         f"{row.after.code:.3f}",
         f"{row.before.prose:.3f}",
@@ -52,7 +52,7 @@ def print_results(results: Results, console: "Console") -> None:
     setting = results.setting
     title = f"Loss in nats per byte of held-out text; {setting['steps']} steps of {setting['tokens_per_step']:,} tokens"
     first, *others = COLUMNS
-    columns = [Column(first), *(Column(head, "number") for head in others)]
+    columns = [Column(first, "prose"), *(Column(head, "number") for head in others)]
     print_table(console, columns, [cells(row) for row in results.rows], title)
     for row in results.rows:
         console.print(f"  {row.title}: {row.settings}", highlight=False, markup=False)

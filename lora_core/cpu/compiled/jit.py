@@ -8,8 +8,11 @@ from typing import Any
 
 from numba import config, njit
 
+from lora_core.cpu import scales
 from lora_core.quant import codebook
 
+# what loops are made from beside the files of this folder: levels, and the places of a tuple's fields
+OTHERS = Path(codebook.__file__), Path(scales.__file__)
 # instructions of the processor have no form in Python
 if getattr(config, "DISABLE_JIT", False):
     raise ImportError("Numba is switched off by NUMBA_DISABLE_JIT")
@@ -26,7 +29,7 @@ def compiled(function: Callable[..., Any]) -> Any:
         made = njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep the result: neither beside the file nor in the user's folder
         return njit(**options)(function)
-    # Numba looks at the function's own file, but levels and instructions come from others
+    # Numba looks at the function's own file alone
     kept: Any = getattr(getattr(made, "_cache", None), "_cache_file", None)
     if not hasattr(kept, "_source_stamp"):
         return njit(**options)(function)
@@ -35,7 +38,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 @functools.cache
-def stamp(files: tuple[Path, ...] = (*sorted(Path(__file__).parent.glob("*.py")), Path(codebook.__file__))) -> str:
+def stamp(files: tuple[Path, ...] = (*sorted(Path(__file__).parent.glob("*.py")), *OTHERS)) -> str:
     """Return what changes with any of the files that loops are made from."""
     parts = hashlib.sha256()
     for path in files:

@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_core.cpu.compiled.jit import compiled
 from lora_core.cpu.compiled.pick import LANES
-from lora_core.cpu.compiled.share import share
+from lora_core.cpu.compiled.share import FAILED, share
 from lora_core.cpu.compiled.sixteen import ROUNDS_TO_FLOAT16, VALUES, decode_sixteen
 from lora_core.cpu.compiled.stream import settle, starts_a_line
 from lora_core.cpu.scales import Scales
@@ -103,14 +103,14 @@ def dequantize(openmp: int, threads: int, counter: np.ndarray, step: int, count:
         values: [n], of a dtype in sixteen.FORMS.
     """
     if share(_dequantize, openmp, threads, counter, step, count, arguments):
-        raise MemoryError
+        raise MemoryError(FAILED)
 
 
 @compiled
 def dequantize_absmax(openmp: int, threads: int, counter: np.ndarray, step: int, count: int, *arguments: Any) -> None:
     """Decode ranges of scales."""
     if share(decode_scales, openmp, threads, counter, step, count, arguments):
-        raise MemoryError
+        raise MemoryError(FAILED)
 
 
 @compiled

@@ -12,6 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+# what a loop allocates is all that can fail, unless Numba is told to look for other failures (NUMBA_BOUNDSCHECK)
+FAILED = "a thread found no memory for its scratch"
 BYTES, NUMBER, FLAG = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(1)
 REGION = ir.FunctionType(ir.VoidType(), [BYTES])
 # void GOMP_parallel(void (*region)(void *), void *data, unsigned threads, unsigned flags). Source: GCC's libgomp

@@ -89,24 +89,23 @@ def print_table(console: "Console", columns: Sequence[Column], rows: Sequence[Se
 
 def _widths(columns: Sequence[Column], cells: list[list[str]], room: int) -> list[int] | None:
     """Widths of the columns that keep whole what has to be, or None where there is not the room."""
-    least, most = [], []
+    widths, of_cells, of_all = [], [], []
     for index, column in enumerate(columns):
         texts = [row[index] for row in cells]
-        longest, word, in_head = (
-            max(map(len, each), default=0) for each in (texts, _words(texts), _words([column.head]))
-        )
-        needed = {"prose": word, "name": min(word, SHORTEST_FOLD)}.get(column.kind, longest)
-        least.append(max(needed, min(in_head, SHORTEST_FOLD) if column.kind == "name" else in_head))
-        most.append(max(longest, len(column.head)))
-    if sum(least) > room:
+        longest, word, head = (max(map(len, each), default=0) for each in (texts, _words(texts), _words([column.head])))
+        least = {"prose": max(word, head), "name": min(max(word, head), SHORTEST_FOLD)}
+        widths.append(least.get(column.kind, max(longest, head)))
+        of_cells.append(max(longest, widths[-1]))
+        of_all.append(max(of_cells[-1], len(column.head)))
+    if sum(widths) > room:
         return None
-    widths = list(least)
-    wanting = [index for index, width in enumerate(widths) if width < most[index]]
-    # what is left goes a character at a time to the column that has the most lines
-    for _ in range(min(room, sum(most)) - sum(least)):
-        index = max(wanting, key=lambda i: most[i] / widths[i])
-        widths[index] += 1
-        wanting = [i for i in wanting if widths[i] < most[i]]
+    # what is left goes a character at a time to the column that has the most lines: of cells, and then of heads
+    for most in (of_cells, of_all):
+        wanting = [index for index, width in enumerate(widths) if width < most[index]]
+        for _ in range(min(room, sum(most)) - sum(widths)):
+            index = max(wanting, key=lambda i: most[i] / widths[i])
+            widths[index] += 1
+            wanting = [i for i in wanting if widths[i] < most[i]]
     return widths
 
 

@@ -53,6 +53,12 @@ def test_terminal_table_goes_without_rules_and_wraps_its_heads_before_it_is_a_li
     assert "a label\n  loss before: 1.5\n" in listed
 
 
+def test_terminal_cells_get_room_before_heads():
+    columns, rows = (Column("method", "prose"), Column("loss before", "number")), [("full fine-tuning", "1.5")]
+    assert "│ full fine-tuning │    1.5 │" in printed(29, lambda c: print_table(c, columns, rows)).splitlines()
+    assert "full fine-tuning" not in printed(27, lambda c: print_table(c, columns, rows))
+
+
 def test_terminal_name_may_be_broken_and_loses_nothing():
     name = "model.layers.0.self_attn.q_proj"
     shown = printed(34, lambda console: print_table(console, [Column("a", "name"), Column("b")], [(name, "16 x 64")]))

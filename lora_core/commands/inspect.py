@@ -54,7 +54,7 @@ def _show(report: Any, limit: int | None) -> None:
     _table(
         console,
         "low-rank updates",
-        [Column("module", "name"), *map(Column, ("rank", "scaling", "A", "B", "dtype")), Column("|s B A|", "prose")],
+        [Column("module", "name"), *map(Column, ("rank", "scaling", "A", "B", "dtype")), Column("|sBA|", "prose")],
         [
             (
                 p.module,

@@ -450,6 +450,8 @@ def test_demo_page_scrolls_what_a_phone_is_too_narrow_for(finished):
     wide = re.findall(r'<div class="card scroll"([^>]*)>(?:<table|<picture)', html)
     assert len(wide) == 4 and all('tabindex="0"' in attributes for attributes in wide)
     assert html.count("<picture>") == 3 and re.search(r"\.scroll img \{ min-width: \d+rem; \}", html)
+    # and the table's heads wrap first
+    assert re.search(r"thead th \{[^}]*white-space: normal", html)
 
 
 def test_demo_says_what_is_missing_without_matplotlib(tmp_path, monkeypatch):

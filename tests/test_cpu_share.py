@@ -81,10 +81,10 @@ def _marked(count, chunk, of_a_thread=None):
 
 
 def test_every_range_is_worked_once_by_several_threads(three):  # noqa: F811
-    threads = _marked(61, 10)
+    threads = _marked(301, 10)
     assert len(set(threads)) == 3 and this_thread() in threads
     # whole chunks but for the last
-    for start in range(0, 61, 10):
+    for start in range(0, 301, 10):
         assert len(set(threads[start : start + 10])) == 1
 
 

@@ -42,8 +42,8 @@ def nf4_dequantize(
     flat, packed = dense.view(-1), codes.numpy().ravel()
     scales, count = Scales.of(absmax, nested_absmax, nested_offset, nested_block_size), flat.numel()
     loops = compiled.load_for("nf4", count)
-    out = None if loops is None else _writable(flat, loops)
-    if out is not None:
+    out = _writable(flat, loops)
+    if loops is not None and out is not None:
         streamed = dense.nbytes >= STREAMED_BYTES and is_resident(dense)
         share(loops.dequantize, count, SHARED, CHUNK, packed, scales, out, block_size, streamed)
         return dense
@@ -52,6 +52,9 @@ def nf4_dequantize(
 
     def work(first: int, last: int) -> None:
         by.decode_scales(scales, first // block_size, -(-last // block_size))
+        if out is not None:
+            by.decode(packed, scales.values, out[first:last], block_size, first, last, False)
+            return
         values = torch.empty(min(CHUNK, last - first), dtype=torch.float32)
         for start in range(first, last, CHUNK):
             stop = min(start + CHUNK, last)
@@ -64,12 +67,12 @@ def nf4_dequantize(
 
 
 def _writable(flat: Tensor, loops: Any) -> Any:
-    """Return a result as the compiled loops can write it, or None where its dtype is none of theirs."""
+    """Return a result as loops can write it, or None where its dtype is none of theirs; None are NumPy's loops."""
     if flat.dtype == torch.float32:
         return flat.numpy()
-    if flat.dtype == torch.bfloat16:
+    if flat.dtype == torch.bfloat16 and loops is not None:
         return flat.view(torch.uint16).numpy()
-    if flat.dtype == torch.float16 and loops.ROUNDS_TO_FLOAT16:
+    if flat.dtype == torch.float16 and loops is not None and loops.ROUNDS_TO_FLOAT16:
         return flat.view(torch.int16).numpy()
     return None
 

@@ -54,7 +54,7 @@ def _reaches(w: Packed) -> bool:
     return 2 * w.codes.numel() >= n and scales * w.block_size >= n and nested
 
 
-def _codes(w: Packed) -> tuple[np.ndarray, Scales]:
+def _codes_and_scales(w: Packed) -> tuple[np.ndarray, Scales]:
     """Return the weight's codes and its scales."""
     scales = Scales.of(w.absmax, w.nested_absmax, w.nested_offset, w.nested_block_size)
     return w.codes.numpy().ravel(), scales
@@ -76,7 +76,7 @@ def few_rows(x: Tensor, w: Packed) -> Tensor | None:
         rows = rows.reshape(len(x), -1, 2).transpose(1, 2)
     else:
         multiply, size = loops.multiply, w.block_size
-    arguments = *_codes(w), rows.contiguous().numpy(), np.empty(0, ROOMS[x.dtype]), y.numpy(), size
+    arguments = *_codes_and_scales(w), rows.contiguous().numpy(), np.empty(0, ROOMS[x.dtype]), y.numpy(), size
     share(multiply, n, max(SHARED // k, 1), max(CHUNK // k, 1), *arguments)
     return y
 
@@ -98,6 +98,6 @@ def few_rows_back(d_y: Tensor, w: Packed) -> Tensor | None:
     part = max(-(-n // PARTS), SHARED // k, 1)
     sums = torch.zeros(-(-n // part), len(d_y), 2, k // 2, dtype=torch.float32)
     shift = int(w.block_size).bit_length() - 1
-    arguments = *_codes(w), grads, of, sums.numpy(), part, shift
+    arguments = *_codes_and_scales(w), grads, of, sums.numpy(), part, shift
     share(loops.multiply_back, n, part, max(CHUNK // k, 1), *arguments)
     return sums.sum(0).transpose(1, 2).reshape(len(d_y), k)

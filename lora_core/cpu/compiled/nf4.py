@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_core.cpu.compiled.jit import compiled
 from lora_core.cpu.compiled.pick import LANES
-from lora_core.cpu.compiled.share import FAILED, share
+from lora_core.cpu.compiled.share import share
 from lora_core.cpu.compiled.sixteen import ROUNDS_TO_FLOAT16, VALUES, decode_sixteen
 from lora_core.cpu.compiled.stream import settle, starts_a_line
 from lora_core.cpu.scales import Scales
@@ -102,15 +102,13 @@ def dequantize(openmp: int, threads: int, counter: np.ndarray, step: int, count:
         scales: of ceil(n / block_size) blocks.
         values: [n], of a dtype in sixteen.FORMS.
     """
-    if share(_dequantize, openmp, threads, counter, step, count, arguments):
-        raise MemoryError(FAILED)
+    share(_dequantize, openmp, threads, counter, step, count, arguments)
 
 
 @compiled
 def dequantize_absmax(openmp: int, threads: int, counter: np.ndarray, step: int, count: int, *arguments: Any) -> None:
     """Decode ranges of scales."""
-    if share(decode_scales, openmp, threads, counter, step, count, arguments):
-        raise MemoryError(FAILED)
+    share(decode_scales, openmp, threads, counter, step, count, arguments)
 
 
 @compiled

@@ -12,7 +12,7 @@ from lora_core.cpu.compiled import nf4, tile
 from lora_core.cpu.compiled import picked as in_registers
 from lora_core.cpu.compiled.emit import ROWS
 from lora_core.cpu.compiled.jit import compiled
-from lora_core.cpu.compiled.share import FAILED, share
+from lora_core.cpu.compiled.share import share
 from lora_core.cpu.compiled.spread import spread
 from lora_core.cpu.scales import Scales
 
@@ -64,8 +64,7 @@ def multiply(openmp: int, threads: int, counter: np.ndarray, step: int, count: i
         y: float32 [M, N].
         block_size: weights of a scale, a multiple of 32.
     """
-    if share(_multiply, openmp, threads, counter, step, count, arguments):
-        raise MemoryError(FAILED)
+    share(_multiply, openmp, threads, counter, step, count, arguments)
 
 
 @compiled
@@ -99,8 +98,7 @@ def multiply_picked(openmp: int, threads: int, counter: np.ndarray, step: int, c
         y: float32 [M, N].
         shift: logarithm of the weights of a scale, which are a multiple of 32.
     """
-    if share(_multiply_picked, openmp, threads, counter, step, count, arguments):
-        raise MemoryError(FAILED)
+    share(_multiply_picked, openmp, threads, counter, step, count, arguments)
 
 
 @compiled
@@ -140,5 +138,4 @@ def multiply_back(openmp: int, threads: int, counter: np.ndarray, step: int, cou
         part: rows of W that are summed together, of which a step is a multiple.
         shift: logarithm of the weights of a scale, which are a multiple of 32.
     """
-    if share(_multiply_back, openmp, threads, counter, step, count, arguments):
-        raise MemoryError(FAILED)
+    share(_multiply_back, openmp, threads, counter, step, count, arguments)

@@ -23,7 +23,7 @@ OPENMP = ir.FunctionType(ir.VoidType(), [REGION.as_pointer(), BYTES, NUMBER, NUM
 def _share(
     typing: Any, loop: Any, openmp: Any, threads: Any, counter: Any, step: Any, count: Any, arguments: Any
 ) -> Any:
-    """Call loop(*arguments, first, last) on ranges that cover range(count); return whether a call failed.
+    """Call loop(*arguments, first, last) on ranges that cover range(count); raise MemoryError where a call failed.
 
     loop is a compiled function without a result, openmp the address of GOMP_parallel, which is not called for one
     thread, counter an array whose one int64 is where the next range begins: all who share it share the ranges. Each is
@@ -51,10 +51,12 @@ def _share(
                 builder.call(run, [region, pointer, builder.trunc(several, NUMBER), NUMBER(0)])
             with one:
                 builder.call(region, [pointer])
-        return builder.load(cgutils.gep_inbounds(builder, data, 0, 0))
+        with builder.if_then(builder.load(cgutils.gep_inbounds(builder, data, 0, 0))):
+            context.call_conv.return_user_exc(builder, MemoryError, (FAILED,))
+        return context.get_dummy_value()
 
     number = types.intp
-    return types.boolean(loop, number, number, counter, number, number, arguments), generate
+    return types.void(loop, number, number, counter, number, number, arguments), generate
 
 
 # (loop, openmp, threads, counter, step, count, arguments) in compiled code

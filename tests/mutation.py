@@ -409,7 +409,7 @@ MUTATIONS = (
         "quant/weight.py",
         "value.to(device, copy=True)",
         "value.to(device)",
-        "test_quant_parts.py::test_loading_a_state_keeps_nothing",
+        "test_quant_state.py::test_loading_a_state_keeps_nothing",
     ),
     Mutation(
         "lora_core/adapt/merge.py",

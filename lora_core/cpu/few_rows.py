@@ -10,7 +10,6 @@ from lora_core.cpu import compiled
 from lora_core.cpu.chunks import CHUNK, SHARED, share
 from lora_core.cpu.processor import has_avx512, multiplies_bfloat16_tiles
 from lora_core.cpu.scales import Scales
-from lora_core.ops.eager import is_batched_gradient
 from lora_core.ops.packed import Packed
 from lora_core.quant.blockwise import BLOCK_SIZES
 from lora_core.quant.parts import check_parts
@@ -33,7 +32,7 @@ def _loops(rows: Tensor, w: Packed) -> Any:
     Raises:
         ShapeError: if a part of the weight is too short.
     """
-    if not 0 < len(rows) <= FEW_ROWS.get(rows.dtype, 0) or is_batched_gradient(rows):
+    if not 0 < len(rows) <= FEW_ROWS.get(rows.dtype, 0):
         return None
     fits = w.shape[0] * w.shape[1] >= LEAST and w.block_size in BLOCK_SIZES
     of_scales = torch.float32 if w.nested_absmax is None else torch.uint8

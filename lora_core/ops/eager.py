@@ -68,9 +68,12 @@ def none_to_empty(like: Tensor, made: Any) -> Any:
 def call(operation: Any, *args: Any) -> Any:
     """Return operation(*args), directly where nothing intercepts it and no gradient is asked for.
 
-    Outside autocast: a backward computes in the dtypes of its forward.
+    Outside autocast: a backward computes in the dtypes of its forward. For a batch of gradients (is_grads_batched),
+    which has no memory of its own, by the operation's own body, the reference: PyTorch's operations take such.
     """
     with outside_autocast(_first(args)):
+        if torch._C._functorch.is_legacy_batchedtensor(_first(args)):
+            return operation._init_fn(*args)
         run = None if _asks_for_gradients(args) else _direct_implementation(operation, args)
         return operation(*args) if run is None else run(*args)
 
@@ -201,11 +204,6 @@ def dispatch_is_intercepted() -> bool:
         or inside_functorch()
         or _tracing_state() is not None
     )
-
-
-def is_batched_gradient(t: Tensor) -> bool:
-    """Say whether a gradient stands for one of a batch of them (is_grads_batched): it has no memory of its own."""
-    return torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def inside_functorch() -> bool:

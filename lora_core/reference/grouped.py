@@ -116,8 +116,8 @@ def backward(
     grad = low[order]
     rows_of_x = None if x is None else x[order].to(low.dtype)
     d_x = low.new_zeros(len(low), lora_a.shape[1]) if need_x else None
-    d_lora_a = torch.zeros_like(lora_a) if need_a else None
-    d_lora_b = torch.zeros_like(lora_b) if need_b else None
+    d_lora_a = low.new_zeros(lora_a.shape) if need_a else None
+    d_lora_b = low.new_zeros(lora_b.shape) if need_b else None
     for member in found:
         rows, part, factor = member.rows, member.part, factors[member.adapter]
         d_s = factor * (grad[rows] @ lora_b[:, part])

@@ -30,7 +30,9 @@ COMMAND = "python -m benchmarks.results_table"
 HEAD = ["what", "shape", "ours, ms", "best rival, ms", "speed", "peak memory, MiB"]
 # of an operation that a device has more comparisons of than MOST, those of these sizes are listed
 MOST, LISTED = 40, {"M": (1, 16, 4096), "R": (16,)}
-GPU_PLACE = "On a GPU the suite is not measured yet: `python -m benchmarks.run --suite gpu` fills this in."
+GPU_PLACE = (
+    f"On a GPU the suite is not measured yet: `python -m benchmarks.run --suite gpu`, then `{COMMAND}`, fills this in."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,14 +33,6 @@ from lora_core.errors import (  # noqa: E402
 )
 from lora_core.methods.lora import LoraConfig  # noqa: E402
 from lora_core.methods.nf4 import NF4Config  # noqa: E402
-from lora_core.ops import (  # noqa: E402, F401
-    absmax_dequantize,
-    absmax_quantize,
-    dora_norm,
-    grouped_lora,
-    nf4_dequantize,
-    nf4_quantize,
-)
 from lora_core.ops.lora_linear import lora_linear  # noqa: E402
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear  # noqa: E402
 from lora_core.quant import QuantizedWeight, quantize_nf4  # noqa: E402

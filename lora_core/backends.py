@@ -19,6 +19,10 @@ OPERATIONS = ("op", "backward_op", "nf4_op")
 
 def load() -> None:
     """Register every implementation this installation can run; the kernels are imported when first called."""
+    # operations without a file in lora_core/cpu, which imports the others
+    import lora_core.ops.absmax_quantize
+    import lora_core.ops.dora_norm  # noqa: F401
+
     _import_all("lora_core.cpu")
     if _why_not_installed() is None:
         defer_kernels("cuda")

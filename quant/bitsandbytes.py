@@ -78,7 +78,8 @@ def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """Return the arguments of QuantizedWeight that a state dict describes.
 
     Raises:
-        CheckpointError: if keys are missing, sizes disagree, or a level map is unknown.
+        CheckpointError: if keys are missing, sizes disagree, or quant_map is not the type's codebook. Scales that
+            another nested map has quantised are read, and held in float32.
         ConfigError: if state is no mapping, or prefix no string.
     """
     _check_prefix(prefix)

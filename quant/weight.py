@@ -166,7 +166,8 @@ class QuantizedWeight(nn.Module):
             state: holds prefix and prefix + ".absmax" and so on; other keys are ignored.
             prefix: the key of the packed codes.
         Raises:
-            CheckpointError: if keys are missing, sizes disagree, or a level map is unknown.
+            CheckpointError: if keys are missing, sizes disagree, or quant_map is not the type's codebook. Scales that
+                another nested map has quantised are read, and held in float32.
             ConfigError: if state is no mapping, or prefix no string.
         """
         return cls(**bitsandbytes.read(state, prefix))

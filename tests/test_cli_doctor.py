@@ -15,7 +15,7 @@ from lora_core.doctor import checks
 def test_doctor_finds_every_operation_sound(capsys):
     cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] and len(report["checks"]) == 13
+    assert report["healthy"] and len(report["checks"]) == 14
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
     assert (

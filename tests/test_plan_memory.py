@@ -10,6 +10,7 @@ from models import TINY, recompute_activations, transformers_model
 import lora_core as lc
 from benchmarks.memory import peak_bytes
 from lora_core.adapt.count import count_parameters
+from lora_core.cpu import compiled
 from lora_core.errors import ConfigError
 from lora_core.plan.activations import kept_bytes
 from lora_core.plan.catalogue import find_shape
@@ -169,6 +170,8 @@ def test_peak_of_a_step_is_as_planned(method, dtype, checkpointing, vocabulary):
     # gradients are there when the measured pass begins, as in the plan
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    # loading Numba, at the last of many small calls, takes memory of its own
+    compiled.load("nf4")
     taken = peak_bytes(step)
     rows = {row.name: row.bytes for row in plan_memory(shape, setup).rows}
     planned = rows["activations"] + rows["workspace"]
@@ -277,6 +280,10 @@ def test_fit_says_where_nothing_fits_and_where_everything_does():
         ({"sequence": -1}, "sequence is -1"),
         ({"rank": 10**400}, "rank is 1000.*000; want a whole number of at most 4,294,967,296"),
         ({"block_size": 48}, "block_size is 48"),
+        ({"double_quant": "no"}, "double_quant is 'no'; want True or False"),
+        ({"checkpointing": 1}, "checkpointing is 1; want True or False"),
+        ({"targets": 3}, "targets is 3; want a list of names, 'attention' or 'all-linear'"),
+        ({"targets": ["q_proj", None]}, "targets is .*None.*; want a list of names"),
     ],
 )
 def test_setup_that_cannot_be_is_refused(change, message):

@@ -30,7 +30,8 @@ class FuseReport:
 
     Args:
         swapped: names of the layers that run a fused operation from now on.
-        skipped: why each other linear, adapted or quantised layer does not, by name.
+        skipped: why each other linear, adapted or quantised layer was not swapped now, by name; one that was fused
+            before is among them.
         shared: groups of the swapped layers that their parent calls with one x, which they read once together.
     """
 

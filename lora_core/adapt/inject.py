@@ -43,8 +43,9 @@ def add_adapter(
 ) -> nn.Module:
     """Replace the targeted layers by adapted ones that share their weights, and freeze all but the new adapter.
 
-    At the start the model computes what it did before, but for init_lora_weights=False, and for "pissa" and "olora" on
-    a 4-bit weight, which is quantised anew. The new adapter is the active one.
+    At the start the model computes what it did before, but for init_lora_weights=False, and for "pissa" and "olora",
+    which take s B A out of W: up to rounding to its dtype, and up to quantising a 4-bit weight anew. The new adapter is
+    the active one.
 
     Args:
         model: any module; changed in place.

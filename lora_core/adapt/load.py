@@ -59,8 +59,9 @@ def load_adapter(
             if the model is on the meta device. The model is left as it was.
         ConfigError: if the configuration asks for what is not implemented.
         TargetNotFoundError: if no module matches.
-        AdapterError: if the name is taken, an adapter is merged, or it is to be trained and processes are synchronised
-            already (DDP, FSDP).
+        AdapterError: if the name is taken, an adapter is merged, adapters are disabled for a while, PEFT has put
+            adapters into the model, another adapter has trained biases too, or it is to be trained and processes are
+            synchronised already (DDP, FSDP).
     Source: PEFT's checkpoint format.
     """
     inner = unwrapped(model)

@@ -78,7 +78,7 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
     """Return the layer that turns hidden states into scores, which "all-linear" leaves out.
 
     A transformers model says which it is. Elsewhere it is the module called lm_head, or the last linear layer if it
-    leads from an embedding's dimension to its vocabulary.
+    leads from an embedding's dimension to its vocabulary, of FEWEST_WORDS or more.
     """
     head = stated_embeddings(model, "output")
     if head is not None:

@@ -156,13 +156,23 @@ def _gradients(
 
 
 def _check_dora_norm(device: str, case: Case) -> str:
-    _, weight, _, a, b, _ = operands(device, case)
-    for w in (weight, quantize_nf4(weight)):
-        dense = w if isinstance(w, Tensor) else w.dequantize(a.dtype)
-        truth, bound = (dora.dora_norm_dense(wide(dense), wide(a), wide(b), SCALING) for wide in (double, magnitude_of))
-        # of squares, as the root of a small sum magnifies its error
-        squares = dora_norm(w, a, b, SCALING).double().square()
-        require(within(squares, truth**2, bound**2, case.k + 2 * case.r), "norms differ")
+    o = operands(device, case)
+    return _norms_agree(dora_norm(o.weight, o.a, o.b, SCALING), o, o.weight)
+
+
+def _check_nf4_dora_norm(device: str, case: Case) -> str:
+    o = operands(device, case)
+    q = quantize_nf4(o.weight)
+    return _norms_agree(dora_norm(q, o.a, o.b, SCALING), o, q.dequantize(o.a.dtype))
+
+
+def _norms_agree(got: Tensor, o: Operands, weight: Tensor) -> str:
+    truth, bound = (
+        dora.dora_norm_dense(wide(weight), wide(o.a), wide(o.b), SCALING) for wide in (double, magnitude_of)
+    )
+    # of squares, as the root of a small sum magnifies its error
+    squares = got.double().square()
+    require(within(squares, truth**2, bound**2, weight.shape[1] + 2 * len(o.a)), "norms differ")
     return "within rounding"
 
 
@@ -217,6 +227,7 @@ CHECKS: dict[str, Callable[[str, Case], str]] = {
     "lora_linears": _check_linears,
     "lora_linears_backward": _check_linears_backward,
     "dora_norm": _check_dora_norm,
+    "nf4_dora_norm": _check_nf4_dora_norm,
     "grouped_lora": _check_grouped,
     "grouped_lora_backward": _check_grouped_backward,
 }

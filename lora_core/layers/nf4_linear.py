@@ -53,6 +53,8 @@ class NF4Linear(nn.Module):
             transposed: the weight is stored as W^T.
         Raises:
             NonFiniteError: if the weight holds NaN or infinity.
+            DtypeError: if it is not float32, float16 or bfloat16.
+            ConfigError: if block_size or double_quant is none of these.
         """
         dense = layer.weight.detach()
         weight = quantize_nf4(dense.T if transposed else dense, block_size=block_size, double_quant=double_quant)
@@ -68,7 +70,7 @@ class NF4Linear(nn.Module):
         return int(self.weight.shape[0])
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return x W^T + b; x [..., K] of any floating dtype, the result [..., N] in the same."""
+        """Return x W^T + b; x [..., K] in float32, float16, bfloat16 or float64, the result [..., N] in the same."""
         return self.with_adapter(input, None, None, 0.0, 0.0, None)
 
     def with_adapter(

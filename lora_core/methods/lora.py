@@ -38,8 +38,8 @@ class LoraConfig:
         r: rank R.
         lora_alpha: alpha; the update is scaled by alpha / r.
         lora_dropout: probability of zeroing an element of x before A, in [0, 1).
-        target_modules: name suffixes, a regular expression for whole names, or "all-linear" (every linear layer but
-            the output head).
+        target_modules: name suffixes, a regular expression for whole names, or "all-linear" (every linear layer
+            that its module calls, except the output head and the routers of experts).
         exclude_modules: name suffixes, or a regular expression, never adapted.
         bias: "none", "all" (train every bias of the model) or "lora_only" (those of adapted layers).
         use_rslora: scale by alpha / sqrt(r).
@@ -51,7 +51,8 @@ class LoraConfig:
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: the name of the list the indices count in, such as "layers".
         modules_to_save: name suffixes of modules trained whole and saved with the adapter.
-        task_type: kept for PEFT; "SEQ_CLS" keeps the classifier out of "all-linear".
+        task_type: written for PEFT. With "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" add_adapter has the model's head
+            trained whole and saved with the adapter.
         fan_in_fan_out: kept for PEFT; the layer's own type decides here.
         extra: fields of a PEFT configuration that this library keeps and writes back without acting on them.
     Raises:

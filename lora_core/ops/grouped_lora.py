@@ -135,8 +135,9 @@ def grouped_lora(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if a rank is negative, scaling is being trained or, where that can be seen without waiting for a
-            GPU, an adapter does not exist. On a GPU a row of an adapter that does not exist has none.
+        ConfigError: if a rank is negative, scaling is being trained, forward-mode derivatives are asked for or, where
+            that can be seen without waiting for a GPU, an adapter does not exist. On a GPU a row of an adapter that
+            does not exist has none.
     Source: Chen et al. 2023 (arXiv 2310.18547).
     """
     kinds: dict[str, object] = {"x": x, "lora_a": lora_a, "lora_b": lora_b, "adapter": adapter, "scaling": scaling}

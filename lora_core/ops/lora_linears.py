@@ -184,8 +184,8 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         One tensor for each layer, shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if there is no layer, a weight or bias is being trained, or dropout is no probability or has no
-            seed.
+        ConfigError: if there is no layer, a weight or bias is being trained, scaling is no finite number, dropout is no
+            probability or has no seed, or forward-mode derivatives are asked for.
     Source: Hu et al. 2021, eq. 3.
     """
     check_tensors("lora_linears", {"x": x})

@@ -52,6 +52,11 @@ class Setup:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; want one of {', '.join(known)}")
         for name in ("rank", "batch", "sequence", "adapter_bytes"):
             check_count(name, getattr(self, name))
+        for name in ("checkpointing", "master_copy", "double_quant"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; want True or False")
+        if not isinstance(self.targets, Sequence) or not all(isinstance(name, str) for name in self.targets):
+            raise ConfigError(f"targets is {self.targets!r}; want a list of names, 'attention' or 'all-linear'")
         check_block_size("Setup", self.block_size)
 
     @property

@@ -19,9 +19,10 @@ from checkpoints import (
     saved,
 )
 from models import tokens
+from safetensors.torch import load_file, save_file
 
 import lora_core as lc
-from lora_core.adapt import files
+from lora_core.adapt import files, read_files, write_files
 from lora_core.adapt.walk import adapter_layers
 
 
@@ -54,17 +55,63 @@ def test_checkpoint_failed_write_leaves_the_old_one_and_no_litter(folder, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_sync", full)
+    monkeypatch.setattr(write_files, "_sync", full)
     with pytest.raises(lc.CheckpointError, match="No space left.*what was there is whole.*make room"):
         lc.save_adapter(adapted(decoder(), target_modules=["up_proj"]), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("failure", [OSError(1, "Operation not permitted"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("before", ["own", "foreign", "nothing"])
+def test_checkpoint_whose_second_rename_fails_leaves_what_was_there(folder, tmp_path, monkeypatch, before, failure):
+    """New configuration beside old weights would load as neither, or, where these carry none, silently as both."""
+    if before == "foreign":
+        save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": "pt"})
+    elif before == "nothing":
+        folder = tmp_path / "empty"
+        folder.mkdir()
+    there = {p.name: p.read_bytes() for p in folder.iterdir()}
+    replace = os.replace
+
+    def fails_at_weights(old, new):
+        if str(new).endswith(WEIGHTS):
+            raise failure
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", fails_at_weights)
+    with pytest.raises((lc.CheckpointError, KeyboardInterrupt)):
+        lc.save_adapter(adapted(decoder(), target_modules=["up_proj"], lora_alpha=99), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == there
+
+
+def test_checkpoint_error_is_that_of_the_save_where_nothing_can_be_removed(folder, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(write_files.Path, "write_text", read_only)
+    monkeypatch.setattr(write_files.Path, "unlink", read_only)
+    with pytest.raises(lc.CheckpointError, match="cannot save an adapter in .*Read-only file system"):
+        lc.save_adapter(adapted(decoder(), target_modules=["up_proj"]), folder)
+
+
+def test_checkpoint_is_saved_where_folders_cannot_be_synchronised(folder, monkeypatch):
+    sync = write_files._sync
+
+    def files_alone(path):
+        if path.is_dir():
+            raise OSError(22, "Invalid argument")
+        sync(path)
+
+    monkeypatch.setattr(write_files, "_sync", files_alone)
+    lc.save_adapter(adapted(decoder(), target_modules=["up_proj"], lora_alpha=99), folder)
+    assert read(folder)["lora_alpha"] == 99
 
 
 def test_checkpoint_litter_of_a_killed_process_is_removed_once_it_is_old(folder):
     kinds = (f".{WEIGHTS}.{{}}{files.PARTIAL}", f".{CONFIG}.{{}}{files.PARTIAL}", f".{CONFIG}.{{}}{files.PREVIOUS}")
     old, young = ([folder / kind.format(i) for kind in kinds] for i in range(2))
     for paths, age in ((old, 2), (young, 0.5)):
-        written = time.time() - age * files.STALE_SECONDS
+        written = time.time() - age * write_files.STALE_SECONDS
         for path in paths:
             path.write_bytes(b"half")
             os.utime(path, (written, written))
@@ -80,7 +127,7 @@ import torch
 torch.set_num_threads(1)
 import safetensors.torch
 from pathlib import Path
-from lora_core.adapt import files
+from lora_core.adapt import files, read_files, write_files
 
 root, moments, foreign = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "foreign"
 generations = {
@@ -103,12 +150,12 @@ def killed_at(moment, folder):
         return wrapper
     os.replace, os.fsync = counted(os.replace), counted(os.fsync)
     safetensors.torch.save_file = counted(safetensors.torch.save_file)
-    files.write_checkpoint(folder, *generations["new"])
+    write_files.write_checkpoint(folder, *generations["new"])
     os._exit(0)
 
 for moment in range(moments):
     folder = root / f"moment{moment}"
-    files.write_checkpoint(folder, *generations["old"])
+    write_files.write_checkpoint(folder, *generations["old"])
     if foreign:
         # as PEFT writes them: the weights say nothing of their configuration
         safetensors.torch.save_file(
@@ -123,20 +170,20 @@ for moment in range(moments):
 # and at times the code does not choose, while larger files are being written over and over
 folder = root / "loop"
 large = {g: {"x": torch.full((2_000_000,), float(i))} for i, g in enumerate(generations)}
-files.write_checkpoint(folder, generations["old"][0], large["old"])
+write_files.write_checkpoint(folder, generations["old"][0], large["old"])
 for attempt in range(15):
     child = os.fork()
     if child == 0:
         while True:
             for g in ("new", "old"):
-                files.write_checkpoint(folder, generations[g][0], large[g])
+                write_files.write_checkpoint(folder, generations[g][0], large[g])
     time.sleep(0.005 + 0.011 * attempt)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     shutil.copytree(folder, root / f"loop{attempt}")
     for path in folder.glob(".*.partial"):
         path.unlink()
-    files.write_checkpoint(folder, generations["old"][0], large["old"])
+    write_files.write_checkpoint(folder, generations["old"][0], large["old"])
 """
 
 # a copy of the configuration and its fsync, 2 temporary files: one save_file, 2 fsyncs, 2 renames, one fsync of the
@@ -178,7 +225,7 @@ def test_checkpoint_killed_at_any_moment_loads_whole(killed, moment, tmp_path):
 def test_checkpoint_killed_between_the_renames_says_so(killed):
     assert read(killed / "moment10")["r"] == 7
     with pytest.warns(UserWarning, match="interrupted.*the checkpoint before it"):
-        assert files.read_checkpoint(killed / "moment10").config["r"] == 4
+        assert read_files.read_checkpoint(killed / "moment10").config["r"] == 4
 
 
 def test_checkpoint_moments_cover_the_whole_save(killed):
@@ -190,7 +237,7 @@ def test_checkpoint_moments_cover_the_whole_save(killed):
 def test_checkpoint_killed_while_writing_is_one_generation(killed):
     seen = set()
     for attempt in range(15):
-        checkpoint = files.read_checkpoint(killed / f"loop{attempt}")
+        checkpoint = read_files.read_checkpoint(killed / f"loop{attempt}")
         values = checkpoint.tensors["x"].unique().tolist()
         assert values == [{4: 0.0, 7: 1.0}[checkpoint.config["r"]]]
         seen |= {p.suffix for p in (killed / f"loop{attempt}").iterdir()}

@@ -111,7 +111,7 @@ def test_checkpoint_copy_of_the_configuration_that_is_no_json_is_ignored(folder)
 def test_checkpoint_of_floats_that_cannot_be_computed_with_is_refused(folder):
     narrow = torch.zeros(4, 12, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     rewrite(folder, lambda t: t.update({f"{PREFIX}layers.1.attn.q_proj.lora_A.weight": narrow}))
-    assert_refused(folder, "layers.1.attn.q_proj.lora_A.weight", "float4_e2m1fn_x2", "want float32")
+    assert_refused(folder, "layers.1.attn.q_proj.lora_A.weight", "F4", "want float32")
 
 
 def test_checkpoint_pickles_are_never_read(folder):

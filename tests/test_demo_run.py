@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import lora_core as lc
-from lora_core.adapt.files import STALE_SECONDS
 from lora_core.adapt.load import load_adapter
 from lora_core.adapt.merge import merge_and_unload
+from lora_core.adapt.write_files import STALE_SECONDS
 from lora_core.cli import main
 from lora_core.demo import charts
 from lora_core.demo import run as demo_run

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapt.configuration import config_from_peft
-from lora_core.adapt.files import WEIGHTS, folder_path, read_checkpoint
+from lora_core.adapt.files import WEIGHTS, folder_path
 from lora_core.adapt.finite import is_finite
 from lora_core.adapt.inject import inject, take_starts
 from lora_core.adapt.keys import PREFIX, adapter_tensors, base_tensors, canonical
 from lora_core.adapt.peft_differs import warn_where_peft_differs
+from lora_core.adapt.read_files import read_checkpoint
 from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.walk import adapter_layers, plain_name, refuse_wrapped, unwrapped

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapt.configuration import config_to_peft
-from lora_core.adapt.files import folder_path, write_checkpoint
+from lora_core.adapt.files import folder_path
 from lora_core.adapt.keys import adapter_tensors, key
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.peft_differs import warn_where_peft_differs
@@ -24,6 +24,7 @@ from lora_core.adapt.walk import (
     trainable_copies,
     unwrapped,
 )
+from lora_core.adapt.write_files import write_checkpoint
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear
 from lora_core.layers.nf4_linear import LoraNF4Linear

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_core.adapt.files import STALE_SECONDS
+from lora_core.adapt.write_files import STALE_SECONDS
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

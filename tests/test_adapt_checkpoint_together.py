@@ -1,0 +1,66 @@
+"""Several processes at one folder: each sees one generation, and what they leave is one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Savers write two generations in turn, of which the weights say which they are; a reader beside them tries each moment.
+TOGETHER = """
+import json, os, signal, sys, time, warnings
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from lora_core.adapt.read_files import read_checkpoint
+from lora_core.adapt.write_files import write_checkpoint
+
+warnings.simplefilter("error")
+folder, savers = Path(sys.argv[1]), int(sys.argv[2])
+
+def save(generation):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": generation, "target_modules": ["q_proj"]}
+    # another number of elements, so that a file of one with the header of the other would be seen, too
+    write_checkpoint(folder, config, {"x": torch.full((1000 + generation,), float(generation))})
+
+save(1)
+children = []
+for saver in range(savers):
+    child = os.fork()
+    if child == 0:
+        # a saver that is asked to stop finishes first: a killed one is another test's
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+        while not asked:
+            for generation in (2 * saver + 1, 2 * saver + 2):
+                save(generation)
+        os._exit(0)
+    children.append(child)
+seen = []
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    checkpoint = read_checkpoint(folder)
+    (value,) = checkpoint.tensors["x"].unique().tolist()
+    assert len(checkpoint.tensors["x"]) == 1000 + value and checkpoint.config["lora_alpha"] == value
+    seen.append(int(value))
+for child in children:
+    os.kill(child, signal.SIGTERM)
+    assert os.waitpid(child, 0)[1] == 0
+read_checkpoint(folder)
+print(json.dumps([sorted(set(seen)), sorted(path.name for path in folder.iterdir())]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file systems know locks, and processes fork")
+@pytest.mark.parametrize("savers", [1, 2])
+def test_reading_beside_saving_sees_one_generation(tmp_path, savers):
+    run = subprocess.run(
+        [sys.executable, "-c", TOGETHER, str(tmp_path), str(savers)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    seen, left = json.loads(run.stdout)
+    assert len(seen) > 1 and left == ["adapter_config.json", "adapter_model.safetensors"]

@@ -91,7 +91,7 @@ def read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     mine = {
         k.removeprefix(prefix).removeprefix("."): v
         for k, v in state.items()
-        if k == prefix or k.startswith(prefix + ".")
+        if isinstance(k, str) and (k == prefix or k.startswith(prefix + "."))
     }
     for key, tensor in mine.items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -148,7 +148,7 @@ def keys(quant_type: str, nested: bool) -> set[str]:
 
 def _nested(mine: dict[str, Tensor], about: dict[str, Any], absmax: Tensor, prefix: str) -> dict[str, Any]:
     scales = _tensor(mine, "nested_absmax", prefix).reshape(-1).float()
-    levels = _tensor(mine, "nested_quant_map", prefix).float()
+    levels = _tensor(mine, "nested_quant_map", prefix).reshape(-1).float()
     size = about["nested_blocksize"]
     if absmax.dtype != torch.uint8:
         raise CheckpointError(f"{prefix}.absmax is {absmax.dtype}; want torch.uint8 where it is nested")

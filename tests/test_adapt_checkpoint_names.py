@@ -1,5 +1,6 @@
 """What a saved adapter calls its tensors and modules, and what its configuration says."""
 
+import copy
 import json
 
 import pytest
@@ -150,3 +151,49 @@ def test_checkpoint_holds_the_configuration_as_it_was_when_the_adapter_was_added
     lc.save_adapter(model, tmp_path)
     assert read(tmp_path)["target_modules"] == ["q_proj"] and read(tmp_path)["rank_pattern"] == {"q_proj": 3}
     lc.load_adapter(decoder(), tmp_path)
+
+
+class InTurn(nn.Module):
+    """Calls its children one after the other."""
+
+    def __init__(self, **children):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+def linear():
+    return nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("around", ["lora_A", "lora_B", "lora_embedding_A", "original_module", "modules_to_save"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": r".*\.(fc|lora_A|lora_B)"},
+        {"target_modules": ["fc"], "modules_to_save": ["lora_A", "lora_B"]},
+        {"target_modules": ["fc"], "modules_to_save": ["gc"], "bias": "all"},
+    ],
+    ids=["adapted", "saved", "biases"],
+)
+@pytest.mark.filterwarnings("ignore:PEFT")
+def test_model_whose_own_modules_are_called_as_parts_of_a_checkpoint_are(tmp_path, around, config):
+    """As one that has LoRA written into it: what PEFT leaves out of names is left in where the model has it."""
+    torch.manual_seed(0)
+    inner = InTurn(fc=linear(), gc=linear(), lora_A=linear(), lora_B=linear())
+    # beside it one whose names are the same but for what PEFT puts into its own
+    twin = InTurn(base_layer=InTurn(fc=linear()), fc=linear())
+    base = InTurn(**{around: inner, "twin": twin})
+    model = lc.add_adapter(copy.deepcopy(base), lc.LoraConfig(r=2, **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    lc.save_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(lc.load_adapter(base, tmp_path)(x), model(x))

@@ -197,6 +197,26 @@ def test_checkpoint_warning_made_an_error_leaves_the_model_as_it_was(tmp_path, c
         assert_refused(tmp_path, word, model=model, error=UserWarning)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_checkpoint_warning_made_an_error_comes_before_a_start_is_taken_out(tmp_path, init):
+    """Put back, the base weights would be those before up to rounding alone."""
+    lc.save_adapter(adapted(decoder(), target_modules=["q_proj"]), tmp_path)
+    other = torch.full((37, 24), 0.5)
+    rewrite(tmp_path, lambda t: t.update({f"{PREFIX}embed_tokens.weight": other}), {"init_lora_weights": init})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_refused(tmp_path, "base weights that differ", error=UserWarning)
+
+
+@pytest.mark.parametrize("place", ["check_fit", "_fill"])
+def test_checkpoint_load_that_is_interrupted_leaves_the_model_as_it_was(folder, monkeypatch, place):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"lora_core.adapt.load.{place}", interrupted)
+    assert_refused(folder, error=KeyboardInterrupt)
+
+
 # what PEFT and others write besides
 
 

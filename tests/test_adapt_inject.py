@@ -208,6 +208,19 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     assert [a is b for a, b in zip(model, layers, strict=True)] == [True, True]
 
 
+@pytest.mark.parametrize("place", ["_initialise", "settle_fast_paths", "let_gradients_in"])
+def test_an_interrupt_half_way_leaves_the_model_as_it_was(monkeypatch, place):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    layers = list(model)
+    monkeypatch.setattr(f"lora_core.adapt.inject.{place}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(model, target_modules=["0", "1"])
+    assert [a is b for a, b in zip(model, layers, strict=True)] == [True, True]
+
+
 def test_injection_on_the_meta_device_allocates_nothing():
     with torch.device("meta"):
         model = TinyDecoder(vocabulary=32000, width=4096)

@@ -38,6 +38,21 @@ def test_inspect_norm_of_the_product_needs_no_product():
     assert update_norm(a, b * 0) == 0
 
 
+def test_inspect_norm_of_a_rank_far_above_the_sides_takes_no_memory_of_its_square():
+    a, b = torch.randn(200_000, 1), torch.randn(1, 200_000)
+    assert math.isclose(update_norm(a, b), abs((b.double() @ a.double()).item()), rel_tol=1e-12)
+
+
+def test_inspect_says_where_a_file_holds_two_adapters(tmp_path):
+    """As load_adapter does; the same tensor under both names is no problem."""
+    pair = {"up__lora_A": None, "up__lora_B__one": torch.randn(24, 4), "up__lora_A__one": A, "up__lora_B": None}
+    write_adapter(tmp_path, **pair, up__lora_A__two=A.clone())
+    assert inspect_path(tmp_path).problems == []
+    write_adapter(tmp_path, **pair, up__lora_A__two=A + 1)
+    (problem,) = inspect_path(tmp_path).problems
+    assert "two different tensors of one name" in problem and "up.lora_A.two.weight" in problem
+
+
 def test_inspect_names_the_single_layer_that_was_never_trained(tmp_path):
     write_adapter(tmp_path, up__lora_B=torch.zeros(24, 4))
     report = inspect_path(tmp_path)

@@ -1,6 +1,7 @@
 """LoRA's configuration, scaling and starts."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -257,5 +258,13 @@ def test_start_that_fails_at_a_later_layer_leaves_every_bit_of_the_earlier(init)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_start_from_four_bits_is_warned_of(init):
     model = lc.quantize_model(nn.Sequential(nn.Linear(32, 32)), skip_modules=[])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    config = lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="starts from 4-bit weights.*rounding"):
+            lc.add_adapter(model, config)
+    # an error, it comes before anything is quantised anew
+    assert {n: t.tolist() for n, t in model.state_dict().items()} == {n: t.tolist() for n, t in before.items()}
     with pytest.warns(UserWarning, match="starts from 4-bit weights.*rounding"):
-        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))
+        lc.add_adapter(model, config)

@@ -118,12 +118,13 @@ def inject(
             _copying(model, name, where).add(adapter_name, config, trainable)
         if initialise_pairs and starts_from_weight(config.init_lora_weights):
             take_starts(model, adapter_name)
-    except Exception:
+        settle_fast_paths(model)
+        if trainable:
+            let_gradients_in(model)
+    # an interrupt, too
+    except BaseException:
         withdraw(model, adapter_name)
         raise
-    settle_fast_paths(model)
-    if trainable:
-        let_gradients_in(model)
 
 
 def _initialise(layer: AdapterLayer, adapter_name: str, config: LoraConfig, name: str) -> None:
@@ -136,8 +137,7 @@ def _initialise(layer: AdapterLayer, adapter_name: str, config: LoraConfig, name
 def take_starts(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter's start out of the weights it starts from."""
     layers = [layer for layer in adapter_layers(model).values() if adapter_name in layer.adapters]
-    for layer in layers:
-        take_start(layer, adapter_name)
+    # before anything is changed: where warnings are errors, the model stays as it was
     if any(isinstance(layer, LoraNF4Linear) for layer in layers):
         warnings.warn(
             f"adapter {adapter_name!r} starts from 4-bit weights: what is left of them was quantised anew, so the "
@@ -145,6 +145,8 @@ def take_starts(model: nn.Module, adapter_name: str) -> None:
             UserWarning,
             stacklevel=4,
         )
+    for layer in layers:
+        take_start(layer, adapter_name)
 
 
 def _refuse_second_biases(model: nn.Module, config: LoraConfig) -> None:

@@ -1,7 +1,6 @@
 """load_adapter: read an adapter that save_adapter or PEFT wrote."""
 
 import dataclasses
-import difflib
 import os
 import warnings
 from pathlib import Path
@@ -13,25 +12,16 @@ from lora_core.adapt.configuration import config_from_peft
 from lora_core.adapt.files import WEIGHTS, folder_path
 from lora_core.adapt.finite import is_finite
 from lora_core.adapt.inject import inject, take_starts
-from lora_core.adapt.keys import PREFIX, adapter_tensors, base_tensors, canonical
+from lora_core.adapt.keys import adapter_tensors, base_tensors
 from lora_core.adapt.peft_differs import warn_where_peft_differs
+from lora_core.adapt.place import check_fit, check_ranks, placed
 from lora_core.adapt.read_files import read_checkpoint
 from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.walk import adapter_layers, plain_name, refuse_wrapped, unwrapped
 from lora_core.adapt.withdraw import withdraw
-from lora_core.errors import CheckpointError
-from lora_core.layers.adapter import AdapterLayer
-from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods.lora import LoraConfig
 from lora_core.methods.start import initialise, starts_from_weight
-
-# How many names of each kind a message lists.
-SHOWN = 8
-
-ENDINGS_OF_A = (f".{AdapterLayer.PEFT_A}", f".{LoraEmbedding.PEFT_A}")
-
-WANTED = "\nWant the base model this adapter was made for, and its own adapter_config.json; the model is unchanged"
 
 
 def load_adapter(
@@ -70,8 +60,7 @@ def load_adapter(
         refuse_wrapped(model, f"load adapter {adapter_name!r} to train it")
     checkpoint = read_checkpoint(folder_path(folder))
     config = _without_absent(inner, config_from_peft(checkpoint.config))
-    given = _canonical_tensors(checkpoint.tensors)
-    _check_ranks(Path(folder), given, config)
+    check_ranks(Path(folder), checkpoint.tensors, config)
     inject(
         inner,
         config,
@@ -83,16 +72,17 @@ def load_adapter(
     try:
         own = adapter_tensors(inner, adapter_name, config)
         base = base_tensors(inner, config)
-        _check(Path(folder), given, own, base)
+        given = placed(checkpoint.tensors, {**base, **own})
+        check_fit(Path(folder), given, own, base)
         _warn_of_broken(Path(folder), given)
         warn_where_peft_differs(inner, adapter_name)
+        changed = _changed_base({name: slot for name, slot in base.items() if name not in own}, given)
+        # it warns first: where warnings are errors, nothing of the base model's has been written until here
         _restart(inner, adapter_name, config)
-        # where warnings are errors, this is the last that can fail: the base model's own values are written after it
-        places = {str(canonical(name)): slot for name, slot in own.items()}
-        changed = _changed_base({name: slot for name, slot in base.items() if name not in places}, given)
-        _fill(places, given)
+        _fill(own, given)
         _fill(changed, given)
-    except Exception:
+    # an interrupt, too
+    except BaseException:
         withdraw(inner, adapter_name)
         raise
     set_adapter(inner, adapter_name)
@@ -111,83 +101,6 @@ def _without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, modules_to_save=present or None)
 
 
-def _canonical_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, narrow in tensors.items():
-        short = canonical(name)
-        if short is None:
-            continue
-        tensor = _computable(name, narrow)
-        if short in found and not torch.equal(found[short], tensor):
-            raise CheckpointError(
-                f"{WEIGHTS} holds two different tensors for {short}, one of them as {name}: want one adapter in a file"
-            )
-        found[short] = tensor
-    return found
-
-
-def _computable(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor in a dtype that all operations know: not every one knows the floats of 8 bits and fewer."""
-    if not tensor.is_floating_point() or tensor.itemsize > 1:
-        return tensor
-    try:
-        return tensor.float()
-    except NotImplementedError:
-        raise CheckpointError(
-            f"{WEIGHTS} holds {name} as {tensor.dtype}, which PyTorch cannot turn into other floats: want float32, "
-            "float16, bfloat16 or float8; save it again in one of them"
-        ) from None
-
-
-def _check_ranks(folder: Path, given: dict[str, Tensor], config: LoraConfig) -> None:
-    """Raise CheckpointError where A in the file is of another rank than configured, before memory is taken for one."""
-    modules = {
-        name: name.removesuffix(ending).removeprefix(PREFIX)
-        for name in given
-        for ending in ENDINGS_OF_A
-        if name.endswith(ending)
-    }
-    wrong = [
-        f"{name}: {_describe(given[name])} in the file, rank {config.rank_of(module)} in the configuration"
-        for name, module in modules.items()
-        if given[name].shape[:1] != (config.rank_of(module),)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit its configuration." + _listed("of another rank", wrong) + WANTED
-        )
-
-
-def _check(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], base: dict[str, Tensor | None]) -> None:
-    """Raise CheckpointError unless each tensor has a place, each place a tensor, and all shapes agree."""
-    unreal = next((name for name, slot in own.items() if slot.is_meta), None)
-    if unreal:
-        raise CheckpointError(
-            f"cannot load an adapter into a model on the meta device ({unreal} would have no values): load the base "
-            "weights first"
-        )
-    places: dict[str, Tensor | None] = {str(canonical(name)): slot for name, slot in own.items()}
-    shown = {str(canonical(name)): name for name in own}
-    missing = [shown[name] for name in places if name not in given]
-    places = {**base, **places}
-    unexpected = [name for name in given if name not in places]
-    fitting = {name: slot for name, slot in places.items() if slot is not None and name in given}
-    wrong = [
-        f"{shown.get(name, name)}: {_describe(given[name])} in the file, {_describe(slot)} in the model"
-        for name, slot in fitting.items()
-        if given[name].shape != slot.shape or given[name].is_floating_point() != slot.is_floating_point()
-    ]
-    if missing or unexpected or wrong:
-        near = [_nearest(name, missing) for name in unexpected]
-        raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit the model."
-            + _listed("missing in the file", missing)
-            + _listed("unexpected in the file", [n + h for n, h in zip(unexpected, near, strict=True)])
-            + _listed("of the wrong shape or type", wrong)
-            + WANTED
-        )
-
-
 def _warn_of_broken(folder: Path, given: dict[str, Tensor]) -> None:
     broken = [name for name, tensor in given.items() if not is_finite(tensor)]
     if broken:
@@ -197,23 +110,6 @@ def _warn_of_broken(folder: Path, given: dict[str, Tensor]) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _describe(tensor: Tensor) -> str:
-    kind = "" if tensor.is_floating_point() else f" {tensor.dtype}".replace("torch.", "")
-    return f"{list(tensor.shape)}{kind}"
-
-
-def _nearest(name: str, missing: list[str]) -> str:
-    near = difflib.get_close_matches(name, missing[: 10 * SHOWN], n=1, cutoff=0.9)
-    return f" (is it {near[0]}?)" if near else ""
-
-
-def _listed(title: str, lines: list[str]) -> str:
-    if not lines:
-        return ""
-    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n    ".join([f"\n  {title} ({len(lines)}):", *lines[:SHOWN], *more])
 
 
 def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:

@@ -30,6 +30,13 @@ def saves(name: str, wanted: Sequence[str]) -> bool:
     return any(name.endswith(w) for w in wanted)
 
 
+def lies_in_saved(name: str, config: LoraConfig) -> bool:
+    """Say whether a module, or a tensor, is or lies inside a module that modules_to_save means."""
+    wanted = config.modules_to_save
+    parts = name.split(".")
+    return bool(wanted) and any(saves(".".join(parts[:i]), wanted or ()) for i in range(1, len(parts) + 1))
+
+
 def with_task_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Add to modules_to_save the heads that this model has for the configuration's task_type."""
     heads = TASK_HEADS.get(config.task_type or "", ())

@@ -11,7 +11,7 @@ from torch import nn
 from lora_core.adapt.bypassed import bypassed, bypassed_in_training
 from lora_core.adapt.kinds import is_linear
 from lora_core.adapt.names import ALL_LINEAR, matches
-from lora_core.adapt.saved import TASK_HEADS, saves
+from lora_core.adapt.saved import TASK_HEADS, lies_in_saved
 from lora_core.adapt.unsupported import gives_several, refuse_unsupported
 from lora_core.adapt.untargeted import (
     BYPASSED,
@@ -106,8 +106,7 @@ def _left_out(name: str, config: LoraConfig) -> bool:
     saved = config.modules_to_save or ()
     if any(re.match(inside_of(m), name) for m in saved):
         return True
-    parts = name.split(".")
-    if saved and any(saves(".".join(parts[:i]), saved) for i in range(1, len(parts) + 1)):
+    if lies_in_saved(name, config):
         return True
     return bool(config.exclude_modules) and matches(name, config.exclude_modules or ())
 

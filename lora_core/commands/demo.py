@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_core.terminal import INTERRUPTED
+from lora_core.terminal import INTERRUPTED, printable
 
 
 def demo(
@@ -51,7 +51,8 @@ def _demo(output: Path, seed: int, device: str, steps: int | None, quick: bool, 
     # a pipe or a file has no width of its own
     wide = console if console.is_terminal else Console(width=130)
     print_results(results, wide)
-    wide.print(f"Page: {(output / 'index.html').resolve()}", soft_wrap=True, highlight=False)
+    page = printable(str((output / "index.html").resolve()))
+    wide.print(f"Page: {page}", soft_wrap=True, highlight=False, markup=False)
     if not results.agreement.agrees:
         raise typer.Exit(1)
 

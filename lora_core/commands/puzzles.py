@@ -56,8 +56,8 @@ def _start(folder: Path) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
         raise ConfigError(f"puzzles start {folder}: {why}; want a folder, new or not, that can be written") from None
     for puzzle in PUZZLES:
         path = folder / puzzle.file

@@ -110,8 +110,8 @@ def check_output(output: Path, files: Iterable[str] = ()) -> None:
             if folder.exists():
                 # permissions, quotas and read-only disks are known for certain only by trying
                 tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
         raise ConfigError(f"output is {output}, which cannot be written: {why}; want another folder") from None
 
 

@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_core.adapt.configuration import KEPT, REFUSED, config_from_peft, differences
@@ -18,7 +19,8 @@ from lora_core.inspect.files import Tensors
 from lora_core.inspect.report import Pair, Report
 from lora_core.methods.lora import LoraConfig
 
-HALF_A = re.compile(r"\.(lora_A\.weight|lora_embedding_A)$")
+HALF = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB])$")
+SWAPPED = str.maketrans("AB", "BA")
 
 # fields of adapter_config.json that are not LoraConfig's and are always there
 ALWAYS = ("peft_type", "inference_mode")
@@ -38,14 +40,14 @@ def describe_adapter(report: Report, written: dict[str, Any] | None, tensors: Te
     values = written if written is not None else embedded
     _compare(report, written, embedded)
     config = _configuration(report, values)
-    names = {str(canonical(n) or n): n for n in tensors.names()}
+    names = _short_names(report, tensors)
     report.settings = _settings(values, config, list(names))
     used: set[str] = set()
     for name in sorted(names):
-        half = HALF_A.search(name)
-        if not half:
+        half = HALF.search(name)
+        if not half or "A" not in half.group():
             continue
-        other = name[: half.start()] + half.group().replace("_A", "_B")
+        other = str(_partner(name))
         if other not in names:
             report.problems.append(f"{name} has no {other} beside it: the file is not whole")
             continue
@@ -61,14 +63,35 @@ def describe_adapter(report: Report, written: dict[str, Any] | None, tensors: Te
     return used
 
 
+def _short_names(report: Report, tensors: Tensors) -> dict[str, str]:
+    """Return the file's names by what loading takes them for; two different tensors of one name are a problem."""
+    every = set(tensors.names())
+    # a pair as PEFT writes it, whatever the modules around it are called
+    found = {n: n for n in every if _partner(n) in every}
+    for name in sorted(every - found.keys()):
+        short = str(canonical(name) or name)
+        other = found.setdefault(short, name)
+        if other != name and not torch.equal(tensors.read(other), tensors.read(name)):
+            report.problems.append(f"{other} and {name} are two different tensors of one name: want one adapter a file")
+    return found
+
+
+def _partner(name: str) -> str | None:
+    """Return the name of the B that belongs to an A, of the A that belongs to a B, or None of anything else."""
+    half = HALF.search(name)
+    return name[: half.start()] + half.group().translate(SWAPPED) if half else None
+
+
 def update_norm(lora_a: Tensor, lora_b: Tensor) -> float:
-    """Return the Frobenius norm of B A as sqrt(trace((B^T B) (A A^T))), without forming B A.
+    """Return the Frobenius norm of B A as sqrt(trace((B^T B) (A A^T))), without forming B A unless that is smaller.
 
     Args:
         lora_a: shape [R, ...].
         lora_b: shape [N, R, ...].
     """
     a, b = lora_a.double().flatten(1), lora_b.double().flatten(1)
+    if len(b) * a.shape[1] < len(a) ** 2:
+        return float((b @ a).norm())
     squared = float(((b.T @ b) * (a @ a.T)).sum())
     # rounding may leave a tiny negative number where the product is zero
     return math.sqrt(max(squared, 0.0)) if not math.isnan(squared) else math.nan

@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_core.adapt.files import CONFIG, folder_path
 from lora_core.adapt.finite import is_finite
 from lora_core.errors import CheckpointError
-from lora_core.inspect.adapter import HALF_A, describe_adapter
+from lora_core.inspect.adapter import HALF, describe_adapter
 from lora_core.inspect.files import Tensors, opened, read_json, weight_files
 from lora_core.inspect.foreign import note_foreign
 from lora_core.inspect.quantised import describe_quantised
@@ -60,4 +60,4 @@ def _inspect(place: Path) -> Report:
 
 
 def _holds_pairs(tensors: Tensors) -> bool:
-    return any(HALF_A.search(name) or ".lora_A." in name for name in tensors.names())
+    return any(HALF.search(name) or ".lora_A." in name for name in tensors.names())

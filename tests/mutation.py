@@ -46,7 +46,7 @@ LINEAR, PACKED, PANELS, COLUMNS, NF4, DECODE = (
 LOW_RANK, LEVELS, EAGER = "kernels/low_rank.py", "kernels/nf4_levels.py", "lora_core/ops/eager.py"
 DORA, GROUPED, FUSED = "kernels/dora_norm.py", "kernels/grouped_lora.py", "lora_core/layers/fused_peft.py"
 LINEARS, SIBLINGS = "kernels/lora_linears.py", "lora_core/layers/siblings.py"
-CPU_GROUPED = "lora_core/cpu/grouped_lora.py"
+CPU_GROUPED, CHECKS = "lora_core/cpu/grouped_lora.py", "lora_core/ops/checks.py"
 CPU, CPU_PRODUCT = "lora_core/cpu/low_rank.py", "lora_core/cpu/product.py"
 COMPILED, PLAIN = "lora_core/cpu/compiled/nf4.py", "lora_core/cpu/plain/nf4.py"
 COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD, SIXTEEN, SHARED = (
@@ -112,6 +112,7 @@ IN_HELD = "test_layers_siblings.py::test_a_sibling_called_under_other_conditions
 IN_PLACE = "test_ops_eager.py::test_a_result_may_be_changed_in_place"
 IN_NONE = "test_ops_lora_linear.py::test_lora_linear_passes_opcheck"
 IN_AUTOCAST = "test_ops_modes.py::test_backward_inside_autocast"
+IN_TRANSFORM = "test_ops_functional.py::test_transform_of_an_operation"
 IN_PUT_BACK = "test_adapt_checkpoint_killed.py::test_checkpoint_whose_second_rename"
 IN_BATCH = "test_ops_modes.py::test_gradients_may_come_in_a_batch"
 IN_BYPASSED = "test_adapt_bypassed.py::test_what_is_never_called_is_read"
@@ -310,6 +311,7 @@ MUTATIONS = (
     Mutation("lora_core/ops/lora_linears.py", "if grads[i] is not None]", "]", IN_UNUSED),
     Mutation(EAGER, "type(made)(map(_without_view, made))", "made", IN_PLACE),
     Mutation(EAGER, "like.new_empty(0) if t is None else t for t in made", "t for t in made", IN_NONE),
+    Mutation(CHECKS, "(forward_ad._current_level >= 0 or inside_functorch())", "inside_functorch()", IN_TRANSFORM),
     Mutation("lora_core/adapt/write_files.py", "os.replace(previous, config)", "pass", IN_PUT_BACK),
     Mutation(EAGER, "with outside_autocast(_first(args)):", "if True:", IN_AUTOCAST),
     Mutation(EAGER, "if torch._C._functorch.is_legacy_batchedtensor(_first(args)):", "if False:", IN_BATCH),

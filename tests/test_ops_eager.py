@@ -108,7 +108,7 @@ def test_a_second_derivative_is_refused_even_of_a_constant_gradient(which):
     """The gradient of a sum is ones, which require none: autograd would take the first derivative for a constant."""
     weight, x, lora_a, lora_b = operands()
     (d_x,) = torch.autograd.grad(run(which, weight, x, lora_a, lora_b).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd|differentiat"):
+    with pytest.raises(lc.ConfigError, match="backward has no derivative"):
         (d_x.sum() + lora_a.sum()).backward()
 
 
@@ -117,7 +117,7 @@ def test_a_second_derivative_is_refused_where_no_pair_is_trained():
     weight, x, lora_a, lora_b = operands()
     ys = run("linears", weight, x, lora_a.detach(), lora_b.detach())
     (d_x,) = torch.autograd.grad(ys.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd|differentiat"):
+    with pytest.raises(lc.ConfigError, match="backward has no derivative"):
         d_x.sum().backward()
 
 

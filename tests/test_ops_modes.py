@@ -8,9 +8,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from lora_bounds import check_backward, check_forward
+from lora_bounds import check_backward
 from torch import nn
-from torch.autograd import forward_ad
 
 import lora_core as lc
 from lora_core.cpu import compiled
@@ -85,35 +84,6 @@ def test_autocast_takes_floating_x_alone(which):
             run(which, x, weight, bias, a, b)
 
 
-@ADAPTED
-def test_forward_mode_is_refused(which):
-    x, weight, bias, a, b = (t.detach() for t in operands())
-    with pytest.raises(lc.ConfigError, match="has no forward-mode derivative"):
-        torch.func.jvp(lambda x: run(which, x, weight, bias, a, b), (x,), (x,))
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(a, a)
-        with pytest.raises(lc.ConfigError, match="has no forward-mode derivative"):
-            run(which, x, weight, bias, dual, b)
-        run(which, x, weight, bias, a, b)
-
-
-@pytest.mark.parametrize("which", ["linear", "linears", "grouped"])
-def test_forward_mode_is_refused_for_every_operand(which):
-    """A tangent that nothing is made of would be taken for zero."""
-    x, weight, bias, a, b = (t.detach() for t in operands())
-    if which == "grouped":
-        rows, scaling = torch.zeros(len(x), dtype=torch.int64), torch.ones(1)
-        functions = [(lambda s: grouped_lora(x, a, b, [len(a)], rows, s), scaling)]
-    else:
-        functions = [
-            (lambda w: run(which, x, w, bias, a, b), weight),
-            (lambda c: run(which, x, weight, c, a, b), bias),
-        ]
-    for function, operand in functions:
-        with pytest.raises(lc.ConfigError, match="has no forward-mode derivative"):
-            torch.func.jvp(function, (operand,), (operand,))
-
-
 def test_frozen_weight_may_change_before_the_backward_of_a_frozen_x():
     x, weight, bias, a, b = operands()
     y = lora_linear(x.detach(), weight, bias, a, b, 0.5)
@@ -126,7 +96,7 @@ def test_frozen_weight_may_change_before_the_backward_of_a_frozen_x():
 def test_double_backward_is_refused(which):
     x, weight, bias, a, b = operands()
     (d_x,) = torch.autograd.grad(run(which, x, weight, bias, a, b).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiat|derivative|autograd"):
+    with pytest.raises(lc.ConfigError, match="backward has no derivative.*torch.func.grad"):
         torch.autograd.grad(d_x.sum(), a)
 
 
@@ -178,18 +148,6 @@ def test_an_output_that_no_gradient_reaches_leaves_none(which):
     y = run(which, x, weight, bias, a, b)
     (NoGradient.apply(y) + x.sum()).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, y.numel())) and a.grad is None and b.grad is None
-
-
-@pytest.mark.parametrize("which", ["linear", "nf4"])
-def test_vmap_over_x_is_a_batch(which):
-    x, weight, bias, a, b = (t.detach() for t in operands())
-    q = lc.quantize_nf4(weight)
-    one = {
-        "linear": lambda x: lora_linear(x, weight, bias, a, b, 0.5),
-        "nf4": lambda x: nf4_lora_linear(x, q, bias, a, b, 0.5),
-    }[which]
-    dense = weight if which == "linear" else q.dequantize()
-    check_forward(torch.vmap(one)(x.unsqueeze(1)).squeeze(1), x, dense, bias, a, b, 0.5)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.ops.checks import autocast_dtype, autocast_on
-from lora_core.ops.eager import inside_functorch
+from lora_core.ops.checks import autocast_dtype, autocast_on, is_transformed
 from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linears import lora_linears
 
@@ -75,7 +74,7 @@ class Siblings:
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return what layer makes of x if it can be had for all at once, else None."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or inside_functorch() or not x.dim():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or not x.dim():
             # what is held between two calls is no part of a graph
             return None
         if x.is_inference() or x.numel() <= FEW_ROWS * x.shape[-1]:

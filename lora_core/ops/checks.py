@@ -12,7 +12,8 @@ from lora_core.dtypes import FLOATS
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
 
 LARGEST = sys.float_info.max
-_on_anywhere = torch._C._is_any_autocast_enabled
+# asked at every call: found once
+_on_anywhere, _innermost_transform = torch._C._is_any_autocast_enabled, torch._C._functorch.peek_interpreter_stack
 
 
 def check_tensors(op: str, tensors: dict[str, object]) -> None:
@@ -148,12 +149,22 @@ def outside_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else contextlib.nullcontext()
 
 
+def inside_functorch() -> bool:
+    """Say whether a transform of torch.func is at work, whose tensors have no memory of their own."""
+    return _innermost_transform() is not None
+
+
+def is_transformed() -> bool:
+    """Say whether torch.func or forward mode differentiates or maps: the plain formula then runs, which they know."""
+    return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or inside_functorch())
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raise ConfigError under forward-mode differentiation, which would take the result for a constant."""
     if forward_ad._current_level < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise ConfigError(
-            f"{op} has no forward-mode derivative (torch.func.jvp, forward_ad): use reverse mode, or the plain formula "
-            "in lora_core.reference"
+            f"{op} has no forward-mode derivative (torch.func.jvp, forward_ad): use the plain formula in "
+            "lora_core.reference"
         )

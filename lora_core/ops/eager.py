@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.ops.checks import outside_autocast
+from lora_core.errors import ConfigError
+from lora_core.ops.checks import inside_functorch, outside_autocast
 from lora_core.quant import operations
 
 # types of arguments, other than lists, that do not handle operations themselves
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.Size, torch.dtype, tuple, float, int, bool, types.NoneType})
 # asked at every call: found once
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_innermost_transform, _tracing_state = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_tracing_state = torch._C._get_tracing_state
 # what runs an operation on a type of device
 _implementations: dict[tuple[Any, str], Callable[..., Any]] = {}
 # of what torch.ops.lora_core has, the definitions of operations with an implementation
@@ -134,6 +135,18 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     return run
 
 
+def differentiable_once(operation: Any) -> None:
+    """Have an operation that is a derivative say that it has none of its own."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise ConfigError(
+            f"{operation._qualname} has no derivative: second derivatives are those of the plain formula, which "
+            "torch.func.grad and hessian take, and lora_core.reference has"
+        )
+
+    operation.register_autograd(refuse)
+
+
 def _function(operation: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Return what applies an autograd.Function, which goes by the operation's name: y.grad_fn shows it."""
     name = "".join(part.capitalize() for part in operation._opoverload._opname.split("_"))
@@ -204,8 +217,3 @@ def dispatch_is_intercepted() -> bool:
         or inside_functorch()
         or _tracing_state() is not None
     )
-
-
-def inside_functorch() -> bool:
-    """Say whether a transform of torch.func is at work, whose tensors have no memory of their own."""
-    return _innermost_transform() is not None

@@ -17,10 +17,10 @@ from lora_core.ops.checks import (
     check_shapes,
     check_sides,
     check_tensors,
+    is_transformed,
     outside_autocast,
-    refuse_tangents,
 )
-from lora_core.ops.eager import call, differentiable, dispatch_is_intercepted, none_to_empty
+from lora_core.ops.eager import call, differentiable, differentiable_once, dispatch_is_intercepted, none_to_empty
 from lora_core.quant.blockwise import has_values
 from lora_core.reference import grouped as reference
 
@@ -88,6 +88,9 @@ def _(
     return d_x, d_lora_a, d_lora_b
 
 
+differentiable_once(backward_op)
+
+
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, base, lora_a, lora_b, ctx.ranks, adapter, scaling = inputs
     ctx.mark_non_differentiable(output[1])
@@ -120,8 +123,9 @@ def grouped_lora(
 ) -> Tensor:
     """Return base + s_g (x A_g^T) B_g^T row by row, each row with its own adapter g.
 
-    Work and traffic follow each adapter's own rank. Differentiable in x, base, lora_a and lora_b; not twice. Which row
-    has which adapter is read on the device. Under autocast all operands are cast, as by a linear layer.
+    Work and traffic follow each adapter's own rank. Differentiable in x, base, lora_a and lora_b; in
+    torch.func's transforms as lora_linear is. Which row has which adapter is read on the device. Under autocast all
+    operands are cast, as by a linear layer.
 
     Args:
         x: float32, float16, bfloat16 or float64 of shape [..., K], any strides.
@@ -135,8 +139,8 @@ def grouped_lora(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if a rank is negative, scaling is being trained, forward-mode derivatives are asked for or, where
-            that can be seen without waiting for a GPU, an adapter does not exist. On a GPU a row of an adapter that
+        ConfigError: if a rank is negative, scaling is being trained or, where that can be seen without waiting for a
+            GPU, an adapter does not exist. On a GPU a row of an adapter that
             does not exist has none.
     Source: Chen et al. 2023 (arXiv 2310.18547).
     """
@@ -147,9 +151,11 @@ def grouped_lora(
         x, lora_a, lora_b = x.to(cast), lora_a.to(cast), lora_b.to(cast)
         base = None if base is None else base.to(cast)
     _check(x, lora_a, lora_b, ranks, adapter, scaling, base)
-    refuse_tangents("grouped_lora", x, base, lora_a, lora_b, scaling)
     if scaling.requires_grad and torch.is_grad_enabled():
         raise ConfigError("grouped_lora: scaling requires a gradient, which is not made: pass scaling.detach()")
+    if is_transformed():
+        with outside_autocast(x):
+            return reference.grouped_lora(x, base, lora_a, lora_b, ranks, adapter, scaling)
     shape = (*x.shape[:-1], lora_b.shape[0])
     flat, rows = x.reshape(-1, x.shape[-1]), adapter.reshape(-1)
     flat_base = None if base is None else base.reshape(-1, shape[-1])

@@ -12,9 +12,9 @@ from lora_core.ops.checks import (
     check_kinds,
     check_shapes,
     check_sides,
-    refuse_tangents,
 )
-from lora_core.ops.packed import Packed
+from lora_core.ops.packed import Packed, dense
+from lora_core.reference import lora as reference
 
 
 class Layer(NamedTuple):
@@ -34,13 +34,17 @@ class Layer(NamedTuple):
     seed: Tensor | None = None
 
 
+def by_formula(x: Tensor, layer: Layer) -> Tensor:
+    """Return the layer's output by the plain formula, which torch.func and forward mode take as they take any other."""
+    return reference.lora_linear(x, dense(layer.weight, x.dtype), *layer[1:])
+
+
 def prepared(op: str, x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
     """Return x and the layer with floats for its numbers, and under autocast cast, as torch.nn.functional.linear does.
 
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if scaling is no finite number, dropout no probability or without a seed, or under forward-mode
-            differentiation.
+        ConfigError: if scaling is no finite number, or dropout no probability or without a seed.
     """
     w, bias, lora_a, lora_b, scaling, dropout, seed = layer
     kinds: dict[str, object] = {"x": x} if isinstance(w, Packed) else {"x": x, "weight": w}
@@ -58,5 +62,4 @@ def prepared(op: str, x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
     dropout = check_dropout(op, dropout, seed)
     operands |= {"lora_a": lora_a, "lora_b": lora_b}
     check_devices(op, operands | {"seed": seed if dropout else None})
-    refuse_tangents(op, *operands.values())
     return x, Layer(w, bias, lora_a, lora_b, scaling, dropout, seed)

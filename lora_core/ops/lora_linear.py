@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import DtypeError
-from lora_core.ops.checks import outside_autocast
-from lora_core.ops.eager import call, differentiable, none_to_empty
-from lora_core.ops.layer import Layer, prepared
+from lora_core.ops.checks import is_transformed, outside_autocast
+from lora_core.ops.eager import call, differentiable, differentiable_once, none_to_empty
+from lora_core.ops.layer import Layer, by_formula, prepared
 from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
 from lora_core.reference import lora as reference
@@ -94,6 +94,9 @@ def _(
     return d_x, d_weight, d_bias, d_lora_a, d_lora_b
 
 
+differentiable_once(backward_op)
+
+
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.mark_non_differentiable(output[1])
@@ -129,8 +132,9 @@ def lora_linear(
 ) -> Tensor:
     """Return x W^T + b + s (drop(x) A^T) B^T.
 
-    Differentiable in x, bias, lora_a, lora_b, and in weight if that is being trained; not twice. Under autocast all
-    operands are cast, as by torch.nn.functional.linear.
+    Differentiable in x, bias, lora_a, lora_b, and in weight if that is being trained. Inside torch.func's transforms
+    and under forward mode the plain formula runs, of which any derivative can be had, a second one too. Under autocast
+    all operands are cast, as by torch.nn.functional.linear.
 
     Args:
         x: float32, float16, bfloat16 or float64 of shape [..., K], any strides.
@@ -145,8 +149,7 @@ def lora_linear(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if scaling is no finite number, dropout no probability or without a seed, or under forward-mode
-            differentiation.
+        ConfigError: if scaling is no finite number, or dropout no probability or without a seed.
     Source: Hu et al. 2021, eq. 3.
     """
     if isinstance(weight, Packed):
@@ -157,4 +160,4 @@ def lora_linear(
         return _run(x, weight, bias, lora_a, lora_b, scaling, dropout, seed)[0]
     x, layer = prepared("lora_linear", x, Layer(weight, bias, lora_a, lora_b, scaling, dropout, seed))
     with outside_autocast(x):
-        return _run(x, *layer)[0]
+        return by_formula(x, layer) if is_transformed() else _run(x, *layer)[0]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError
-from lora_core.ops.checks import check_tensors, outside_autocast
-from lora_core.ops.eager import call, differentiable, none_to_empty
-from lora_core.ops.layer import Layer, prepared
+from lora_core.ops.checks import check_tensors, is_transformed, outside_autocast
+from lora_core.ops.eager import call, differentiable, differentiable_once, none_to_empty
+from lora_core.ops.layer import Layer, by_formula, prepared
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
 from lora_core.ops.ready import ready
 from lora_core.reference import lora_linears as reference
@@ -109,6 +109,9 @@ def _(
     return [d_x, lora_as[0].new_empty(hidden.shape[1], columns), *(b.new_empty(b.shape) for b in lora_bs)]
 
 
+differentiable_once(backward_op)
+
+
 def empty_to_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """Return None for each empty tensor: in the schema it stands for no bias, and for no seed."""
     return [t if t.numel() else None for t in tensors]
@@ -174,8 +177,9 @@ _run = differentiable(op, _save, _backward)
 def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     """Return x W^T + b + s (drop(x) A^T) B^T for each layer, reading x once for all low-rank paths.
 
-    Differentiable in x and in every A and B; not twice. With dropout each layer draws a mask of its own, and x is read
-    once for each. Under autocast all operands are cast, as by torch.nn.functional.linear.
+    Differentiable in x and in every A and B; in torch.func's transforms as lora_linear is. With dropout each layer
+    draws a mask of its own, and x is read once for each. Under autocast all operands are cast, as by
+    torch.nn.functional.linear.
 
     Args:
         x: float32, float16, bfloat16 or float64 of shape [..., K], any strides.
@@ -184,8 +188,8 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
         One tensor for each layer, shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if there is no layer, a weight or bias is being trained, scaling is no finite number, dropout is no
-            probability or has no seed, or forward-mode derivatives are asked for.
+        ConfigError: if there is no layer, a weight or bias is being trained, scaling is no finite number, or dropout is
+            no probability or has no seed.
     Source: Hu et al. 2021, eq. 3.
     """
     check_tensors("lora_linears", {"x": x})
@@ -202,6 +206,9 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
             f"lora_linears: want lora_a and lora_b of all layers in one dtype; got {sorted(map(str, lows))}: "
             "call lora_linear for each"
         )
+    if is_transformed():
+        with outside_autocast(x):
+            return [by_formula(x, layer) for layer in checked]
     weights, biases, lora_as, lora_bs, scalings, dropouts, seeds = map(list, zip(*checked, strict=True))
     none = x.new_empty(0)
     tensors, formats = flatten(weights)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError
-from lora_core.ops.checks import check_tensors, outside_autocast
-from lora_core.ops.eager import call, differentiable, none_to_empty
-from lora_core.ops.layer import Layer, prepared
+from lora_core.ops.checks import check_tensors, is_transformed, outside_autocast
+from lora_core.ops.eager import call, differentiable, differentiable_once, none_to_empty
+from lora_core.ops.layer import Layer, by_formula, prepared
 from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
 from lora_core.quant import QuantizedWeight
@@ -124,6 +124,9 @@ def _(
     return d_x, d_bias, d_lora_a, d_lora_b
 
 
+differentiable_once(backward_op)
+
+
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, *packed, shape, block_size, nested_block_size, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.format = (shape, block_size, nested_block_size)
@@ -159,8 +162,8 @@ def nf4_lora_linear(
 ) -> Tensor:
     """Return x W^T + b + s (drop(x) A^T) B^T for a frozen 4-bit W; without A and B, x W^T + b.
 
-    Differentiable in x, bias, lora_a and lora_b; not twice. No dense W outlives the call, in either direction. Under
-    autocast all operands are cast, as by torch.nn.functional.linear.
+    Differentiable in x, bias, lora_a and lora_b; in torch.func's transforms as lora_linear is. No dense W outlives the
+    call, in either direction. Under autocast all operands are cast, as by torch.nn.functional.linear.
 
     Args:
         x: float32, float16, bfloat16 or float64 of shape [..., K], any strides.
@@ -175,8 +178,8 @@ def nf4_lora_linear(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if q is not NF4, A comes without B, scaling is no finite number, dropout no probability or without
-            a seed, or under forward-mode differentiation.
+        ConfigError: if q is not NF4, A comes without B, scaling is no finite number, or dropout no probability or
+            without a seed.
     Source: Dettmers et al. 2023 (arXiv 2305.14314), eq. 5.
     """
     if not isinstance(q, QuantizedWeight) or q.quant_type != "nf4":
@@ -208,4 +211,4 @@ def packed_lora_linear(
         lora_a, lora_b = x.new_empty(0, *w.shape[-1:]), x.new_empty(*w.shape[:1], 0)
     x, layer = prepared("nf4_lora_linear", x, Layer(w, bias, lora_a, lora_b, scaling, dropout, seed))
     with outside_autocast(x):
-        return _run(x, *w, *layer[1:])[0]
+        return by_formula(x, layer) if is_transformed() else _run(x, *w, *layer[1:])[0]

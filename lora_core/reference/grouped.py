@@ -66,6 +66,36 @@ def members(ranks: Sequence[int], adapter: Tensor) -> tuple[Tensor, list[Member]
     return order, found
 
 
+def grouped_lora(
+    x: Tensor,
+    base: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ranks: Sequence[int],
+    adapter: Tensor,
+    scaling: Tensor,
+) -> Tensor:
+    """Return base + s_g (x A_g^T) B_g^T row by row, as one would write it on a board.
+
+    Args:
+        x: shape [..., K].
+        base: shape [..., N], or None for zeros.
+        adapter: int64, the shape of x without its last dimension.
+        lora_a, lora_b, ranks, scaling: as in forward.
+    Returns:
+        Shape [..., N], dtype of x.
+    """
+    rows = x.flatten(0, -2).to(lora_a.dtype)
+    order, found = members(ranks, adapter.flatten())
+    y = rows.new_zeros(*x.shape[:-1], len(lora_b)) if base is None else base.to(lora_a.dtype)
+    update = torch.zeros_like(y).flatten(0, -2)
+    for member in found:
+        own = order[member.rows]
+        low_rank = rows[own] @ lora_a[member.part].T @ lora_b[:, member.part].T
+        update = update.index_add(0, own, scaling[member.adapter] * low_rank)
+    return (y + update.view(y.shape)).to(x.dtype)
+
+
 def forward(
     x: Tensor,
     base: Tensor | None,

@@ -82,7 +82,7 @@ def test_a_single_layer_is_no_model(targets):
     layer = nn.Linear(64, 64)
     with pytest.raises(lc.ConfigError, match=r"single Linear.* put it into a module first, e.g. nn.Sequential"):
         lc.quantize_model(layer)
-    with pytest.raises(lc.TargetNotFoundError):
+    with pytest.raises(lc.TargetNotFoundError, match=r"has no modules inside; put a single layer into one first"):
         lc.add_adapter(layer, lc.LoraConfig(target_modules=targets))
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 

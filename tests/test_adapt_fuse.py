@@ -132,6 +132,17 @@ def test_fused_4bit_layer_computes_in_bitsandbytes_dtypes():
         check_forward(y.to(inside), x.to(inside), *pieces(made, inside)[:2], *pieces(made, inside)[2:])
 
 
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["alone", "adapted"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_fused_4bit_layer_is_traced(with_adapter):
+    model = nn.Sequential(linear4bit(nn.Linear(64, 32)))
+    if with_adapter:
+        model = with_peft(model, target_modules=["0"])
+    lc.fuse(model)
+    x = torch.randn(5, 64)
+    assert torch.equal(torch.jit.trace(model.eval(), x)(x), model(x))
+
+
 def test_fused_4bit_layer_keeps_the_dtype_that_its_first_input_set():
     layer, x = linear4bit(nn.Linear(WIDTH, 8), compute_dtype=None), torch.randn(3, WIDTH)
     fused = copy.deepcopy(layer)

@@ -46,8 +46,8 @@ def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     found: dict[str, Tensor] = {}
     for name, layer in adapter_layers(model).items():
         if adapter_name in layer.adapters:
-            found[key(name, layer.PEFT_A)] = layer.lora_a[adapter_name]
-            found[key(name, layer.PEFT_B)] = layer.lora_b[adapter_name]
+            found[key(name, layer.PEFT_A)] = layer.lora_a.bring(adapter_name)
+            found[key(name, layer.PEFT_B)] = layer.lora_b.bring(adapter_name)
     for name, copies in trainable_copies(model).items():
         if adapter_name in copies.copies:
             found.update(_copied(name, copies.copies[adapter_name]))

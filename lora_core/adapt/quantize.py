@@ -13,6 +13,7 @@ from lora_core.adapt.target import output_head
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
 from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace, unwrapped
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
+from lora_core.layers.as_written import stands_for_others
 from lora_core.layers.linear import LoraLinear, LoraTransposedLinear
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.methods.fields import is_names
@@ -106,7 +107,7 @@ def quantize_model(
 def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str]) -> bool:
     if not isinstance(module, nn.Linear) and not is_transposed_linear(module):
         return False
-    if is_held_by_others(module):
+    if is_held_by_others(module) or stands_for_others(module._parameters.get("weight")):
         return False
     if any(bypassed(model, name) for name in names):
         return False

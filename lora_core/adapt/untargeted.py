@@ -119,6 +119,8 @@ def nothing_found(config: LoraConfig, candidates: dict[str, nn.Module]) -> str:
             f"; the layers here are {_ranges(numbers)}" if numbers and config.layers_to_transform is not None else ""
         )
         return f"{told}: these limits leave nothing of what target_modules matches{layers}; widen them"
+    if not candidates:
+        return f"{told}: the model has no modules inside; put a single layer into one first, e.g. nn.Sequential(layer)"
     return f"{told}; want one of: {', '.join(closest) or 'none, this model has no layer that can be adapted'}"
 
 

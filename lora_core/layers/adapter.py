@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import AdapterError, DeviceError
+from lora_core.layers.as_written import stands_for_others
+from lora_core.layers.matrices import Matrices
 from lora_core.layers.merged import Merged, refuse_backward
 
 # adapters over a half-precision base are kept in fp32, as PEFT does: their small updates vanish in 8 bits of mantissa
@@ -59,28 +61,6 @@ class Start(nn.Module):
         super().__init__()
         self.register_buffer("lora_a", lora_a)
         self.register_buffer("lora_b", lora_b)
-
-
-class Matrices(nn.ParameterDict):
-    """A, or B, of every adapter by name.
-
-    Called for one, which PyTorch's own refuses, so that hooks run: those of offloading bring its values.
-    """
-
-    __call__ = nn.Module.__call__
-
-    def forward(self, name: str) -> Tensor:
-        matrix: Tensor = self[name]
-        return matrix
-
-    def bring(self, name: str) -> Tensor:
-        """Return one adapter's matrix, by a call, which is slower, only where accelerate has replaced the forward."""
-        if "forward" in self.__dict__:
-            brought: Tensor = self(name)
-            return brought
-        matrix = self._parameters.get(name)
-        # one that is computed, by a parametrisation, is kept elsewhere
-        return self[name] if matrix is None else matrix
 
 
 def reads_from_base(*names: str) -> Callable[[type[T]], type[T]]:
@@ -157,7 +137,10 @@ class AdapterLayer(nn.Module):
 
     def why_unmergeable(self) -> str:
         """Return why the base weight cannot hold an adapter, or "" if it can."""
-        if not isinstance(self.base_layer._parameters.get("weight"), nn.Parameter):
+        weight = self.base_layer._parameters.get("weight")
+        if stands_for_others(weight):
+            return f"its weight is a {type(weight).__name__}, which holds its values in a form of its own"
+        if not isinstance(weight, nn.Parameter):
             return "its weight is computed from other tensors (a parametrisation, weight norm, pruning)"
         return "it is on the meta device and has no values" if self.weight.is_meta else ""
 
@@ -220,7 +203,9 @@ class AdapterLayer(nn.Module):
         if name in self.lora_start:
             self.shift_weight(*self.start_of(name), adapter.scaling)
             del self.lora_start[name]
-        del self.lora_a[name], self.lora_b[name]
+        for matrices in (self.lora_a, self.lora_b):
+            matrices.settle(name)
+            del matrices[name]
         self.active = tuple(n for n in self.active if n != name)
 
     def matrices(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,8 +228,8 @@ class AdapterLayer(nn.Module):
         self.active = tuple(n for n in names if n in self.adapters)
         for name, adapter in self.adapters.items():
             wanted = adapter.trainable and name in self.active and self.merged is None
-            self.lora_a[name].requires_grad_(wanted)
-            self.lora_b[name].requires_grad_(wanted)
+            for parameter in (*self.lora_a.held(name), *self.lora_b.held(name)):
+                parameter.requires_grad_(wanted)
 
     def running(self) -> tuple[str, ...]:
         """Return the adapters that the next forward adds to the base layer's output."""
@@ -279,7 +264,7 @@ class AdapterLayer(nn.Module):
 
     def delta(self, name: str) -> Tensor:
         """Return s B A, what the adapter adds to the base weight: float32 or wider, the weight's shape."""
-        a, b = self.lora_a[name].detach(), self.lora_b[name].detach()
+        a, b = self.lora_a.bring(name).detach(), self.lora_b.bring(name).detach()
         wide = torch.promote_types(a.dtype, torch.float32)
         return self.product(a.to(wide), b.to(wide)) * self.adapters[name].scaling
 

@@ -4,9 +4,15 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # forwards that compute nn.Linear's formula in other words, by module and name
 LINEAR_TOO = frozenset({("transformers.models.falcon.modeling_falcon", "FalconLinear.forward")})
+
+
+def stands_for_others(weight: Any) -> bool:
+    """Say whether a weight is of a tensor class that wraps other tensors, as torchao's: its own forward knows how."""
+    return weight is not None and type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
 
 
 def runs_as_written(module: nn.Module, forward: Any) -> bool:
@@ -21,6 +27,7 @@ def runs_as_written(module: nn.Module, forward: Any) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
+        and not stands_for_others(module._parameters.get("weight"))
     )
 
 

@@ -47,8 +47,10 @@ def packed_weight(layer: Any) -> Packed | None:
     state = quant_state(layer)
     if state is None or _repacked(state):
         return None
-    # stored as another dtype, the bytes are the same
-    codes = layer.weight.detach().reshape(-1).view(torch.uint8)
+    codes = layer.weight.detach().reshape(-1)
+    if codes.dtype != torch.uint8:
+        # stored as another dtype, the bytes are the same
+        codes = codes.view(torch.uint8)
     nested = state.state2
     return Packed(
         codes,

@@ -61,7 +61,12 @@ class LoraEmbedding(AdapterLayer):
         y = self.base_layer(input, *args, **kwargs)
         for name in self.running():
             lora_a, lora_b = self.matrices(name, input)
-            hidden = F.embedding(input, lora_a.T, padding_idx=self.base_layer.padding_idx)
+            hidden = F.embedding(
+                input,
+                lora_a.T,
+                padding_idx=self.base_layer.padding_idx,
+                scale_grad_by_freq=self.base_layer.scale_grad_by_freq,
+            )
             low_rank = (hidden @ lora_b.T) * (self.adapters[name].scaling * self.embed_scale)
             y = y + low_rank.to(y.dtype)
         return self.handed_out(y)

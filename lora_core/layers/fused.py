@@ -79,5 +79,10 @@ def term_of(layer: Layer, x: Tensor, compute: torch.dtype, result: torch.dtype, 
 
 
 def is_frozen(base: Any) -> bool:
-    weight, bias = base.weight, base.bias
-    return not getattr(weight, "requires_grad", False) and not (bias is not None and bias.requires_grad)
+    """Say whether a layer's weight is held, not computed at each use, and neither it nor the bias is trained."""
+    weight, bias = base._parameters.get("weight", base._modules.get("weight")), base.bias
+    return (
+        weight is not None
+        and not getattr(weight, "requires_grad", False)
+        and not (bias is not None and bias.requires_grad)
+    )

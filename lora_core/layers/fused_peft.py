@@ -86,7 +86,7 @@ class FusedPeft(Fused):
         names = [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
         lows = {self.lora_A[name].weight.dtype for name in names}
         taken = autocast_on(x) or lows <= {x.dtype, torch.float32}
-        plain = taken and not any(oddity(self, name) for name in names)
+        plain = taken and not x.is_nested and not any(oddity(self, name) for name in names)
         return names if plain and is_as_written(self.base_layer) else []
 
 

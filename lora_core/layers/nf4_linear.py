@@ -38,6 +38,7 @@ class NF4Linear(nn.Module):
         self.compute_dtype = compute_dtype
         self.register_parameter("bias", bias)
         self._register_state_dict_hook(_name_codes_weight)
+        self.register_load_state_dict_post_hook(_name_missing_codes_weight)
 
     @classmethod
     def from_dense(
@@ -148,3 +149,9 @@ class LoraNF4Linear(LoraLinear):
 def _name_codes_weight(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Give the packed codes the key that bitsandbytes gives them: the layer's own "weight"."""
     state[f"{prefix}weight"] = state.pop(f"{prefix}weight.packed")
+
+
+def _name_missing_codes_weight(module: nn.Module, incompatible: Any) -> None:
+    """Call packed codes that a state dict lacks what it would have called them."""
+    missing: list[str] = incompatible.missing_keys
+    missing[:] = [key.removesuffix(".packed") if key.endswith("weight.packed") else key for key in missing]

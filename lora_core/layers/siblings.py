@@ -74,7 +74,7 @@ class Siblings:
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return what layer makes of x if it can be had for all at once, else None."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or not x.dim():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or x.is_nested or not x.dim():
             # what is held between two calls is no part of a graph
             return None
         if x.is_inference() or x.numel() <= FEW_ROWS * x.shape[-1]:

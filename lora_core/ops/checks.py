@@ -16,6 +16,11 @@ LARGEST = sys.float_info.max
 _on_anywhere, _innermost_transform = torch._C._is_any_autocast_enabled, torch._C._functorch.peek_interpreter_stack
 
 
+def is_nested(x: object) -> bool:
+    """Say whether this is a nested tensor, of rows of different lengths, which no operation here takes."""
+    return bool(getattr(x, "is_nested", False))
+
+
 def check_tensors(op: str, tensors: dict[str, object]) -> None:
     """Raise DtypeError unless all are dense tensors."""
     for name, tensor in tensors.items():
@@ -25,6 +30,8 @@ def check_tensors(op: str, tensors: dict[str, object]) -> None:
 
 
 def _check_layout(op: str, name: str, tensor: Tensor) -> None:
+    if is_nested(tensor):
+        raise DtypeError(f"{op}: {name} is nested; want a dense tensor, e.g. {name}.to_padded_tensor(0.0)")
     if tensor.layout != torch.strided:
         raise DtypeError(f"{op}: {name} is of layout {tensor.layout}; want a dense tensor, e.g. {name}.to_dense()")
 
@@ -100,9 +107,10 @@ def check_dtypes(op: str, compute: dict[str, Tensor | None], lora_a: Tensor, lor
         or low not in (dtype, torch.float32)
     ):
         got = ", ".join(f"{name} {d}" for name, d in {**dtypes, "lora_a": low, "lora_b": lora_b.dtype}.items())
+        odd = "lora_a and lora_b with .float()" if set(dtypes.values()) == {dtype} else "x with x.to(weight.dtype)"
         raise DtypeError(
             f"{op}: want {', '.join(dtypes)} of one floating dtype, and lora_a, lora_b of that dtype or of "
-            f"torch.float32; got {got}: cast x with x.to(weight.dtype), or run under torch.autocast"
+            f"torch.float32; got {got}: cast {odd}, or run under torch.autocast"
         )
 
 

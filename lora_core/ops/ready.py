@@ -19,7 +19,8 @@ def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any
     Never says so where they would; where it does not, they have to be asked. Arguments are theirs, and may be anything.
     """
     frozen = weight.codes if type(weight) is Packed else weight
-    if torch.compiler.is_compiling() or not {type(x), type(frozen), type(lora_a), type(lora_b)} <= TENSORS:
+    taken = {type(x), type(frozen), type(lora_a), type(lora_b)} <= TENSORS
+    if torch.compiler.is_compiling() or not taken or x.is_nested:
         return False
     shape, device, dtype, low = weight.shape, x.device, x.dtype, lora_a.dtype
     if len(shape) != 2 or 0 in shape:

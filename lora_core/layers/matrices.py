@@ -1,0 +1,48 @@
+"""The matrices of a layer's adapters, and what others may have done to one: offloaded it, pruned it, computed it."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# what pruning and weight norm hold in place of a parameter
+HELD_INSTEAD = ("_orig", "_g", "_v")
+
+
+class Matrices(nn.ParameterDict):
+    """A, or B, of every adapter by name.
+
+    Called for one, which PyTorch's own refuses, so that hooks run: those of offloading bring its values, those of
+    pruning and weight norm compute them.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, name: str) -> Tensor:
+        matrix: Tensor = self[name]
+        return matrix
+
+    def bring(self, name: str) -> Tensor:
+        """Return one adapter's matrix, by a call, which is slower, only where a hook or another forward makes it."""
+        if "forward" in self.__dict__ or self._forward_pre_hooks:
+            brought: Tensor = self(name)
+            return brought
+        matrix = self._parameters.get(name)
+        # one that is computed, by a parametrisation, is kept elsewhere
+        return self[name] if matrix is None else matrix
+
+    def held(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that an adapter's matrix is, or is computed from."""
+        own = (self._parameters.get(name + ending) for ending in ("", *HELD_INSTEAD))
+        yield from (parameter for parameter in own if parameter is not None)
+        if parametrize.is_parametrized(self, name):
+            yield from self.parametrizations[name].parameters()  # type: ignore[union-attr, index]
+
+    def settle(self, name: str) -> None:
+        """Make an adapter's matrix that is computed a parameter again, of the values that it has."""
+        if parametrize.is_parametrized(self, name):
+            parametrize.remove_parametrizations(self, name)
+        for key, hook in list(self._forward_pre_hooks.items()):
+            if name in (getattr(hook, "_tensor_name", None), getattr(hook, "name", None)):
+                del self._forward_pre_hooks[key]
+                hook.remove(self)  # type: ignore[attr-defined]

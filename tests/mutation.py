@@ -82,7 +82,8 @@ IN_REACH = "test_kernels_far.py::test_operands_of_more_dimensions"
 IN_WIDE = "test_kernels_far.py::test_float64_is_left"
 IN_HALVES = "test_kernels_far.py::test_half_precision_is_left"
 IN_ALIGNED = "test_kernels_nf4_lora_linear.py::test_panels_of_rows_that_fill"
-IN_SECOND = "test_ops_eager.py::test_a_second_derivative"
+IN_DIFFERENTIATED = "test_ops_eager.py::test_a_gradient_that_is_to_be_differentiated"
+IN_SECOND = "test_ops_functional.py::test_second_derivatives"
 IN_BUILT = "test_kernels_dispatch.py::test_operations_run_by_the_reference"
 IN_NF4_SPLIT = "test_kernels_nf4_lora_linear.py::test_nf4_matmul_kernel_splits"
 IN_PANELS = "test_kernels_nf4_lora_linear.py::test_panels_of_rows_put_together"
@@ -295,7 +296,8 @@ MUTATIONS = (
     Mutation(COLUMNS, "first_tile * BLOCK_K + begin", "begin", IN_COLUMNS),
     Mutation(COLUMNS, "n = (tile // across)", "n = (tile % across)", IN_COLUMNS),
     Mutation(EAGER, "first += abs(length)", "first += 1", IN_SIBLINGS_COMPUTE),
-    Mutation(EAGER, "any(t.requires_grad for a in args", "any(False for a in args", IN_SECOND),
+    Mutation(EAGER, "any(t.requires_grad for a in args", "any(False for a in args", IN_DIFFERENTIATED),
+    Mutation(EAGER, "return make(x)", "return hidden", IN_SECOND),
     Mutation("lora_core/backends.py", "if why_not_launched() is None:", "if True:", IN_BUILT),
     Mutation(SIBLINGS, "held.x() is x and", "held.x() is not None and", IN_SIBLINGS),
     Mutation(SIBLINGS, "return x._version, x.requires_grad", "return 0, x.requires_grad", IN_SIBLINGS),
@@ -314,7 +316,7 @@ MUTATIONS = (
     Mutation(CHECKS, "(forward_ad._current_level >= 0 or inside_functorch())", "inside_functorch()", IN_TRANSFORM),
     Mutation("lora_core/adapt/write_files.py", "os.replace(previous, config)", "pass", IN_PUT_BACK),
     Mutation(EAGER, "with outside_autocast(_first(args)):", "if True:", IN_AUTOCAST),
-    Mutation(EAGER, "if torch._C._functorch.is_legacy_batchedtensor(_first(args)):", "if False:", IN_BATCH),
+    Mutation(EAGER, "if not torch._C._functorch.is_legacy_batchedtensor(_first(args)) and", "if", IN_BATCH),
     Mutation("lora_core/adapt/bypassed.py", "frozenset(read - called)", "frozenset()", IN_BYPASSED),
     Mutation("lora_core/adapt/bypassed.py", "if answer is not False:", "if True:", IN_BRANCH),
     Mutation("lora_core/adapt/bypassed.py", "training or asks", "training", IN_TRAINING),

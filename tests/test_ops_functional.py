@@ -1,4 +1,4 @@
-"""The LoRA operations inside torch.func's transforms and forward mode: what each makes of them it makes of the formula.
+"""The LoRA operations inside torch.func's transforms and forward mode, and differentiated again: as their formula is.
 
 In float64, against the formula written with PyTorch's own operations, under the same transform.
 """
@@ -14,7 +14,7 @@ from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linears import lora_linears
 
-M, N, K, R = 5, 6, 64, 3
+M, N, K, R = 5, 6, 16, 3
 SCALING = (0.5, -2.0)
 ADAPTER = torch.tensor([0, 1, -1, 0, 1])
 
@@ -87,6 +87,13 @@ def dual(f, x, weight, bias, a, b):
         return forward_ad.unpack_dual(f(x, weight, bias, forward_ad.make_dual(a, a + 1), b)).tangent
 
 
+def again(f, x, weight, bias, a, b):
+    """Gradients of a penalty on gradients."""
+    x, a, b = (t.clone().requires_grad_() for t in (x, a, b))
+    first = torch.autograd.grad(f(x, weight, bias, a, b).square().sum(), (x, a, b), create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), (x, a, b))
+
+
 TRANSFORMS = {
     "grad": lambda f, *args: grad(square(f), (0, 3, 4))(*args),
     "second": lambda f, *args: grad(square(grad(square(f), 3)), 4)(*args),
@@ -97,6 +104,7 @@ TRANSFORMS = {
     "vmap": mapped,
     "jvp": tangent,
     "dual": dual,
+    "again": again,
 }
 
 
@@ -115,6 +123,49 @@ def test_transform_of_an_operation_is_that_of_its_formula(run, transform):
     for one, other in pairs:
         assert other.norm() > 0
         assert_same_function(one, other)
+
+
+def one(x, weight, bias, a, b, *mask):
+    return lc.lora_linear(x, weight, bias, a, b, SCALING[0], *mask)
+
+
+def one_of_four_bits(x, weight, bias, a, b, *mask):
+    return lc.nf4_lora_linear(x, lc.quantize_nf4(weight.float()), bias, a, b, SCALING[0], *mask)
+
+
+def both(x, weight, bias, a, b, *mask):
+    layers = [Layer(weight, bias, a, b, SCALING[0], *mask), Layer(weight, None, a, 2 * b, 1.5)]
+    return torch.cat(lora_linears(x, layers), -1)
+
+
+@pytest.mark.parametrize("trained", ["x", "a", "b", "ab", "xa", "xab"])
+@pytest.mark.parametrize(
+    ("run", "mask"),
+    [(run, mask) for run in (one, one_of_four_bits, both) for mask in ((), (0.3, torch.tensor([7])))] + [(mixed, ())],
+    ids=lambda part: getattr(part, "__name__", "masked" if part else "whole"),
+)
+def test_second_derivatives_are_those_of_differences(run, mask, trained):
+    """Of any part of the operands, under a fixed mask too; in batches, as jacobian(vectorize=True) takes them."""
+    x, weight, bias, a, b = operands()
+    given = {"x": x[:3], "a": a, "b": b}
+    leaves = [given[name].requires_grad_() for name in trained]
+
+    def function(*values):
+        now = given | dict(zip(trained, values, strict=True))
+        return run(now["x"], weight, bias, now["a"], now["b"], *mask)
+
+    assert torch.autograd.gradgradcheck(function, leaves, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("run", [one, one_of_four_bits, mixed], ids=lambda run: run.__name__)
+def test_second_derivative_that_takes_an_x_that_is_not_kept_is_refused(run):
+    """Where A is frozen x is not kept: the memory that saves is what A is frozen for."""
+    x, weight, bias, a, b = operands()
+    x.requires_grad_(), b.requires_grad_()
+    y = run(x, weight, bias, a, b).sum()
+    torch.autograd.grad(y, (x, b), retain_graph=True)
+    with pytest.raises(lc.ConfigError, match="takes x, which is not kept where A is frozen"):
+        torch.autograd.grad(y, (x, b), create_graph=True)
 
 
 @pytest.mark.parametrize("what", ["weight", "bias", "scaling"])

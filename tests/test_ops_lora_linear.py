@@ -184,14 +184,6 @@ def test_second_backward_through_the_same_graph_gives_the_same_gradient():
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
-def test_double_backward_is_refused():
-    x, weight, bias, a, b = operands(4, 5, 8, 2)
-    x.requires_grad_()
-    (g,) = torch.autograd.grad(lora_linear(x, weight, bias, a, b, 1.0).square().sum(), x, create_graph=True)
-    with pytest.raises(lc.ConfigError, match="backward has no derivative"):
-        g.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_lora_linear_passes_opcheck(dtype, dropout):

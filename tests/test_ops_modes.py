@@ -93,14 +93,6 @@ def test_frozen_weight_may_change_before_the_backward_of_a_frozen_x():
 
 
 @ADAPTED
-def test_double_backward_is_refused(which):
-    x, weight, bias, a, b = operands()
-    (d_x,) = torch.autograd.grad(run(which, x, weight, bias, a, b).square().sum(), x, create_graph=True)
-    with pytest.raises(lc.ConfigError, match="backward has no derivative.*torch.func.grad"):
-        torch.autograd.grad(d_x.sum(), a)
-
-
-@ADAPTED
 def test_gradients_may_come_in_a_batch(which):
     """As jacobian(vectorize=True) asks for them."""
     x, weight, bias, a, b = operands(m=2, n=96, k=64)

@@ -69,14 +69,44 @@ def none_to_empty(like: Tensor, made: Any) -> Any:
 def call(operation: Any, *args: Any) -> Any:
     """Return operation(*args), directly where nothing intercepts it and no gradient is asked for.
 
-    Outside autocast: a backward computes in the dtypes of its forward. For a batch of gradients (is_grads_batched),
-    which has no memory of its own, by the operation's own body, the reference: PyTorch's operations take such.
+    Outside autocast: a backward computes in the dtypes of its forward.
     """
+    run = None if _asks_for_gradients(args) else _direct_implementation(operation, args)
+    return _outside_autocast(operation if run is None else run, args)
+
+
+def gradients(operation: Any, *args: Any) -> Any:
+    """Return call(operation, *args) of an operation that is a derivative, or what its body, the reference, makes of it.
+
+    Made of PyTorch's operations, that takes a batch of gradients (is_grads_batched), which has no memory of its own,
+    and can be differentiated.
+    """
+    if not torch._C._functorch.is_legacy_batchedtensor(_first(args)) and not _asks_for_gradients(args):
+        return call(operation, *args)
+    return _outside_autocast(operation._init_fn, args)
+
+
+def _outside_autocast(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     with outside_autocast(_first(args)):
-        if torch._C._functorch.is_legacy_batchedtensor(_first(args)):
-            return operation._init_fn(*args)
-        run = None if _asks_for_gradients(args) else _direct_implementation(operation, args)
-        return operation(*args) if run is None else run(*args)
+        return run(*args)
+
+
+def hidden_of(hidden: Tensor, x: Tensor | None, takes_x: bool, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return S for a backward: as the forward left it or, where gradients are to be differentiated, made anew of x.
+
+    Raises:
+        ConfigError: if that takes x, as the gradients of both x and B do, and x was not kept.
+    """
+    if not torch.is_grad_enabled():
+        return hidden
+    if x is not None:
+        return make(x)
+    if takes_x:
+        raise ConfigError(
+            "a second derivative (create_graph=True) in x and B takes x, which is not kept where A is frozen: let A "
+            "require a gradient, or use torch.func"
+        )
+    return hidden
 
 
 def _asks_for_gradients(args: tuple[Any, ...]) -> bool:
@@ -98,8 +128,8 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     Args:
         operation: a torch.library.CustomOpDef whose first argument is a tensor; it returns several tensors, in a list
             where it takes lists of tensors.
-        save, backward: as register_autograd takes them. `backward` makes its products by `call`, so that a second
-            derivative, which takes grad mode, meets the operation and is refused.
+        save, backward: as register_autograd takes them. `backward` makes its products by `gradients`, of S that
+            hidden_of gives it, so that it may be differentiated, which takes grad mode.
     """
     operation.register_autograd(backward, setup_context=save)
 
@@ -133,18 +163,6 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
         return apply(*_flat(args, layout), layout)
 
     return run
-
-
-def differentiable_once(operation: Any) -> None:
-    """Have an operation that is a derivative say that it has none of its own."""
-
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise ConfigError(
-            f"{operation._qualname} has no derivative: second derivatives are those of the plain formula, which "
-            "torch.func.grad and hessian take, and lora_core.reference has"
-        )
-
-    operation.register_autograd(refuse)
 
 
 def _function(operation: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:

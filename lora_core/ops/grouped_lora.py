@@ -20,7 +20,7 @@ from lora_core.ops.checks import (
     is_transformed,
     outside_autocast,
 )
-from lora_core.ops.eager import call, differentiable, differentiable_once, dispatch_is_intercepted, none_to_empty
+from lora_core.ops.eager import differentiable, dispatch_is_intercepted, gradients, hidden_of, none_to_empty
 from lora_core.quant.blockwise import has_values
 from lora_core.reference import grouped as reference
 
@@ -88,9 +88,6 @@ def _(
     return d_x, d_lora_a, d_lora_b
 
 
-differentiable_once(backward_op)
-
-
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, base, lora_a, lora_b, ctx.ranks, adapter, scaling = inputs
     ctx.mark_non_differentiable(output[1])
@@ -104,7 +101,10 @@ def _backward(ctx, d_y: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     x, lora_a, lora_b, adapter, scaling, hidden = ctx.saved_tensors
     if d_y is None:
         return (None,) * 7
-    grads = call(backward_op, d_y, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
+    hidden = hidden_of(
+        hidden, x, ctx.needs[0] and ctx.needs[2], lambda x: reference.shrink(x, lora_a, ctx.ranks, adapter)
+    )
+    grads = gradients(backward_op, d_y, x, lora_a, lora_b, ctx.ranks, adapter, scaling, hidden, ctx.needs)
     d_x, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, d_y if ctx.need_base else None, d_lora_a, d_lora_b, None, None, None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_core.errors import DtypeError
 from lora_core.ops.checks import is_transformed, outside_autocast
-from lora_core.ops.eager import call, differentiable, differentiable_once, none_to_empty
+from lora_core.ops.eager import differentiable, gradients, hidden_of, none_to_empty
 from lora_core.ops.layer import Layer, by_formula, prepared
 from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
@@ -94,9 +94,6 @@ def _(
     return d_x, d_weight, d_bias, d_lora_a, d_lora_b
 
 
-differentiable_once(backward_op)
-
-
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.mark_non_differentiable(output[1])
@@ -111,8 +108,11 @@ def _backward(ctx, d_y: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     x, weight, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     if d_y is None:
         return (None,) * 8
-    needs = ctx.needs_input_grad[:5]
-    grads = call(backward_op, d_y, x, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed, needs)
+    needs, mask = ctx.needs_input_grad[:5], (ctx.dropout, seed)
+    hidden = hidden_of(
+        hidden, x, needs[0] and needs[4], lambda x: reference.shrink(x.reshape(-1, x.shape[-1]), lora_a, *mask)
+    )
+    grads = gradients(backward_op, d_y, x, weight, lora_a, lora_b, hidden, ctx.scaling, *mask, needs)
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *wanted, None, None, None
 
@@ -132,9 +132,9 @@ def lora_linear(
 ) -> Tensor:
     """Return x W^T + b + s (drop(x) A^T) B^T.
 
-    Differentiable in x, bias, lora_a, lora_b, and in weight if that is being trained. Inside torch.func's transforms
-    and under forward mode the plain formula runs, of which any derivative can be had, a second one too. Under autocast
-    all operands are cast, as by torch.nn.functional.linear.
+    Differentiable, also twice, in x, bias, lora_a, lora_b, and in weight if that is being trained. Inside torch.func's
+    transforms and under forward mode the plain formula runs. Under autocast all operands are cast, as by
+    torch.nn.functional.linear.
 
     Args:
         x: float32, float16, bfloat16 or float64 of shape [..., K], any strides.
@@ -149,7 +149,8 @@ def lora_linear(
         Shape [..., N], dtype of x.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
-        ConfigError: if scaling is no finite number, or dropout no probability or without a seed.
+        ConfigError: if scaling is no finite number, or dropout no probability or without a seed; in a
+            backward that is to be differentiated in x and lora_b where lora_a is frozen, so that x is not kept.
     Source: Hu et al. 2021, eq. 3.
     """
     if isinstance(weight, Packed):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_core.errors import ConfigError, DtypeError
 from lora_core.ops.checks import check_tensors, is_transformed, outside_autocast
-from lora_core.ops.eager import call, differentiable, differentiable_once, none_to_empty
+from lora_core.ops.eager import differentiable, gradients, hidden_of, none_to_empty
 from lora_core.ops.layer import Layer, by_formula, prepared
 from lora_core.ops.packed import Packed, dense, flatten, unflatten
 from lora_core.ops.ready import ready
@@ -109,9 +109,6 @@ def _(
     return [d_x, lora_as[0].new_empty(hidden.shape[1], columns), *(b.new_empty(b.shape) for b in lora_bs)]
 
 
-differentiable_once(backward_op)
-
-
 def empty_to_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """Return None for each empty tensor: in the schema it stands for no bias, and for no seed."""
     return [t if t.numel() else None for t in tensors]
@@ -138,7 +135,8 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
     x, hidden, *rest = _saved(ctx)
     n = ctx.count
     lora_as, lora_bs, seeds, tensors = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-    ranks = [len(a) for a in lora_as]
+    ranks, masks = [len(a) for a in lora_as], (ctx.dropouts, empty_to_none(seeds))
+    hidden = hidden_of(hidden, x, False, lambda x: reference.shrink(x.reshape(-1, x.shape[-1]), lora_as, *masks))
     # an output that the loss does not depend on leaves its layer without a gradient, as if it had been called alone
     used = [i for i in range(n) if grads[i] is not None]
     d_lora_as, d_lora_bs = [None] * n, [None] * n
@@ -150,7 +148,7 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
             hidden = torch.cat([part for i, part in enumerate(hidden.split(ranks, 1)) if i in used], 1)
         d_ys, *adapter = ([of[i] for i in used] for of in (grads, lora_as, lora_bs, ctx.scalings, ctx.dropouts, seeds))
         needs = (ctx.need_x, ctx.need_pairs)
-        found = call(backward_op, d_ys, x, *packed, *adapter[:2], hidden, *adapter[2:], *needs)
+        found = gradients(backward_op, d_ys, x, *packed, *adapter[:2], hidden, *adapter[2:], *needs)
         d_x = found[0] if ctx.need_x else None
         if ctx.need_pairs:
             for i, d_a, d_b in zip(used, found[1].split([ranks[i] for i in used]), found[2:], strict=True):

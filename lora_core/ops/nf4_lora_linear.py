@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_core.errors import ConfigError
 from lora_core.ops.checks import check_tensors, is_transformed, outside_autocast
-from lora_core.ops.eager import call, differentiable, differentiable_once, none_to_empty
+from lora_core.ops.eager import differentiable, gradients, hidden_of, none_to_empty
 from lora_core.ops.layer import Layer, by_formula, prepared
 from lora_core.ops.packed import Packed
 from lora_core.ops.ready import ready
@@ -124,9 +124,6 @@ def _(
     return d_x, d_bias, d_lora_a, d_lora_b
 
 
-differentiable_once(backward_op)
-
-
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, *packed, shape, block_size, nested_block_size, _, lora_a, lora_b, ctx.scaling, ctx.dropout, seed = inputs
     ctx.format = (shape, block_size, nested_block_size)
@@ -141,8 +138,12 @@ def _backward(ctx, d_y: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     x, *packed, lora_a, lora_b, hidden, seed = ctx.saved_tensors
     if d_y is None:
         return (None,) * 14
-    adapter = (lora_a, lora_b, hidden, ctx.scaling, ctx.dropout, seed)
-    grads = call(backward_op, d_y, x, *packed, *ctx.format, *adapter, ctx.needs)
+    mask = (ctx.dropout, seed)
+    hidden = hidden_of(
+        hidden, x, ctx.needs[0] and ctx.needs[3], lambda x: reference.shrink(x.reshape(-1, x.shape[-1]), lora_a, *mask)
+    )
+    adapter = (lora_a, lora_b, hidden, ctx.scaling, *mask)
+    grads = gradients(backward_op, d_y, x, *packed, *ctx.format, *adapter, ctx.needs)
     d_x, d_bias, d_lora_a, d_lora_b = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return d_x, *[None] * 7, d_bias, d_lora_a, d_lora_b, None, None, None
 

@@ -96,6 +96,15 @@ def grouped_lora(
     return (y + update.view(y.shape)).to(x.dtype)
 
 
+def shrink(x: Tensor, lora_a: Tensor, ranks: Sequence[int], adapter: Tensor) -> Tensor:
+    """Return S as forward stores it, in operations that have a derivative; operands as there."""
+    order, found = members(ranks, adapter)
+    rows = x[order].to(lora_a.dtype)
+    parts = [(rows[member.rows] @ lora_a[member.part].T).flatten() for member in found]
+    rest = len(x) * max(ranks, default=0) - sum(map(len, parts))
+    return torch.cat([*parts, rows.new_zeros(rest)])
+
+
 def forward(
     x: Tensor,
     base: Tensor | None,

@@ -44,14 +44,18 @@ def forward(
         weights: every W_i, shape [N_i, K]; taken one after the other, and let go.
         biases, lora_as, lora_bs, scalings, dropouts, seeds: of every layer, as in reference.lora.lora_linear.
     """
-    if any(dropouts):
-        each = zip(lora_as, dropouts, seeds, strict=True)
-        hidden = torch.cat([lora.shrink(x, a, p, seed) for a, p, seed in each], 1)
-    else:
-        hidden = lora.shrink(x, torch.cat(tuple(lora_as)))
+    hidden = shrink(x, lora_as, dropouts, seeds)
     parts = hidden.split([len(a) for a in lora_as], 1)
     # unlike a loop, map has let one weight go when it takes the next
     return list(map(functools.partial(lora.expand, x), weights, biases, parts, lora_bs, scalings)), hidden
+
+
+def shrink(x: Tensor, lora_as: Sequence[Tensor], dropouts: Sequence[float], seeds: Sequence[Tensor | None]) -> Tensor:
+    """Return S [M, sum of R_i]; operands as in forward."""
+    if not any(dropouts):
+        return lora.shrink(x, torch.cat(tuple(lora_as)))
+    each = zip(lora_as, dropouts, seeds, strict=True)
+    return torch.cat([lora.shrink(x, a, p, seed) for a, p, seed in each], 1)
 
 
 def backward(

@@ -217,6 +217,15 @@ def test_checkpoint_load_that_is_interrupted_leaves_the_model_as_it_was(folder, 
     assert_refused(folder, error=KeyboardInterrupt)
 
 
+def test_checkpoint_without_the_biases_it_should_have_says_how_to_load_the_rest(tmp_path):
+    """PEFT before 0.21 did not save those of bias='lora_only'."""
+    lc.save_adapter(adapted(decoder(), target_modules=["v_proj"], bias="lora_only"), tmp_path)
+    rewrite(tmp_path, lambda t: [t.pop(name) for name in list(t) if name.endswith("bias")])
+    assert_refused(tmp_path, "missing in the file", "'none' in adapter_config.json loads the rest")
+    rewrite(tmp_path, config={"bias": "none"})
+    lc.load_adapter(decoder(), tmp_path)
+
+
 # what PEFT and others write besides
 
 

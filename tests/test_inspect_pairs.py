@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from inspected import CONFIGURATION, exit_status, write_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_core as lc
@@ -51,6 +51,28 @@ def test_inspect_says_where_a_file_holds_two_adapters(tmp_path):
     write_adapter(tmp_path, **pair, up__lora_A__two=A + 1)
     (problem,) = inspect_path(tmp_path).problems
     assert "two different tensors of one name" in problem and "up.lora_A.two.weight" in problem
+
+
+@pytest.mark.parametrize(
+    ("names", "word"),
+    [
+        (("lora_unet_up.lora_down.weight", "lora_unet_up.lora_up.weight"), "The names are kohya's"),
+        (("unet.up.lora.down.weight", "unet.up.lora.up.weight"), "diffusers'"),
+        (("up.lora_a", "up.lora_b"), "MLX's or torchtune's"),
+        (("unet.up.lora_A.weight", "unet.up.lora_B.weight"), "without 'base_model.model.' in front"),
+        (("base_model.model.up.weight", "base_model.model.down.weight"), "there is no pair"),
+    ],
+)
+def test_names_of_other_tools_are_said_to_be_theirs(tmp_path, names, word):
+    """By the inspection, and by loading, which refuses them."""
+    pair = dict(zip(names, (torch.randn(4, 16), torch.randn(24, 4)), strict=True))
+    (tmp_path / CONFIG).write_text(json.dumps(CONFIGURATION))
+    save_file(pair, tmp_path / WEIGHTS)
+    assert any(word in problem for problem in inspect_path(tmp_path).problems)
+    assert exit_status("inspect", str(tmp_path)) == 1
+    model = nn.ModuleDict({"up": nn.Linear(16, 24), "down": nn.Linear(24, 16)})
+    with pytest.raises(CheckpointError, match="Want the base model" if "pair" in word else word):
+        lc.load_adapter(model, tmp_path)
 
 
 def test_inspect_names_the_single_layer_that_was_never_trained(tmp_path):

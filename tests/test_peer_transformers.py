@@ -173,3 +173,29 @@ def test_classifier_head_is_left_out_for_sequence_classification():
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=61)
     model = adapt(LlamaForSequenceClassification(LlamaConfig(**shape)), task_type="SEQ_CLS")
     assert "score" not in adapter_layers(model) and len(adapter_layers(model)) == 7
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+    ],
+    ids=["saved", "head", "both"],
+)
+@pytest.mark.filterwarnings("ignore:.*tied to", "ignore:.*one module")
+def test_a_model_whose_tied_head_is_adapted_is_saved_by_transformers(tmp_path, config):
+    """As a Trainer does at every checkpoint: the weight that two modules have goes by one of its names."""
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    lc.add_adapter(model, lc.LoraConfig(r=2, **config))
+    model.save_pretrained(tmp_path)
+    saved, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    held = {state[name].data_ptr() for name in saved}
+    assert state.keys() > saved.keys()
+    assert all(state[name].data_ptr() in held for name in state.keys() - saved.keys())

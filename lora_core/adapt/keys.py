@@ -4,7 +4,7 @@ base_model.model.<module>.lora_A.weight     no adapter name in it, so that it ca
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -26,6 +26,23 @@ NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.[^.]+$")
 
 # With bias="all" PEFT itself writes the biases of modules_to_save so once more, the adapter's name left out of some.
 NAMED_COPY = re.compile(r"\.modules_to_save\.([^.]+\.)?")
+
+
+# How other tools name the two matrices, by what their names hold.
+OTHER_TOOLS = {
+    ".lora_down.": "kohya's",
+    ".lora.down.": "diffusers'",
+    ".lora_a": "MLX's or torchtune's",
+}
+
+
+def other_tool(names: Iterable[str]) -> str:
+    """Return whose names a file's are if they are not PEFT's, with what to do; "" of PEFT's."""
+    found = list(names)
+    whose = next((tool for part, tool in OTHER_TOOLS.items() if any(part in name for name in found)), "")
+    if not whose and any(".lora_A." in name and not name.startswith(PREFIX) for name in found):
+        whose = f"without {PREFIX!r} in front"
+    return whose and f"The names are {whose}: want PEFT's, {PREFIX}<module>.lora_A.weight; convert the file first"
 
 
 def key(*parts: str) -> str:

@@ -73,7 +73,7 @@ def load_adapter(
         own = adapter_tensors(inner, adapter_name, config)
         base = base_tensors(inner, config)
         given = placed(checkpoint.tensors, {**base, **own})
-        check_fit(Path(folder), given, own, base)
+        check_fit(Path(folder), given, own, base, config)
         _warn_of_broken(Path(folder), given)
         warn_where_peft_differs(inner, adapter_name)
         changed = _changed_base({name: slot for name, slot in base.items() if name not in own}, given)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_core.adapt.files import WEIGHTS
-from lora_core.adapt.keys import PREFIX, canonical
+from lora_core.adapt.keys import PREFIX, canonical, other_tool
 from lora_core.adapt.saved import lies_in_saved
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
@@ -21,7 +21,7 @@ SHOWN = 8
 ENDINGS_OF_A = (f".{AdapterLayer.PEFT_A}", f".{LoraEmbedding.PEFT_A}")
 ENDINGS = (*ENDINGS_OF_A, f".{AdapterLayer.PEFT_B}", f".{LoraEmbedding.PEFT_B}")
 
-WANTED = "\nWant the base model this adapter was made for, and its own adapter_config.json; the model is unchanged"
+WANTED = "Want the base model this adapter was made for, and its own adapter_config.json"
 
 
 def placed(tensors: dict[str, Tensor], places: Collection[str]) -> dict[str, Tensor]:
@@ -74,11 +74,19 @@ def check_ranks(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) ->
             wrong.append(f"{plain}: {_describe(tensor)} in the file, rank {rank} in the configuration")
     if wrong:
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit its configuration." + _listed("of another rank", wrong) + WANTED
+            f"{folder / WEIGHTS} does not fit its configuration."
+            + _listed("of another rank", wrong)
+            + f"\n{WANTED}; the model is unchanged"
         )
 
 
-def check_fit(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], base: dict[str, Tensor | None]) -> None:
+def check_fit(
+    folder: Path,
+    given: dict[str, Tensor],
+    own: dict[str, Tensor],
+    base: dict[str, Tensor | None],
+    config: LoraConfig,
+) -> None:
     """Raise CheckpointError unless each tensor has a place, each place a tensor, and all shapes agree."""
     unreal = next((name for name, slot in own.items() if slot.is_meta), None)
     if unreal:
@@ -102,8 +110,14 @@ def check_fit(folder: Path, given: dict[str, Tensor], own: dict[str, Tensor], ba
             + _listed("missing in the file", missing)
             + _listed("unexpected in the file", [n + h for n, h in zip(unexpected, near, strict=True)])
             + _listed("of the wrong shape or type", wrong)
-            + WANTED
+            + f"\n{_advice(missing, unexpected, config)}; the model is unchanged"
         )
+
+
+def _advice(missing: list[str], unexpected: list[str], config: LoraConfig) -> str:
+    if config.bias == "lora_only" and missing and all(name.endswith(".bias") for name in missing):
+        return "PEFT has not always saved the biases of bias='lora_only': 'none' in adapter_config.json loads the rest"
+    return other_tool(unexpected) or WANTED
 
 
 def _describe(tensor: Tensor) -> str:

@@ -68,6 +68,12 @@ def find_saved(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"modules_to_save: no module is called {word!r}; the last parts of names here are "
                 f"{', '.join(sorted({n.split('.')[-1] for n in modules}))}"
             )
+        if not any(saves(plain_name(n), [word]) for n in found):
+            warnings.warn(
+                f"modules_to_save: what is called {word!r} lies inside modules that are trained whole, as part of them",
+                UserWarning,
+                stacklevel=5,
+            )
     _warn_of_tied(model, found)
     return found
 

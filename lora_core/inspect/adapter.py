@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_core.adapt.configuration import KEPT, REFUSED, config_from_peft, differences
 from lora_core.adapt.files import CONFIG, embedded_config
 from lora_core.adapt.finite import is_finite
-from lora_core.adapt.keys import PREFIX, canonical
+from lora_core.adapt.keys import PREFIX, canonical, other_tool
 from lora_core.adapt.names import matches
 from lora_core.errors import LoraCoreError
 from lora_core.inspect.files import Tensors
@@ -59,7 +59,7 @@ def describe_adapter(report: Report, written: dict[str, Any] | None, tensors: Te
             report.pairs.append(pair)
     orphans = [n for short, n in names.items() if "lora_B" in short and n not in used]
     report.problems += [f"{n} has no A beside it: the file is not whole" for n in orphans if n.endswith("weight")]
-    _judge(report, values, config)
+    _judge(report, values, config, list(names))
     return used
 
 
@@ -207,7 +207,7 @@ def _kind(values: dict[str, Any] | None) -> str:
     return str((values or {}).get("peft_type", "LORA")).upper()
 
 
-def _judge(report: Report, values: dict[str, Any] | None, config: LoraConfig | None) -> None:
+def _judge(report: Report, values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]) -> None:
     """Add what only the whole shows."""
     known = [*LoraConfig.field_names(), *REFUSED, *KEPT, *ALWAYS]
     # another method's fields are its own
@@ -223,5 +223,10 @@ def _judge(report: Report, values: dict[str, Any] | None, config: LoraConfig | N
     targets = config.target_modules if config is not None else None
     if targets is not None and not isinstance(targets, str):
         idle = [t for t in targets if not any(matches(p.module, [t]) for p in report.pairs)]
-        if idle:
+        foreign = other_tool(names)
+        if foreign:
+            report.problems.append(foreign)
+        elif not report.pairs and not report.problems:
+            report.problems.append(f"there is no pair {PREFIX}<module>.lora_A.weight and lora_B for target_modules")
+        elif idle:
             report.notes.append(f"target_modules without a tensor in the file: {', '.join(idle)}")

@@ -96,6 +96,8 @@ class AdapterLayer(nn.Module):
     # how PEFT names the two matrices in a checkpoint
     PEFT_A: ClassVar[str] = "lora_A.weight"
     PEFT_B: ClassVar[str] = "lora_B.weight"
+    # read by transformers' save_pretrained: where this is another module's parameter too, one name of it is enough
+    _tied_weights_keys: ClassVar[dict[str, None]] = {"base_layer.weight": None}
 
     base_layer, lora_a, lora_b, lora_start = map(part, ("base_layer", "lora_a", "lora_b", "lora_start"))
 

@@ -4,7 +4,7 @@ Source: PEFT's modules_to_save.
 """
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -20,6 +20,9 @@ class TrainableCopy(nn.Module):
     Args:
         original: the module to train copies of; it is frozen.
     """
+
+    # read by transformers' save_pretrained: where this is another module's parameter too, one name of it is enough
+    _tied_weights_keys: ClassVar[dict[str, None]] = {"original.weight": None}
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()

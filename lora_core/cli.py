@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _give_up_output() -> None:
     """Drop what a full or closed output did not take: at exit Python would try again, with a traceback."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -83,4 +84,5 @@ def _run(app: Any, arguments: list[str] | None) -> None:
         if done.code:
             raise
     finally:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()

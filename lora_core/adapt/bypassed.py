@@ -6,13 +6,13 @@ read, a layer counts as called.
 """
 
 import ast
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lora_core.adapt.fast_path import SWITCHES
+from lora_core.adapt.remembered import remembered
 from lora_core.adapt.source import source_of
 from lora_core.layers.as_written import is_patched
 from lora_core.quant import QuantizedWeight
@@ -72,7 +72,7 @@ def uses(parent: nn.Module) -> Uses:
     return _uses(kind, tuple(_has(parent, *asked) for asked in _questions(kind)))
 
 
-@functools.cache
+@remembered
 def _uses(kind: Any, answers: tuple[bool | None, ...]) -> Uses:
     """Return how a class's methods use the weights of a module's children.
 
@@ -154,7 +154,7 @@ def _live(method: ast.AST, own: str, has: dict[tuple[str, str], bool | None]) ->
             waiting += [(inner, training) for inner in node.orelse]
 
 
-@functools.cache
+@remembered
 def _questions(kind: Any) -> tuple[tuple[str, str], ...]:
     """Return what the conditions of a class's methods ask by hasattr, as (attribute, name)."""
     found: dict[tuple[str, str] | None, None] = {}
@@ -201,7 +201,7 @@ def _takes_numbers(outer: ast.AST) -> bool:
     return isinstance(outer, ast.Attribute) and outer.attr not in ABOUT and not hasattr(QuantizedWeight, outer.attr)
 
 
-@functools.cache
+@remembered
 def _methods(kind: Any) -> tuple[ast.FunctionDef, ...]:
     """Return what can be read of a class's own methods and of those it inherits, nn.Module's left out."""
     own = (base for base in kind.__mro__ if base not in nn.Module.__mro__)

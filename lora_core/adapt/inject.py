@@ -70,7 +70,11 @@ def add_adapter(
     if isinstance(config, LoraConfig):
         config = with_task_heads(inner, config)
     inject(inner, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=autocast_adapter_dtype)
-    set_adapter(inner, adapter_name)
+    try:
+        set_adapter(inner, adapter_name)
+    except BaseException:
+        withdraw(inner, adapter_name)
+        raise
     return model
 
 

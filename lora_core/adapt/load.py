@@ -81,11 +81,11 @@ def load_adapter(
         _restart(inner, adapter_name, config)
         _fill(own, given)
         _fill(changed, given)
+        set_adapter(inner, adapter_name)
     # an interrupt, too
     except BaseException:
         withdraw(inner, adapter_name)
         raise
-    set_adapter(inner, adapter_name)
     return model
 
 

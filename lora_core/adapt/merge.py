@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapt.mergeable import mergeable_layers, merged_weight
-from lora_core.adapt.switch import active_names, chosen_names, refuse_rivals
+from lora_core.adapt.switch import activate, active_names, chosen_names, refuse_rivals
 from lora_core.adapt.walk import (
-    adapter_layers,
     merged_names,
     parts,
     places,
@@ -90,9 +89,10 @@ def merge_adapter(model: nn.Module, adapter_names: str | Sequence[str] | None = 
         AdapterError: if there is no such adapter, one is merged already or disabled, two of these train one module as
             a whole, or a base weight cannot take it: tied to another module, without values, or used in ways that a sum
             of weights does not follow.
-        NonFiniteError: if a merged weight would hold NaN or infinity; the model is left as it was.
+        NonFiniteError: if a merged weight would hold NaN or infinity.
+        In any case, and where memory runs out or it is interrupted, the model is left as it was.
     """
-    return _merge(model, adapter_names, keep_backup=True)
+    return _merge(model, _merging_names(model, adapter_names))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -105,6 +105,11 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     if not merged_names(model):
         raise AdapterError("unmerge_adapter: nothing is merged; call merge_adapter(model) first")
+    _take_out(model)
+
+
+def _take_out(model: nn.Module) -> None:
+    """Restore what is merged; stopped half way, it is asked for the rest again."""
     active = active_names(model)
     for part in parts(model).values():
         if isinstance(part, AdapterLayer) and part.merged and part.merged.backup:
@@ -135,43 +140,60 @@ def merge_and_unload(model: nn.Module, adapter_names: str | Sequence[str] | None
         adapter_names = already
     names = _merging_names(model, adapter_names)
     mergeable_layers(model, names)
-    for layer in adapter_layers(model).values():
-        for other in [n for n in layer.adapters if n not in names]:
-            layer.remove(other)
-    _merge(model, names, keep_backup=False)
+    activate(model, names)
+    # each with all that is done to it: stopped half way, the model computes the same, and is asked for the rest again
     for module, where in places(model).items():
         if isinstance(module, AdapterLayer):
-            replace(model, where, module.base_layer)
+            _unload(model, module, where, names)
         elif isinstance(module, TrainableCopy):
-            replace(model, where, module.running())
+            replace(model, where, module.module_of(names).requires_grad_(False))
     tidy(model)
     return model
 
 
-def _merge(model: nn.Module, adapter_names: str | Sequence[str] | None, *, keep_backup: bool) -> MergeReport:
-    names = _merging_names(model, adapter_names)
+@torch.no_grad()
+def _unload(model: nn.Module, layer: AdapterLayer, where: list[str], names: tuple[str, ...]) -> None:
+    for other in [n for n in layer.adapters if n not in names]:
+        layer.remove(other)
+    if layer.adapters:
+        with layer.unchanged_on_failure():
+            layer.write_weight(merged_weight(layer, names))
+            try:
+                replace(model, where, layer.base_layer)
+            except BaseException:
+                replace(model, where, layer)
+                raise
+    else:
+        replace(model, where, layer.base_layer)
+
+
+def _merge(model: nn.Module, names: tuple[str, ...]) -> MergeReport:
     layers = mergeable_layers(model, names)
-    report = {name: _merge_layer(layer, names, keep_backup) for name, layer in layers.items()}
-    active = active_names(model)
-    for part in parts(model).values():
-        # what has no part in these adapters runs no other while they are merged
-        part.merged = part.merged or Merged(names)
-        part.activate(active)
+    try:
+        report = {name: _merge_layer(layer, names) for name, layer in layers.items()}
+        active = active_names(model)
+        for part in parts(model).values():
+            # what has no part in these adapters runs no other while they are merged
+            part.merged = part.merged or Merged(names)
+            part.activate(active)
+    except BaseException:
+        _take_out(model)
+        raise
     held = sum(layer.merged.backup_bytes for layer in layers.values() if layer.merged)
     return MergeReport(names, report, held)
 
 
 @torch.no_grad()
-def _merge_layer(layer: AdapterLayer, names: tuple[str, ...], keep_backup: bool) -> LayerMerge:
+def _merge_layer(layer: AdapterLayer, names: tuple[str, ...]) -> LayerMerge:
     wanted = merged_weight(layer, names)
     truth = layer.read_weight().double()
     for name in names:
         if name in layer.adapters:
             # not in place: in float64 this is the weight itself
             truth = truth + layer.delta(name).to(truth.device)
-    backup = layer.backup_weight() if keep_backup else {}
+    # kept before anything is written: to restore what was not written does no harm
+    layer.merged = Merged(names, layer.backup_weight())
     layer.write_weight(wanted)
-    layer.merged = Merged(names, backup)
     error = layer.read_weight().double() - truth
     return LayerMerge(
         relative_error=_ratio(error.norm(), truth.norm()),

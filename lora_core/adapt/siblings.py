@@ -1,12 +1,12 @@
 """Which children a module's forward calls with one and the same tensor, read from its source."""
 
 import ast
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
+from lora_core.adapt.remembered import remembered
 from lora_core.adapt.source import source_of
 from lora_core.layers.as_written import is_patched
 
@@ -20,7 +20,7 @@ def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
     return () if is_patched(parent) else _groups(type(parent).forward)
 
 
-@functools.cache
+@remembered
 def _groups(forward: Callable[..., Any]) -> tuple[tuple[str, ...], ...]:
     function = source_of(forward)
     if function is None or not function.args.args:

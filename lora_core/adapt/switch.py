@@ -38,7 +38,16 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Run these adapters and no others, and freeze all else."""
+    """Run these adapters and no others, and freeze all else; stopped half way, those before run."""
+    before = active_names(model)
+    try:
+        _activate(model, names)
+    except BaseException:
+        _activate(model, before)
+        raise
+
+
+def _activate(model: nn.Module, names: Sequence[str]) -> None:
     model.requires_grad_(False)
     for part in parts(model).values():
         part.activate(tuple(names))

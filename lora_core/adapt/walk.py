@@ -146,7 +146,7 @@ def require_editable(model: nn.Module, verb: str) -> None:
         raise AdapterError(
             f"cannot {verb} while {list(merged)} is merged into the weights: call unmerge_adapter(model) first"
         )
-    if not all(part.enabled for part in parts(model).values()):
+    if any(part.off.blocks for part in parts(model).values()):
         raise AdapterError(f"cannot {verb} while adapters are disabled: do it outside the disable_adapter block")
 
 

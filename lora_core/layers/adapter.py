@@ -5,8 +5,9 @@
 A subclass says which shapes A and B have, what their product adds to the base weight, and how to run them.
 """
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +18,7 @@ from lora_core.errors import AdapterError, DeviceError
 from lora_core.layers.as_written import stands_for_others
 from lora_core.layers.matrices import Matrices
 from lora_core.layers.merged import Merged, refuse_backward
+from lora_core.layers.off import Off
 
 # adapters over a half-precision base are kept in fp32, as PEFT does: their small updates vanish in 8 bits of mantissa
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -111,7 +113,7 @@ class AdapterLayer(nn.Module):
         # what activate was given last, and of that what this layer has
         self.chosen: tuple[str, ...] = ()
         self.active: tuple[str, ...] = ()
-        self.enabled = True
+        self.off = Off()
         self.merged: Merged | None = None
         self.training = mode
 
@@ -176,6 +178,16 @@ class AdapterLayer(nn.Module):
         """Put back, bit for bit, what backup_weight returned."""
         self.base_layer.weight.copy_(backup["weight"])
 
+    @contextlib.contextmanager
+    def unchanged_on_failure(self) -> Iterator[None]:
+        """Put the base weight back, bit for bit, where what is done here does not come to its end."""
+        backup = self.backup_weight()
+        try:
+            yield
+        except BaseException:
+            self.restore_weight(backup)
+            raise
+
     # adapters
 
     def add(self, name: str, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
@@ -201,14 +213,17 @@ class AdapterLayer(nn.Module):
 
     def remove(self, name: str) -> None:
         """Forget an adapter, undoing what its initialisation did to the base weight."""
-        adapter = self.adapters.pop(name)
         if name in self.lora_start:
-            self.shift_weight(*self.start_of(name), adapter.scaling)
-            del self.lora_start[name]
-        for matrices in (self.lora_a, self.lora_b):
-            matrices.settle(name)
-            del matrices[name]
+            with self.unchanged_on_failure():
+                self.shift_weight(*self.start_of(name), self.adapters[name].scaling)
+                del self.lora_start[name]
+        # in an order in which, stopped half way, the layer runs, and is asked for the rest again
         self.active = tuple(n for n in self.active if n != name)
+        for matrices in (self.lora_a, self.lora_b):
+            if name in matrices:
+                matrices.settle(name)
+                del matrices[name]
+        del self.adapters[name]
 
     def matrices(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B of an adapter, on the device of x.
@@ -235,7 +250,7 @@ class AdapterLayer(nn.Module):
 
     def running(self) -> tuple[str, ...]:
         """Return the adapters that the next forward adds to the base layer's output."""
-        return self.active if self.enabled and self.merged is None else ()
+        return self.active if not self.off.blocks and self.merged is None else ()
 
     def handed_out(self, y: Tensor) -> Tensor:
         """Return the layer's output; while merged, in training mode, as one that no gradient passes."""

@@ -9,6 +9,7 @@ What a fused forward cannot do (a merged or disabled adapter, a per-sample adapt
 layer's own forward does.
 """
 
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -54,15 +55,19 @@ class Fused:
         return _rebuild, (self.fused_by, self.fused_from), self.__dict__
 
 
-_made: dict[tuple[type, type], Any] = {}
+# by the original and the mixin; held by the layers that are of it, as it holds the original
+_made: weakref.WeakKeyDictionary[type, dict[type, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 
 
 def fused_class(mixin: type[Fused], original: type[nn.Module]) -> Any:
     """Return the class whose forward is the mixin's and whose all else is the original's, one for each pair."""
-    if (mixin, original) not in _made:
+    of_original = _made.setdefault(original, {})
+    found = of_original[mixin]() if mixin in of_original else None
+    if found is None:
         own = {"fused_from": original, "fused_by": mixin, "__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        _made[mixin, original] = type(f"Fused{original.__name__}", (mixin, original), own)
-    return _made[mixin, original]
+        found = type(f"Fused{original.__name__}", (mixin, original), own)
+        of_original[mixin] = weakref.ref(found)
+    return found
 
 
 def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> Any:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lora_core.layers.merged import Merged
+from lora_core.layers.off import Off
 
 # never the running module's: the wrapper's own, and where accelerate keeps a module's hook and the forward it replaced
-OWN = frozenset(("original", "copies", "merged", "chosen", "active", "enabled", "_hf_hook", "_old_forward"))
+OWN = frozenset(("original", "copies", "merged", "chosen", "active", "off", "_hf_hook", "_old_forward"))
 
 
 class TrainableCopy(nn.Module):
@@ -34,7 +35,7 @@ class TrainableCopy(nn.Module):
         # what activate was given last, and of that the one that has a copy
         self.chosen: tuple[str, ...] = ()
         self.active: str | None = None
-        self.enabled = True
+        self.off = Off()
         self.training = original.training
 
     def __getattr__(self, name: str) -> Any:
@@ -54,10 +55,12 @@ class TrainableCopy(nn.Module):
 
     def remove(self, name: str) -> None:
         """Drop this adapter's copy, if it has one."""
-        if name in self.copies:
-            del self.copies[name], self.configs[name], self.trainable[name]
         if self.active == name:
             self.active = None
+        self.configs.pop(name, None)
+        self.trainable.pop(name, None)
+        if name in self.copies:
+            del self.copies[name]
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Run the copy of the one of these adapters that has one; make it trainable if it is to be trained."""
@@ -65,12 +68,17 @@ class TrainableCopy(nn.Module):
         self.active = next((n for n in names if n in self.copies), None)
         self.original.requires_grad_(False)
         for name, module in self.copies.items():
-            module.requires_grad_(self.trainable[name] and name == self.active and self.merged is None)
+            module.requires_grad_(self.trainable.get(name, False) and name == self.active and self.merged is None)
 
     def running(self) -> nn.Module:
         """Return the module that the next forward calls: of what is merged the copy, as long as it is."""
-        name = next((n for n in self.merged.names if n in self.copies), None) if self.merged else self.active
-        return self.copies[name] if self.enabled and name is not None else self.original
+        if self.off.blocks:
+            return self.original
+        return self.module_of(self.merged.names if self.merged else (self.active,))
+
+    def module_of(self, names: tuple[str | None, ...]) -> nn.Module:
+        """Return the copy of the one of these adapters that has one, or the original."""
+        return next((self.copies[n] for n in names if n is not None and n in self.copies), self.original)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.running()(*args, **kwargs)

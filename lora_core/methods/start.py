@@ -88,5 +88,6 @@ def take_start(layer: AdapterLayer, name: str) -> None:
     The start is kept beside the adapter: without it neither the original weight nor an adapter for it could be had.
     """
     lora_a, lora_b = layer.lora_a[name].detach(), layer.lora_b[name].detach()
-    layer.shift_weight(lora_a, lora_b, -layer.adapters[name].scaling)
-    layer.lora_start[name] = Start(lora_a.clone(), lora_b.clone()).train(layer.training)
+    with layer.unchanged_on_failure():
+        layer.shift_weight(lora_a, lora_b, -layer.adapters[name].scaling)
+        layer.lora_start[name] = Start(lora_a.clone(), lora_b.clone()).train(layer.training)

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from typing import Any
 
 # elements from which on a call whose result is the same either way is worth loading Numba for: it takes 0.3 to 0.9 s,
@@ -35,6 +36,14 @@ def load(name: str) -> Any:
     """Return a module of this folder, or None where Numba is not installed or does not run."""
     try:
         return importlib.import_module(f"{__name__}.{name}") if importlib.util.find_spec("numba") else None
-    # a Numba that does not go with this NumPy, without its compiler, switched off, or refused by who watches imports
-    except (ImportError, ValueError):
+    # a Numba that does not go with this NumPy, without its compiler, switched off, refused by who watches imports, or
+    # half imported, as by an import that was interrupted
+    except Exception as error:
+        if not isinstance(error, (ImportError, ValueError)):
+            warnings.warn(
+                f"Numba cannot be used in this process ({type(error).__name__}: {error}): 4-bit weights are computed "
+                "by NumPy, more slowly",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None

@@ -313,7 +313,7 @@ MUTATIONS = (
     Mutation("lora_core/ops/lora_linears.py", "if grads[i] is not None]", "]", IN_UNUSED),
     Mutation(EAGER, "type(made)(map(_without_view, made))", "made", IN_PLACE),
     Mutation(EAGER, "like.new_empty(0) if t is None else t for t in made", "t for t in made", IN_NONE),
-    Mutation(CHECKS, "(forward_ad._current_level >= 0 or inside_functorch())", "inside_functorch()", IN_TRANSFORM),
+    Mutation(CHECKS, "forward_ad._current_level >= 0 or (", "(", IN_TRANSFORM),
     Mutation("lora_core/adapt/write_files.py", "os.replace(previous, config)", "pass", IN_PUT_BACK),
     Mutation(EAGER, "with outside_autocast(_first(args)):", "if True:", IN_AUTOCAST),
     Mutation(EAGER, "if not torch._C._functorch.is_legacy_batchedtensor(_first(args)) and", "if", IN_BATCH),

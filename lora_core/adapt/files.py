@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ WEIGHTS = "adapter_model.safetensors"
 PARTIAL = ".partial"
 PREVIOUS = ".previous"
 METADATA_KEY = "adapter_config"
+
+# two files are renamed, or read, in less
+LONGEST_WAIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def folder_path(folder: str | os.PathLike[str]) -> Path:
 def held(folder: Path, *, to_write: bool) -> Iterator[None]:
     """Keep the two files of a folder together: one process replaces them, or several read them.
 
-    Among processes that ask, this library's, and where the file system knows locks; a killed one lets go.
+    Among processes that ask, this library's, and where the file system knows locks; a killed one lets go. Whoever waits
+    too long, as in a handler of a signal that came while this thread saved, goes on without.
     """
     with contextlib.ExitStack() as stack:
         # a folder that cannot be opened, or a file system without locks
@@ -59,8 +64,21 @@ def held(folder: Path, *, to_write: bool) -> Iterator[None]:
             if fcntl is not None:
                 descriptor = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX if to_write else fcntl.LOCK_SH)
+                _lock(descriptor, fcntl.LOCK_EX if to_write else fcntl.LOCK_SH)
+                # by itself a process forked meanwhile would keep it
+                stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
         yield
+
+
+def _lock(descriptor: int, kind: int) -> None:
+    end = time.monotonic() + LONGEST_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.005)
 
 
 def embedded_config(metadata: dict[str, str]) -> dict[str, Any] | None:

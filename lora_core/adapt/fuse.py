@@ -12,7 +12,7 @@ from lora_core.adapt.siblings import called_together
 from lora_core.adapt.walk import named_modules
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
-from lora_core.layers.as_written import is_patched
+from lora_core.layers.as_written import is_patched, is_sharded
 from lora_core.layers.bitsandbytes_weight import is_four_bit, why_unreadable
 from lora_core.layers.fused import Fused, fused_class
 from lora_core.layers.fused_lora import FusedLora
@@ -168,7 +168,7 @@ def _candidate(module: nn.Module) -> type[Fused] | str | None:
 def _own(layer: AdapterLayer) -> type[Fused] | str:
     if not isinstance(layer, LoraLinear):
         return f"{type(layer).__name__} has no fused operation: its base layer is no linear one"
-    if not layer.is_as_written():
+    if not layer.is_as_written() and not is_sharded(layer.weight):
         return "its base layer has hooks or a forward of its own, which one operation would pass by"
     return FusedLora
 
@@ -186,7 +186,7 @@ def _peft(layer: Any) -> type[Fused] | str:
         return f"PEFT's {', '.join(variants)} is more than LoRA: no fused operation computes it"
     if not isinstance(base, nn.Linear) and not is_transposed_linear(base):
         return f"its base layer is a {type(base).__name__}: want nn.Linear, Conv1D or Linear4bit"
-    if not is_as_written(base):
+    if not is_as_written(base) and not is_sharded(base.weight):
         return "its base layer has hooks or a forward of its own, which one operation would pass by"
     for adapter in layer.lora_A:
         if odd := oddity(layer, adapter):

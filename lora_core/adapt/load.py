@@ -69,6 +69,7 @@ def load_adapter(
         trainable=is_trainable,
         autocast_dtype=autocast_adapter_dtype,
     )
+    kept: list[tuple[Tensor, Tensor]] = []
     try:
         own = adapter_tensors(inner, adapter_name, config)
         base = base_tensors(inner, config)
@@ -79,11 +80,15 @@ def load_adapter(
         changed = _changed_base({name: slot for name, slot in base.items() if name not in own}, given)
         # it warns first: where warnings are errors, nothing of the base model's has been written until here
         _restart(inner, adapter_name, config)
+        # the base model's own: biases that the adapter trains, and weights that PEFT has saved with it
+        of_base = [*changed.values(), *(slot for name, slot in own.items() if name.endswith("bias"))]
+        kept = [(slot, slot.detach().clone()) for slot in of_base]
         _fill(own, given)
         _fill(changed, given)
         set_adapter(inner, adapter_name)
     # an interrupt, too
     except BaseException:
+        _put_back(kept)
         withdraw(inner, adapter_name)
         raise
     return model
@@ -128,6 +133,12 @@ def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
         if adapter_name in layer.adapters:
             initialise(layer, adapter_name, start)
     take_starts(model, adapter_name)
+
+
+@torch.no_grad()
+def _put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    for slot, value in kept:
+        slot.copy_(value)
 
 
 @torch.no_grad()

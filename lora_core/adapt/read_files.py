@@ -12,8 +12,8 @@ from lora_core.adapt.json_text import parse_json, parse_json_file
 from lora_core.errors import CheckpointError
 
 PICKLE = "adapter_model.bin"
-# bytes of a safetensors file that say how long its header is, and the longest that safetensors reads
-LENGTH, LONGEST_HEADER = 8, 100_000_000
+# bytes of a safetensors file that say how long its header is, and the longest that is looked for a configuration
+LENGTH, LONGEST_HEADER = 8, 2**24
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -121,17 +121,24 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
         ) from None
     except KeyError as unknown:
         (dtype,) = unknown.args
-        held = (name for name, about in _header(data[:LENGTH], data[LENGTH:]).items() if about.get("dtype") == dtype)
+        named = (name for name, about in _header(data).items() if about.get("dtype") == dtype)
         raise CheckpointError(
-            f"{path} holds {next(held, 'tensors')} as {dtype}, which cannot be computed with: want float32, float16, "
-            "bfloat16 or float8; save it again in one of them"
+            f"{path} holds {next(named, 'tensors')} as {dtype}, which cannot be read: want float32, float16 or "
+            "bfloat16; save it again in one of them"
         ) from None
-    return tensors, _embedded(_header(data[:LENGTH], data[LENGTH:]))
+    return tensors, _embedded(_header(data))
 
 
-def _header(length: bytes, rest: bytes) -> dict[str, Any]:
-    """Return the header of a safetensors file, which follows its length: what it says of each tensor, and more."""
-    values = parse_json(rest[: int.from_bytes(length, "little")].decode())
+def _header(start: bytes) -> dict[str, Any]:
+    """Return the header of a safetensors file, which follows its length: what it says of each tensor, and more.
+
+    Nothing where it is none, or has more in it than is read.
+    """
+    length = int.from_bytes(start[:LENGTH], "little")
+    try:
+        values = parse_json(start[LENGTH : LENGTH + length].decode())
+    except ValueError:
+        return {}
     return values if isinstance(values, dict) else {}
 
 
@@ -145,11 +152,12 @@ def _interrupted_save(folder: Path, written: dict[str, Any]) -> str | None:
     for path in folder.glob(f".{WEIGHTS}.*{PARTIAL}"):
         try:
             with path.open("rb") as file:
-                length = file.read(LENGTH)
-                header = _header(length, file.read(min(int.from_bytes(length, "little"), LONGEST_HEADER)))
-        # half written, gone again, or no file of this kind
-        except (OSError, ValueError):
+                header = _header(file.read(LENGTH + LONGEST_HEADER))
+        # gone again, or no file
+        except OSError:
             continue
-        if _embedded(header) == written:
-            return path.name.removesuffix(PARTIAL).rpartition(".")[2]
+        token = path.name.removesuffix(PARTIAL).rpartition(".")[2]
+        # until the configuration is renamed all is as it was
+        if _embedded(header) == written and not (folder / f".{CONFIG}.{token}{PARTIAL}").exists():
+            return token
     return None

@@ -63,10 +63,11 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
             f"cannot save an adapter in {folder}: {error}; what was there is whole. Save somewhere else, or make room"
         ) from error
     finally:
-        # the configuration before goes last: until then the folder can be read
-        for path in (*new.values(), previous):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        # what a configuration that could not be put back is read by stays
+        if not (previous.exists() and new[WEIGHTS].exists() and not new[CONFIG].exists()):
+            for path in (*new.values(), previous):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
     _remove_stale(folder)
 
 
@@ -74,7 +75,7 @@ def _replace(folder: Path, new: dict[str, Path], previous: Path) -> None:
     """Rename both files over the old ones. Where that fails, the old configuration is put back beside its weights."""
     config = folder / CONFIG
     if config.exists():
-        shutil.copyfile(config, previous)
+        shutil.copy(config, previous)
         _sync(previous)
     try:
         os.replace(new[CONFIG], config)

@@ -71,9 +71,17 @@ def _short_names(report: Report, tensors: Tensors) -> dict[str, str]:
     for name in sorted(every - found.keys()):
         short = str(canonical(name) or name)
         other = found.setdefault(short, name)
-        if other != name and not torch.equal(tensors.read(other), tensors.read(name)):
+        if other != name and not _are_equal(tensors.read(other), tensors.read(name)):
             report.problems.append(f"{other} and {name} are two different tensors of one name: want one adapter a file")
     return found
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors hold the same values, in any dtypes that can be computed with."""
+    try:
+        return one.shape == other.shape and torch.equal(one.double(), other.double())
+    except NotImplementedError:
+        return False
 
 
 def _partner(name: str) -> str | None:

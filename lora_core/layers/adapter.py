@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import AdapterError, DeviceError
-from lora_core.layers.as_written import stands_for_others
+from lora_core.layers.as_written import is_sharded, stands_for_others
 from lora_core.layers.matrices import Matrices
 from lora_core.layers.merged import Merged, refuse_backward
 from lora_core.layers.off import Off
@@ -26,9 +26,9 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 T = TypeVar("T")
 
 
-def beside(compute: torch.dtype, matrix: Tensor) -> Tensor:
-    """Return A or B as operations take it beside x of this dtype: in that dtype as it is, any other in float32."""
-    return matrix if matrix.dtype == compute else matrix.float()
+def beside(compute: torch.dtype, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B as operations take them beside x of this dtype: in that dtype as they are, or in float32."""
+    return (lora_a, lora_b) if lora_a.dtype == lora_b.dtype == compute else (lora_a.float(), lora_b.float())
 
 
 @dataclass
@@ -142,7 +142,7 @@ class AdapterLayer(nn.Module):
     def why_unmergeable(self) -> str:
         """Return why the base weight cannot hold an adapter, or "" if it can."""
         weight = self.base_layer._parameters.get("weight")
-        if stands_for_others(weight):
+        if stands_for_others(weight) and not is_sharded(weight):
             return f"its weight is a {type(weight).__name__}, which holds its values in a form of its own"
         if not isinstance(weight, nn.Parameter):
             return "its weight is computed from other tensors (a parametrisation, weight norm, pruning)"

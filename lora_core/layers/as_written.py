@@ -15,6 +15,11 @@ def stands_for_others(weight: Any) -> bool:
     return weight is not None and type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
 
 
+def is_sharded(weight: Any) -> bool:
+    """Say whether processes hold a part of a weight each: fully_shard makes it whole for a forward."""
+    return type(weight).__module__.startswith("torch.distributed.") and type(weight).__name__ == "DTensor"
+
+
 def runs_as_written(module: nn.Module, forward: Any) -> bool:
     """Say whether calling module means calling this forward: no subclass, hook or patch stands between."""
     # a class that fuse made computes what the one that it was made from does

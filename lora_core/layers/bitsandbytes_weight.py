@@ -96,5 +96,5 @@ def four_bit_operands(
         layer.compute_type_is_set = True
     compute: torch.dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
     if lora_a is not None and lora_b is not None and not autocast_on(x):
-        lora_a, lora_b = beside(compute, lora_a), beside(compute, lora_b)
+        lora_a, lora_b = beside(compute, lora_a, lora_b)
     return compute, None if layer.bias is None else layer.bias.to(compute), lora_a, lora_b

@@ -20,6 +20,8 @@ class FusedLora(Fused):
         base = self.base_layer
         if len(names) != 1 or self.owed() or not self.is_as_written() or not is_frozen(base):
             return None
+        if not (self.lora_a.is_plain(names[0]) and self.lora_b.is_plain(names[0])):
+            return None
         compute, bias = x.dtype, self.bias
         if isinstance(base, NF4Linear):
             compute = base.compute_dtype or compute
@@ -35,8 +37,8 @@ class FusedLora(Fused):
     def _state(self: Any, names: tuple[str, ...], weight: Tensor | Packed) -> Any:
         pairs = [
             (
-                version_of(self.lora_a.bring(n)),
-                version_of(self.lora_b.bring(n)),
+                version_of(self.lora_a[n]),
+                version_of(self.lora_b[n]),
                 self.adapters[n].scaling,
                 self.dropout_of(n),
             )

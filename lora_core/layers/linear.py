@@ -84,7 +84,7 @@ class LoraLinear(AdapterLayer):
         lora_a, lora_b, scaling, dropout, seed = self.operands(x, name)
         if not autocast_on(x):
             # model.half() and the like convert all, or some
-            lora_a, lora_b = beside(x.dtype, lora_a), beside(x.dtype, lora_b)
+            lora_a, lora_b = beside(x.dtype, lora_a, lora_b)
         return lora_linear(x, self.operand(), self.bias, lora_a, lora_b, scaling, dropout, seed)
 
     def operand(self) -> Any:

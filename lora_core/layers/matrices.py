@@ -1,6 +1,7 @@
 """The matrices of a layer's adapters, and what others may have done to one: offloaded it, pruned it, computed it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -24,7 +25,7 @@ class Matrices(nn.ParameterDict):
 
     def bring(self, name: str) -> Tensor:
         """Return one adapter's matrix, by a call, which is slower, only where a hook or another forward makes it."""
-        if "forward" in self.__dict__ or self._forward_pre_hooks:
+        if "forward" in self.__dict__ or self._computing(name):
             brought: Tensor = self(name)
             return brought
         matrix = self._parameters.get(name)
@@ -33,7 +34,8 @@ class Matrices(nn.ParameterDict):
 
     def held(self, name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters that an adapter's matrix is, or is computed from."""
-        own = (self._parameters.get(name + ending) for ending in ("", *HELD_INSTEAD))
+        endings = HELD_INSTEAD if self._computing(name) else ("",)
+        own = (self._parameters.get(name + ending) for ending in endings)
         yield from (parameter for parameter in own if parameter is not None)
         if parametrize.is_parametrized(self, name):
             yield from self.parametrizations[name].parameters()  # type: ignore[union-attr, index]
@@ -42,7 +44,20 @@ class Matrices(nn.ParameterDict):
         """Make an adapter's matrix that is computed a parameter again, of the values that it has."""
         if parametrize.is_parametrized(self, name):
             parametrize.remove_parametrizations(self, name)
-        for key, hook in list(self._forward_pre_hooks.items()):
-            if name in (getattr(hook, "_tensor_name", None), getattr(hook, "name", None)):
-                del self._forward_pre_hooks[key]
-                hook.remove(self)  # type: ignore[attr-defined]
+        for key, hook in self._computing(name).items():
+            del self._forward_pre_hooks[key]
+            hook.remove(self)
+
+    def is_plain(self, name: str) -> bool:
+        """Say whether an adapter's matrix is a parameter, not computed at each use."""
+        return name in self._parameters
+
+    def _computing(self, name: str) -> dict[int, Any]:
+        """Return the hooks of pruning, weight norm or spectral norm that compute an adapter's matrix before a call."""
+        if not self._forward_pre_hooks:
+            return {}
+        return {
+            key: hook
+            for key, hook in self._forward_pre_hooks.items()
+            if name in (getattr(hook, "_tensor_name", None), getattr(hook, "name", None)) and hasattr(hook, "remove")
+        }

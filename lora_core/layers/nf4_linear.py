@@ -88,7 +88,7 @@ class NF4Linear(nn.Module):
         bias = self.bias if self.bias is None or autocast_on(x) else self.bias.to(compute.dtype)
         if lora_a is not None and lora_b is not None and not autocast_on(x):
             # model.half() and model.double() convert the matrices, and compute_dtype stays
-            lora_a, lora_b = beside(compute.dtype, lora_a), beside(compute.dtype, lora_b)
+            lora_a, lora_b = beside(compute.dtype, lora_a, lora_b)
         y = nf4_lora_linear(compute, self.weight, bias, lora_a, lora_b, scaling, dropout, seed)
         return y if autocast_on(x) else y.to(x.dtype)
 

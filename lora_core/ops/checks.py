@@ -163,8 +163,11 @@ def inside_functorch() -> bool:
 
 
 def is_transformed() -> bool:
-    """Say whether torch.func or forward mode differentiates or maps: the plain formula then runs, which they know."""
-    return not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or inside_functorch())
+    """Say whether torch.func or forward mode differentiates or maps: the plain formula then runs, which they know.
+
+    A compiler that traces can be asked about forward mode alone.
+    """
+    return forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and inside_functorch())
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:

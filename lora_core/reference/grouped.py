@@ -85,15 +85,11 @@ def grouped_lora(
     Returns:
         Shape [..., N], dtype of x.
     """
-    rows = x.flatten(0, -2).to(lora_a.dtype)
-    order, found = members(ranks, adapter.flatten())
-    y = rows.new_zeros(*x.shape[:-1], len(lora_b)) if base is None else base.to(lora_a.dtype)
-    update = torch.zeros_like(y).flatten(0, -2)
-    for member in found:
-        own = order[member.rows]
-        low_rank = rows[own] @ lora_a[member.part].T @ lora_b[:, member.part].T
-        update = update.index_add(0, own, scaling[member.adapter] * low_rank)
-    return (y + update.view(y.shape)).to(x.dtype)
+    low = x.to(lora_a.dtype)
+    y = low.new_zeros(*x.shape[:-1], len(lora_b)) if base is None else base.to(lora_a.dtype)
+    for g, (a_g, b_g) in enumerate(zip(lora_a.split(list(ranks)), lora_b.split(list(ranks), 1), strict=True)):
+        y = y + torch.where((adapter == g).unsqueeze(-1), scaling[g] * (low @ a_g.T @ b_g.T), 0)
+    return y.to(x.dtype)
 
 
 def shrink(x: Tensor, lora_a: Tensor, ranks: Sequence[int], adapter: Tensor) -> Tensor:

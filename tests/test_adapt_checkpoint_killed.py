@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -82,6 +83,40 @@ def test_checkpoint_whose_second_rename_fails_leaves_what_was_there(folder, tmp_
     with pytest.raises((lc.CheckpointError, KeyboardInterrupt)):
         lc.save_adapter(adapted(decoder(), target_modules=["up_proj"], lora_alpha=99), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == there
+
+
+@pytest.mark.parametrize("weights", ["own", "foreign"])
+def test_checkpoint_whose_configuration_cannot_be_put_back_is_read_as_after_a_kill(folder, monkeypatch, weights):
+    if weights == "foreign":
+        save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": "pt"})
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    replace, calls = os.replace, []
+
+    def fails_from_the_second_on(old, new):
+        calls.append(new)
+        if len(calls) > 1:
+            raise OSError(1, "Operation not permitted")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", fails_from_the_second_on)
+    with pytest.raises(lc.CheckpointError, match="Operation not permitted"):
+        lc.save_adapter(adapted(decoder(), target_modules=["up_proj"], lora_alpha=99), folder)
+    assert read(folder)["lora_alpha"] == 99
+    with pytest.warns(UserWarning, match="interrupted.*the checkpoint before it"):
+        loaded = lc.load_adapter(decoder(), folder)
+    assert torch.equal(loaded(tokens()), wanted)
+
+
+def test_checkpoint_that_is_being_saved_over_with_the_same_configuration_is_whole(folder):
+    """PEFT's weights say nothing of theirs: until it is renamed, the one that is there is theirs."""
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    tensors = load_file(folder / WEIGHTS)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(folder / name, folder / f".{name}.beef{files.PARTIAL}")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
 
 
 def test_checkpoint_error_is_that_of_the_save_where_nothing_can_be_removed(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """Adapters that do not fit, damaged and foreign files: refused with what is wrong, and the model left as it was."""
 
+import json
 import math
 import os
 import shutil
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_core as lc
+from lora_core.adapt import load
 from lora_core.adapt.files import METADATA_KEY
 from lora_core.adapt.walk import adapter_layers
 from lora_core.layers.adapter import AdapterLayer
@@ -215,6 +217,39 @@ def test_checkpoint_load_that_is_interrupted_leaves_the_model_as_it_was(folder, 
 
     monkeypatch.setattr(f"lora_core.adapt.load.{place}", interrupted)
     assert_refused(folder, error=KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_checkpoint_load_that_is_interrupted_puts_the_bases_own_biases_back(tmp_path, monkeypatch, call):
+    model = adapted(decoder(), target_modules=["q_proj"], bias="all")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(1)
+    lc.save_adapter(model, tmp_path)
+    fill, calls = load._fill, []
+
+    def interrupted(*args):
+        fill(*args)
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(load, "_fill", interrupted)
+    assert_refused(tmp_path, model=adapted(decoder(), "other", target_modules=["v_proj"]), error=KeyboardInterrupt)
+
+
+def test_checkpoint_whose_metadata_are_nested_deeper_than_is_read_is_loaded(folder):
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    path = folder / WEIGHTS
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    # of a tensor, where safetensors does not look
+    header = {k: v | {"more": [0]} if "dtype" in v else v for k, v in header.items() if k != "__metadata__"}
+    text = json.dumps(header).replace("[0]", "[" * 100 + "]" * 100).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
 
 
 def test_checkpoint_without_the_biases_it_should_have_says_how_to_load_the_rest(tmp_path):

@@ -58,6 +58,21 @@ def test_an_adapter_is_saved_by_the_names_and_values_it_has_without_a_wrapper(wr
     assert_same_state(state(lc.load_adapter(base(), tmp_path / "out", is_trainable=True)), state(want))
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch.*")
+def test_a_sharded_model_is_fused_and_merged():
+    """Its weights are whole inside a forward: no tensors of a class that knows better."""
+    x = torch.randn(5, 64)
+    model = sharded(adapted())
+    wanted = model(x)
+    assert len(lc.fuse(model).swapped) == 2
+    torch.testing.assert_close(model(x), wanted)
+    lc.merge_adapter(model.eval())
+    torch.testing.assert_close(model(x), wanted)
+    lc.unmerge_adapter(model)
+    assert torch.equal(model(x), wanted)
+
+
 def test_a_share_of_an_adapter_is_not_saved(tmp_path):
     """As FullyShardedDataParallel leaves outside its methods."""
     model = adapted()

@@ -51,6 +51,10 @@ def test_inspect_says_where_a_file_holds_two_adapters(tmp_path):
     write_adapter(tmp_path, **pair, up__lora_A__two=A + 1)
     (problem,) = inspect_path(tmp_path).problems
     assert "two different tensors of one name" in problem and "up.lora_A.two.weight" in problem
+    for one, two in ((torch.float8_e4m3fn, torch.float8_e5m2), (torch.float32, torch.float16)):
+        halves = pair | {"up__lora_A__one": A.to(one)}
+        write_adapter(tmp_path, **halves, up__lora_A__two=A.to(two))
+        assert inspect_path(tmp_path).problems == []
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,36 @@ def test_matrix_that_is_computed_is_trained_switched_merged_saved_and_deleted(tm
     assert_same_function(model.double()(x).detach(), written() if quantised else trained)
 
 
+def test_adapters_are_called_as_pruning_calls_what_it_holds():
+    """A name that ends so is a name."""
+    model = nn.Sequential(nn.Linear(12, 10))
+    for name in ("task_v", "task_orig", "task"):
+        lc.add_adapter(model, lc.LoraConfig(r=3, target_modules=["0"]), name)
+    for name in ("task_v", "task_orig", "task"):
+        lc.set_adapter(model, name)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert trained == [f"0.lora_a.{name}", f"0.lora_b.{name}"]
+
+
+def test_hooks_on_every_module_see_what_the_modules_of_a_model_are_given():
+    model = lc.add_adapter(nn.Sequential(nn.Linear(12, 10)), lc.LoraConfig(r=3, target_modules=["0"]))
+    seen = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    model(torch.randn(2, 12))
+    assert seen == [torch.Size([2, 12])] * 3
+
+
+def test_matrices_of_two_dtypes_run_in_float32():
+    model = lc.add_adapter(nn.Sequential(nn.Linear(12, 10).bfloat16()), lc.LoraConfig(r=3, target_modules=["0"]))
+    randomise(model)
+    model[0].lora_a.bfloat16()
+    same = copy.deepcopy(model)
+    same[0].lora_a.float()
+    x = torch.randn(4, 12).bfloat16()
+    assert torch.equal(model(x), same(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
 def test_matrices_of_another_dtype_than_the_base_run_in_float32(base, dtype):
@@ -176,19 +206,45 @@ def test_matrices_of_another_dtype_than_the_base_run_in_float32(base, dtype):
     assert model[0].lora_a["default"].grad.dtype == dtype
 
 
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-@pytest.mark.parametrize("fused", [False, True], ids=["as it is", "fused"])
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_input_gives_the_rows_of_each_part(layout, fused):
-    model = nn.ModuleDict({"q_proj": linear(), "k_proj": linear()})
+class Two(nn.Module):
+    """Reads one x twice, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = linear(), linear()
+
+    def forward(self, x):
+        return self.q_proj(x) + self.k_proj(x)
+
+
+def with_pefts_adapter(model):
+    import peft
+
+    given = peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, given)
+
+
+def with_own_adapter(model):
     lc.add_adapter(model, lc.LoraConfig(r=3, target_modules=["q_proj", "k_proj"]))
     randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("fused", [False, True], ids=["as it is", "fused"])
+@pytest.mark.parametrize(
+    "adapted", [with_own_adapter, pytest.param(with_pefts_adapter, marks=pytest.mark.peer("peft"))], ids=["own", "peft"]
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_input_gives_the_rows_of_each_part(adapted, layout, fused):
+    model = adapted(Two())
     if fused:
-        lc.fuse(model)
-    parts = [torch.randn(m, 12, dtype=torch.float64) for m in (5, 3)]
-    got = model["q_proj"](torch.nested.nested_tensor(parts, layout=layout))
+        assert lc.fuse(model).shared
+    # more rows than siblings leave to each of them
+    parts = [torch.randn(m, 12, dtype=torch.float64) for m in (70, 80)]
+    got = model(torch.nested.nested_tensor(parts, layout=layout))
     for y, part in zip(got.unbind(), parts, strict=True):
-        assert_same_function(y.detach(), model["q_proj"](part).detach())
+        assert_same_function(y.detach(), model(part).detach())
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

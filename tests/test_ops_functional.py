@@ -168,6 +168,30 @@ def test_second_derivative_that_takes_an_x_that_is_not_kept_is_refused(run):
         torch.autograd.grad(y, (x, b), create_graph=True)
 
 
+def test_a_compiled_tangent_is_that_of_the_formula():
+    """A compiler goes past what refuses: it would take the result for a constant."""
+    x, weight, bias, a, b = operands()
+
+    def of(f):
+        return lambda x: jvp(lambda x: f(x, weight, bias, a, b), (x,), (x,))[1]
+
+    assert_same_function(torch.compile(of(linear), backend="aot_eager", fullgraph=True)(x), of(written)(x))
+
+
+def test_mixed_batches_of_one_row_and_of_mapped_adapters_are_taken():
+    x, _, _, a, b = operands()
+    scaling = torch.tensor(SCALING)
+
+    def one(row, g):
+        return grouped_lora(row, a, b, [1, R - 1], g, scaling)
+
+    want = grouped_lora(x, a, b, [1, R - 1], ADAPTER, scaling)
+    assert_same_function(vmap(one)(x, ADAPTER), want)
+    got = torch.stack([grad(lambda row, g=g: one(row, g).sum())(row) for row, g in zip(x, ADAPTER, strict=True)])
+    (wanted,) = torch.autograd.grad(grouped_lora(x.requires_grad_(), a, b, [1, R - 1], ADAPTER, scaling).sum(), x)
+    assert_same_function(got, wanted)
+
+
 @pytest.mark.parametrize("what", ["weight", "bias", "scaling"])
 def test_a_tangent_of_what_is_frozen_elsewhere_is_carried(what):
     x, weight, bias, a, b = operands()

@@ -113,6 +113,8 @@ IN_HELD = "test_layers_siblings.py::test_a_sibling_called_under_other_conditions
 IN_PLACE = "test_ops_eager.py::test_a_result_may_be_changed_in_place"
 IN_NONE = "test_ops_lora_linear.py::test_lora_linear_passes_opcheck"
 IN_AUTOCAST = "test_ops_modes.py::test_backward_inside_autocast"
+IN_STOPPED = "test_adapt_stopped.py::"
+IN_OVERLAPPING = "test_adapt_stopped.py::test_blocks_that_overlap"
 IN_TRANSFORM = "test_ops_functional.py::test_transform_of_an_operation"
 IN_PUT_BACK = "test_adapt_checkpoint_killed.py::test_checkpoint_whose_second_rename"
 IN_BATCH = "test_ops_modes.py::test_gradients_may_come_in_a_batch"
@@ -314,6 +316,16 @@ MUTATIONS = (
     Mutation(EAGER, "type(made)(map(_without_view, made))", "made", IN_PLACE),
     Mutation(EAGER, "like.new_empty(0) if t is None else t for t in made", "t for t in made", IN_NONE),
     Mutation(CHECKS, "forward_ad._current_level >= 0 or (", "(", IN_TRANSFORM),
+    Mutation(
+        "lora_core/adapt/merge.py",
+        "        _take_out(model)\n        raise",
+        "        raise",
+        IN_STOPPED + "test_a_merge_that_is_stopped",
+    ),
+    Mutation(
+        "lora_core/adapt/merge.py", "replace(model, where, layer)\n", "pass\n", IN_STOPPED + "test_merging_for_good"
+    ),
+    Mutation("lora_core/adapt/disable.py", "part.off.blocks -= 1", "part.off.blocks = 0", IN_OVERLAPPING),
     Mutation("lora_core/adapt/write_files.py", "os.replace(previous, config)", "pass", IN_PUT_BACK),
     Mutation(EAGER, "with outside_autocast(_first(args)):", "if True:", IN_AUTOCAST),
     Mutation(EAGER, "if not torch._C._functorch.is_legacy_batchedtensor(_first(args)) and", "if", IN_BATCH),

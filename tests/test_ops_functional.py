@@ -13,6 +13,7 @@ import lora_core as lc
 from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linears import lora_linears
+from lora_core.ops.nf4_dequantize import nf4_dequantize
 
 M, N, K, R = 5, 6, 16, 3
 SCALING = (0.5, -2.0)
@@ -176,6 +177,13 @@ def test_a_compiled_tangent_is_that_of_the_formula():
         return lambda x: jvp(lambda x: f(x, weight, bias, a, b), (x,), (x,))[1]
 
     assert_same_function(torch.compile(of(linear), backend="aot_eager", fullgraph=True)(x), of(written)(x))
+
+
+def test_a_tangent_of_scales_is_refused():
+    """Decoding is no function that is differentiated; a result without tangent would pass for a constant."""
+    q = lc.quantize_nf4(draw(N, 64).float(), 64, False)
+    with pytest.raises(lc.ConfigError, match="nf4_dequantize has no forward-mode derivative"):
+        jvp(lambda s: nf4_dequantize(q.codes, s, None, None, q.shape, torch.float32, 64), (q.absmax,), (q.absmax,))
 
 
 def test_mixed_batches_of_one_row_and_of_mapped_adapters_are_taken():

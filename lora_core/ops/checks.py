@@ -168,14 +168,3 @@ def is_transformed() -> bool:
     A compiler that traces can be asked about forward mode alone.
     """
     return forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and inside_functorch())
-
-
-def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raise ConfigError under forward-mode differentiation, which would take the result for a constant."""
-    if forward_ad._current_level < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise ConfigError(
-            f"{op} has no forward-mode derivative (torch.func.jvp, forward_ad): use the plain formula in "
-            "lora_core.reference"
-        )

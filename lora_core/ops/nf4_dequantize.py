@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lora_core.ops.checks import refuse_tangents
+from lora_core.errors import ConfigError
 from lora_core.quant.double import NESTED_BLOCK_SIZE
 from lora_core.quant.parts import check_dtype, check_parts
 from lora_core.reference import nf4 as reference
@@ -73,5 +74,15 @@ def nf4_dequantize(
     name = "nf4_dequantize"
     check_parts(name, codes, absmax, nested_absmax, nested_offset, shape, block_size, nested_block_size)
     check_dtype(f"{name}: cannot return", dtype)
-    refuse_tangents(name, absmax, nested_absmax, nested_offset)
+    _refuse_tangents(name, absmax, nested_absmax, nested_offset)
     return op(codes, absmax, nested_absmax, nested_offset, shape, dtype, block_size, nested_block_size)
+
+
+def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """Raise ConfigError under forward-mode differentiation, which would take the result for a constant."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise ConfigError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad): use the formula in lora_core.reference"
+        )

@@ -84,5 +84,5 @@ def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise ConfigError(
-            f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad): use the formula in lora_core.reference"
+            f"{name} has no forward-mode derivative (torch.func.jvp, forward_ad): lora_core.reference has"
         )

@@ -34,8 +34,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         raise AdapterError("disable_adapter: the model has no adapters; add one with add_adapter or load_adapter")
     merged = merged_names(model)
     if merged:
-        _to_merge[model] = merged
         unmerge_adapter(model)
+        _to_merge[model] = merged
     entered = []
     try:
         for part in inside:

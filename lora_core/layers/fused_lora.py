@@ -36,12 +36,7 @@ class FusedLora(Fused):
 
     def _state(self: Any, names: tuple[str, ...], weight: Tensor | Packed) -> Any:
         pairs = [
-            (
-                version_of(self.lora_a[n]),
-                version_of(self.lora_b[n]),
-                self.adapters[n].scaling,
-                self.dropout_of(n),
-            )
+            (version_of(self.lora_a[n]), version_of(self.lora_b[n]), self.adapters[n].scaling, self.dropout_of(n))
             for n in names
         ]
         # a transpose is made anew for each call: what it is of counts

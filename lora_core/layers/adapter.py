@@ -28,7 +28,8 @@ T = TypeVar("T")
 
 def beside(compute: torch.dtype, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """Return A and B as operations take them beside x of this dtype: in that dtype as they are, or in float32."""
-    return (lora_a, lora_b) if lora_a.dtype == lora_b.dtype == compute else (lora_a.float(), lora_b.float())
+    as_they_are = lora_a.dtype == lora_b.dtype and lora_a.dtype in (compute, torch.float32)
+    return (lora_a, lora_b) if as_they_are else (lora_a.float(), lora_b.float())
 
 
 @dataclass

@@ -12,7 +12,7 @@ LINEAR_TOO = frozenset({("transformers.models.falcon.modeling_falcon", "FalconLi
 
 def stands_for_others(weight: Any) -> bool:
     """Say whether a weight is of a tensor class that wraps other tensors, as torchao's: its own forward knows how."""
-    return weight is not None and type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
+    return weight is not None and is_traceable_wrapper_subclass(weight)
 
 
 def is_sharded(weight: Any) -> bool:
@@ -32,7 +32,7 @@ def runs_as_written(module: nn.Module, forward: Any) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and not stands_for_others(module._parameters.get("weight"))
+        and (type(weight := module._parameters.get("weight")) is nn.Parameter or not stands_for_others(weight))
     )
 
 

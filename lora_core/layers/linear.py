@@ -15,7 +15,7 @@ from lora_core.errors import ConfigError
 from lora_core.layers.adapter import AdapterLayer, beside
 from lora_core.layers.as_written import runs_as_written
 from lora_core.layers.dropout import fresh_seed
-from lora_core.ops.checks import autocast_on, is_nested
+from lora_core.ops.checks import autocast_on
 from lora_core.ops.lora_linear import lora_linear
 from lora_core.reference.lora import lora_delta
 
@@ -60,7 +60,7 @@ class LoraLinear(AdapterLayer):
             DeviceError: if an adapter's matrices are on another device than x.
         """
         x, names = input, list(self.running())
-        if names and not args and not kwargs and not is_nested(x) and self.is_as_written():
+        if names and not args and not kwargs and not getattr(x, "is_nested", False) and self.is_as_written():
             y = self.fused(x, names.pop(0))
         else:
             y = self.base_layer(x, *args, **kwargs)
@@ -82,7 +82,7 @@ class LoraLinear(AdapterLayer):
     def fused(self, x: Tensor, name: str) -> Tensor:
         """Return base and one adapter in one operation: its backward never keeps or forms a dense update."""
         lora_a, lora_b, scaling, dropout, seed = self.operands(x, name)
-        if not autocast_on(x):
+        if not lora_a.dtype == lora_b.dtype == x.dtype and not autocast_on(x):
             # model.half() and the like convert all, or some
             lora_a, lora_b = beside(x.dtype, lora_a, lora_b)
         return lora_linear(x, self.operand(), self.bias, lora_a, lora_b, scaling, dropout, seed)

@@ -25,7 +25,7 @@ class Matrices(nn.ParameterDict):
 
     def bring(self, name: str) -> Tensor:
         """Return one adapter's matrix, by a call, which is slower, only where a hook or another forward makes it."""
-        if "forward" in self.__dict__ or self._computing(name):
+        if "forward" in self.__dict__ or (self._forward_pre_hooks and self._computing(name)):
             brought: Tensor = self(name)
             return brought
         matrix = self._parameters.get(name)
@@ -54,8 +54,6 @@ class Matrices(nn.ParameterDict):
 
     def _computing(self, name: str) -> dict[int, Any]:
         """Return the hooks of pruning, weight norm or spectral norm that compute an adapter's matrix before a call."""
-        if not self._forward_pre_hooks:
-            return {}
         return {
             key: hook
             for key, hook in self._forward_pre_hooks.items()

@@ -16,11 +16,6 @@ LARGEST = sys.float_info.max
 _on_anywhere, _innermost_transform = torch._C._is_any_autocast_enabled, torch._C._functorch.peek_interpreter_stack
 
 
-def is_nested(x: object) -> bool:
-    """Say whether this is a nested tensor, of rows of different lengths, which no operation here takes."""
-    return bool(getattr(x, "is_nested", False))
-
-
 def check_tensors(op: str, tensors: dict[str, object]) -> None:
     """Raise DtypeError unless all are dense tensors."""
     for name, tensor in tensors.items():
@@ -30,7 +25,7 @@ def check_tensors(op: str, tensors: dict[str, object]) -> None:
 
 
 def _check_layout(op: str, name: str, tensor: Tensor) -> None:
-    if is_nested(tensor):
+    if tensor.is_nested:
         raise DtypeError(f"{op}: {name} is nested; want a dense tensor, e.g. {name}.to_padded_tensor(0.0)")
     if tensor.layout != torch.strided:
         raise DtypeError(f"{op}: {name} is of layout {tensor.layout}; want a dense tensor, e.g. {name}.to_dense()")

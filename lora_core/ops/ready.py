@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_core.dtypes import FLOATS
-from lora_core.ops.checks import LARGEST, autocast_on, is_transformed
+from lora_core.ops.checks import LARGEST, autocast_on, inside_functorch
 from lora_core.ops.packed import Packed
 
 # subclasses may stand for anything
@@ -41,7 +42,8 @@ def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any
         and type(dropout) is float
         and (seed is None or _fits(seed, (1,), torch.int64, device))
         and (dropout == 0 or (0 < dropout < 1 and seed is not None))
-        and not is_transformed()
+        and forward_ad._current_level < 0
+        and not inside_functorch()
         and not autocast_on(x)
     )
 

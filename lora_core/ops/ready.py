@@ -42,6 +42,7 @@ def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any
         and type(dropout) is float
         and (seed is None or _fits(seed, (1,), torch.int64, device))
         and (dropout == 0 or (0 < dropout < 1 and seed is not None))
+        # is_transformed, of which no compiler asks here
         and forward_ad._current_level < 0
         and not inside_functorch()
         and not autocast_on(x)

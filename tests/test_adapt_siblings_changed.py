@@ -165,6 +165,34 @@ def test_a_copy_of_a_layer_answers_for_itself(make):
         assert (duplicate(x) - want).abs().max() <= APART * want.abs().max()
 
 
+class Gated(torch.autograd.Function):
+    """silu(a) b, whose gradients lie over a and b, as Liger Kernel's do to save memory."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return nn.functional.silu(a) * b
+
+    @staticmethod
+    def backward(ctx, d_y):
+        a, b = ctx.saved_tensors
+        gate = a.sigmoid()
+        d_a, d_b = d_y * b * gate * (1 + a * (1 - gate)), d_y * a * gate
+        a.data.copy_(d_a), b.data.copy_(d_b)
+        return a, b
+
+
+@made_by
+def test_a_backward_may_write_its_gradients_over_the_outputs(make):
+    grads = []
+    for model, gated in zip(both(make), (lambda a, b: nn.functional.silu(a) * b, Gated.apply), strict=True):
+        x = inputs().requires_grad_()
+        a, b, c = model(x)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads.append(torch.autograd.grad((gated(a, b) * c).square().sum(), [x, *trained]))
+    assert all((g - w).abs().max() <= APART * w.abs().max() for w, g in zip(*grads, strict=True))
+
+
 @made_by
 def test_layers_apart_can_go_backward_one_after_the_other(make):
     plain = make()

@@ -297,6 +297,12 @@ def test_two_adapters_do_not_train_one_module_inside_the_others(first, then, mes
     assert list(trainable_copies(model)[first[0]].copies) == ["a", "b"]
 
 
+def test_what_lies_inside_a_module_that_is_trained_whole_is_told_of_where_the_adapter_is_added():
+    with pytest.warns(UserWarning, match="'classifier.0' lies inside modules that are trained whole") as caught:
+        model = adapt(Classifier(), target_modules=["body.0"], modules_to_save=["classifier", "classifier.0"])
+    assert caught[0].filename == __file__ and list(trainable_copies(model)) == ["classifier"]
+
+
 def test_what_is_trained_whole_is_none_of_an_adapters_own_parts():
     """An adapted layer holds a "base_layer", which ends as "last_layer" does."""
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "last_layer": nn.Linear(4, 4)})

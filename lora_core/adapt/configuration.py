@@ -6,10 +6,10 @@ Source: PEFT 0.21.2, LoraConfig.
 import dataclasses
 import difflib
 import json
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from lora_core.adapt.warn import warn
 from lora_core.errors import ConfigError
 from lora_core.methods.lora import LoraConfig
 from lora_core.methods.peft_fields import REFUSED, is_harmless
@@ -155,11 +155,9 @@ def _report_unknown(names: list[str]) -> None:
     near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in names}
     if names:
         told = ", ".join(f"{n} (did you mean {near[n][0]}?)" if near[n] else n for n in sorted(names))
-        warnings.warn(
+        warn(
             f"adapter_config.json has fields that are not known here: {told}; they are kept and written back, and "
-            "otherwise ignored",
-            UserWarning,
-            stacklevel=4,
+            "otherwise ignored"
         )
 
 

@@ -1,7 +1,6 @@
 """add_adapter: put low-rank adapters into a model, in place."""
 
 import copy
-import warnings
 from typing import Any
 
 from torch import nn
@@ -25,6 +24,7 @@ from lora_core.adapt.walk import (
     require_editable,
     unwrapped,
 )
+from lora_core.adapt.warn import warn
 from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import AdapterError, ConfigError, NonFiniteError
 from lora_core.layers.adapter import Adapter, AdapterLayer
@@ -143,11 +143,9 @@ def take_starts(model: nn.Module, adapter_name: str) -> None:
     layers = [layer for layer in adapter_layers(model).values() if adapter_name in layer.adapters]
     # before anything is changed: where warnings are errors, the model stays as it was
     if any(isinstance(layer, LoraNF4Linear) for layer in layers):
-        warnings.warn(
+        warn(
             f"adapter {adapter_name!r} starts from 4-bit weights: what is left of them was quantised anew, so the "
-            "model starts off by that rounding; init_lora_weights=True starts exactly",
-            UserWarning,
-            stacklevel=4,
+            "model starts off by that rounding; init_lora_weights=True starts exactly"
         )
     for layer in layers:
         take_start(layer, adapter_name)

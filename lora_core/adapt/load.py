@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from lora_core.adapt.read_files import read_checkpoint
 from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.walk import adapter_layers, plain_name, refuse_wrapped, unwrapped
+from lora_core.adapt.warn import warn
 from lora_core.adapt.withdraw import withdraw
 from lora_core.methods.lora import LoraConfig
 from lora_core.methods.start import initialise, starts_from_weight
@@ -109,11 +109,9 @@ def _without_absent(model: nn.Module, config: LoraConfig) -> LoraConfig:
 def _warn_of_broken(folder: Path, given: dict[str, Tensor]) -> None:
     broken = [name for name, tensor in given.items() if not is_finite(tensor)]
     if broken:
-        warnings.warn(
+        warn(
             f"{folder / WEIGHTS} holds NaN or infinity in {len(broken)} tensors, the first {broken[0]}: its training "
-            "diverged, or the file is damaged",
-            UserWarning,
-            stacklevel=3,
+            "diverged, or the file is damaged"
         )
 
 
@@ -123,11 +121,9 @@ def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
     if not starts_from_weight(start):
         return
     if start not in ("pissa", "olora"):
-        warnings.warn(
+        warn(
             f"this adapter was started with {start!r} and not converted to a plain one: its random decomposition of "
-            "the base weight is repeated here only approximately; save it as plain LoRA where it was trained",
-            UserWarning,
-            stacklevel=4,
+            "the base weight is repeated here only approximately; save it as plain LoRA where it was trained"
         )
     for layer in adapter_layers(model).values():
         if adapter_name in layer.adapters:
@@ -152,10 +148,8 @@ def _changed_base(base: dict[str, Tensor | None], given: dict[str, Tensor]) -> d
     held = {name: slot for name, slot in base.items() if slot is not None and name in given}
     changed = {name: slot for name, slot in held.items() if not torch.equal(given[name].to(slot), slot)}
     if changed:
-        warnings.warn(
+        warn(
             f"the checkpoint holds base weights that differ from the model's, and they are written into it: "
-            f"{', '.join(changed)}",
-            UserWarning,
-            stacklevel=3,
+            f"{', '.join(changed)}"
         )
     return changed

@@ -1,6 +1,5 @@
 """quantize_model: hold a model's linear layers in frozen NF4."""
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from lora_core.adapt.names import first_few, inside_any, matches
 from lora_core.adapt.target import output_head
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
 from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace, unwrapped
+from lora_core.adapt.warn import warn
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.as_written import stands_for_others
 from lora_core.layers.linear import LoraLinear, LoraTransposedLinear
@@ -79,14 +79,12 @@ def quantize_model(
             + (f"; it has to leave {why}" if own else "")
         )
     if own:
-        warnings.warn(f"quantize_model leaves {why}", UserWarning, stacklevel=2)
+        warn(f"quantize_model leaves {why}")
     other = [names[0] for m, names in where.items() if isinstance(m, NF4Linear) and not _is_in(m, config)]
     if other:
-        warnings.warn(
+        warn(
             f"quantize_model leaves {first_few(other, SHOWN)} in the 4-bit format they are in: quantise the model in "
-            "full precision to change it",
-            UserWarning,
-            stacklevel=2,
+            "full precision to change it"
         )
     for module, names in chosen.items():
         _check(module.get_parameter("weight"), names[0])
@@ -139,4 +137,4 @@ def _warn_of_unmatched(model: nn.Module, skip: Sequence[str] | None) -> None:
     names = [plain_name(name) for name, _ in model.named_modules()]
     idle = [word for word in skip or () if not any(matches(name, [word]) for name in names)]
     if idle:
-        warnings.warn(f"skip_modules: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=3)
+        warn(f"skip_modules: no module is called {', '.join(map(repr, idle))}")

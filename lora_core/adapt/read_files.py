@@ -1,6 +1,5 @@
 """Reading an adapter's folder: whole, of one generation, and never unpickled."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from lora_core.adapt.configuration import differences, refuse_unimplemented
 from lora_core.adapt.files import CONFIG, PARTIAL, PREVIOUS, WEIGHTS, Checkpoint, embedded_config, held
 from lora_core.adapt.json_text import parse_json, parse_json_file
+from lora_core.adapt.warn import warn
 from lora_core.errors import CheckpointError
 
 PICKLE = "adapter_model.bin"
@@ -34,11 +34,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         token = _interrupted_save(folder, written)
         before = None if token is None else embedded or _read_config(folder / f".{CONFIG}.{token}{PREVIOUS}")
     if token is not None:
-        warnings.warn(
-            f"saving to {folder} was interrupted: loading the checkpoint before it, which is whole",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn(f"saving to {folder} was interrupted: loading the checkpoint before it, which is whole")
         if before is None:
             raise CheckpointError(
                 f"saving to {folder} was interrupted, and the configuration of its {WEIGHTS} is gone: put back the "

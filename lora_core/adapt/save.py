@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from lora_core.adapt.walk import (
     trainable_copies,
     unwrapped,
 )
+from lora_core.adapt.warn import warn
 from lora_core.adapt.write_files import write_checkpoint
 from lora_core.errors import CheckpointError
 from lora_core.layers.linear import LoraTransposedLinear
@@ -109,11 +109,9 @@ def _plain_lora(
     if not any(adapter_name in layer.lora_start for layer in layers.values()):
         return tensors, config
     if any(isinstance(layer, LoraNF4Linear) for layer in layers.values()):
-        warnings.warn(
+        warn(
             f"adapter {adapter_name!r} started from 4-bit weights, of which what was left was quantised anew; it is "
-            "saved for the original ones, with which it computes the same up to that rounding",
-            UserWarning,
-            stacklevel=3,
+            "saved for the original ones, with which it computes the same up to that rounding"
         )
     tensors = dict(tensors)
     for name, layer in layers.items():

@@ -1,12 +1,12 @@
 """Choosing the modules to train whole (modules_to_save), and the heads that a task's models train whole."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 
 from torch import nn
 
 from lora_core.adapt.walk import Ties, original_modules, outermost, plain_name, trainable_copies
+from lora_core.adapt.warn import warn
 from lora_core.errors import ConfigError, TargetNotFoundError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.trainable_copy import TrainableCopy
@@ -69,10 +69,8 @@ def find_saved(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"{', '.join(sorted({n.split('.')[-1] for n in modules}))}"
             )
         if not any(saves(plain_name(n), [word]) for n in found):
-            warnings.warn(
-                f"modules_to_save: what is called {word!r} lies inside modules that are trained whole, as part of them",
-                UserWarning,
-                stacklevel=5,
+            warn(
+                f"modules_to_save: what is called {word!r} lies inside modules that are trained whole, as part of them"
             )
     _warn_of_tied(model, found)
     return found
@@ -118,8 +116,6 @@ def _warn_of_tied(model: nn.Module, names: list[str]) -> None:
         for parameter_name, parameter in model.get_submodule(name).named_parameters():
             others = [o for o in ties.of(parameter) if not o.startswith(name + ".")]
             if others:
-                warnings.warn(
-                    f"modules_to_save: {name}.{parameter_name} is tied to {', '.join(others)}; the trained copy is not",
-                    UserWarning,
-                    stacklevel=5,
+                warn(
+                    f"modules_to_save: {name}.{parameter_name} is tied to {', '.join(others)}; the trained copy is not"
                 )

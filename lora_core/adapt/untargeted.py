@@ -1,7 +1,6 @@
 """What a configuration names and does not choose: warnings, and the message where it chooses nothing."""
 
 import difflib
-import warnings
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from lora_core.adapt.kinds import adapted_kind
 from lora_core.adapt.names import ALL_LINEAR, endings, first_few, matches
 from lora_core.adapt.walk import outermost, plain_name
+from lora_core.adapt.warn import warn
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.methods.lora import LoraConfig, pattern_matches
 
@@ -28,7 +28,7 @@ def warn_of_unmatched(field: str, wanted: Sequence[str] | str, candidates: dict[
     idle = [w for w in wanted if w not in named]
     # where nothing at all is targeted, an error follows
     if idle and (field != "target_modules" or len(idle) < len(wanted)):
-        warnings.warn(f"{field}: no module is called {', '.join(map(repr, idle))}", UserWarning, stacklevel=5)
+        warn(f"{field}: no module is called {', '.join(map(repr, idle))}")
 
 
 def warn_of_idle_patterns(config: LoraConfig, found: list[str]) -> None:
@@ -37,18 +37,16 @@ def warn_of_idle_patterns(config: LoraConfig, found: list[str]) -> None:
         idle = [p for p in patterns if not any(pattern_matches(p, name) for name in names)]
         if idle and found:
             told = ", ".join(map(repr, idle))
-            warnings.warn(f"{field}: no adapted module matches {told}", UserWarning, stacklevel=5)
+            warn(f"{field}: no adapted module matches {told}")
 
 
 def warn_of_inner(found: list[str]) -> None:
     """Warn of layers that are chosen and lie inside another chosen one, which is adapted as a whole."""
     inner = sorted(set(found).difference(outermost(found)))
     if inner:
-        warnings.warn(
+        warn(
             f"left out: {', '.join(inner)}, inside a layer that is adapted itself; to adapt the inner ones instead, "
-            "leave that layer out with exclude_modules",
-            UserWarning,
-            stacklevel=5,
+            "leave that layer out with exclude_modules"
         )
 
 
@@ -56,7 +54,7 @@ def warn_of(what: str, names: Iterable[str], why: str) -> None:
     """Warn of layers, if there are any, which target_modules means and to which something happens."""
     told = sorted(names)
     if told:
-        warnings.warn(f"target_modules: {what} {first_few(told, SHOWN_NAMES)}: {why}", UserWarning, stacklevel=5)
+        warn(f"target_modules: {what} {first_few(told, SHOWN_NAMES)}: {why}")
 
 
 def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
@@ -73,11 +71,9 @@ def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module
         if _means(wanted, key)
     ]
     if stacked:
-        warnings.warn(
+        warn(
             f"target_modules leaves stacked weights out, which are in no linear layer: "
-            f"{first_few(stacked, SHOWN_NAMES)}",
-            UserWarning,
-            stacklevel=5,
+            f"{first_few(stacked, SHOWN_NAMES)}"
         )
 
 

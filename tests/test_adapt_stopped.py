@@ -17,6 +17,7 @@ from lora_core.adapt import merge
 from lora_core.cpu import compiled
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.linear import LoraLinear
+from lora_core.layers.matrices import Matrices
 from lora_core.layers.nf4_linear import LoraNF4Linear
 
 X = torch.linspace(-1, 1, 5 * 64, dtype=torch.float64).view(5, 64)
@@ -132,6 +133,19 @@ def test_a_switch_that_is_stopped_leaves_the_adapters_that_ran(monkeypatch, call
             lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0", "1", "2"]), "third")
     assert torch.equal(model(X), wanted)
     lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0", "1", "2"]), "third")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("call", range(1, 7))
+def test_an_adapter_whose_adding_is_stopped_leaves_nothing_beside_the_other(monkeypatch, call, after):
+    """Six matrices are made: of the layer where it is stopped there may be A alone."""
+    model = made()
+    before, wanted = bits(model), model(X)
+    with monkeypatch.context() as patch:
+        stop_at(patch, Matrices, "__setitem__", call, after)
+        with pytest.raises(KeyboardInterrupt):
+            lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0", "1", "2"]), "other")
+    assert same_bits(model, before) and torch.equal(model(X), wanted)
 
 
 @pytest.mark.parametrize("merged", [False, True])

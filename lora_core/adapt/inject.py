@@ -29,7 +29,7 @@ from lora_core.adapt.withdraw import withdraw
 from lora_core.errors import AdapterError, ConfigError, NonFiniteError
 from lora_core.layers.adapter import Adapter, AdapterLayer
 from lora_core.layers.nf4_linear import LoraNF4Linear
-from lora_core.layers.trainable_copy import TrainableCopy
+from lora_core.layers.trainable_copy import Copied, TrainableCopy
 from lora_core.methods.lora import LoraConfig
 from lora_core.methods.start import initialise, starts_from_weight, take_start
 
@@ -119,7 +119,7 @@ def inject(
             if initialise_pairs:
                 _initialise(layer, adapter_name, config, name)
         for name in saved:
-            _copying(model, name, where).add(adapter_name, config, trainable)
+            _copying(model, name, where).add(adapter_name, Copied(config, trainable))
         if initialise_pairs and starts_from_weight(config.init_lora_weights):
             take_starts(model, adapter_name)
         settle_fast_paths(model)
@@ -156,8 +156,7 @@ def _refuse_second_biases(model: nn.Module, config: LoraConfig) -> None:
     if config.bias == "none":
         return
     for part in parts(model).values():
-        configs = {n: a.config for n, a in part.adapters.items()} if isinstance(part, AdapterLayer) else part.configs
-        other = next((name for name, its in configs.items() if its.bias != "none"), None)
+        other = next((name for name, adapter in part.adapters.items() if adapter.config.bias != "none"), None)
         if other is not None:
             raise AdapterError(
                 f"adapter {other!r} trains the model's biases already, which are not kept for each adapter: add this "

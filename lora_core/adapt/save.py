@@ -18,9 +18,9 @@ from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.walk import (
     adapter_layers,
     original_modules,
+    parts,
     plain_name,
     require_adapters,
-    trainable_copies,
     unwrapped,
 )
 from lora_core.adapt.warn import warn
@@ -94,11 +94,10 @@ def _whole(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> d
 
 def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     """Return the configuration an adapter was made from."""
-    for layer in adapter_layers(model).values():
-        if adapter_name in layer.adapters:
-            config: LoraConfig = layer.adapters[adapter_name].config
-            return config
-    return next(c.configs[adapter_name] for c in trainable_copies(model).values() if adapter_name in c.configs)
+    made: list[LoraConfig] = [
+        p.adapters[adapter_name].config for p in parts(model).values() if adapter_name in p.adapters
+    ]
+    return made[0]
 
 
 def _plain_lora(

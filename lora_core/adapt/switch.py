@@ -13,7 +13,6 @@ from lora_core.adapt.walk import (
     trainable_copies,
 )
 from lora_core.errors import AdapterError
-from lora_core.layers.adapter import AdapterLayer
 from lora_core.methods.lora import LoraConfig
 
 
@@ -92,12 +91,9 @@ def active_names(model: nn.Module) -> tuple[str, ...]:
 
 def trained_configs(model: nn.Module, names: Sequence[str]) -> dict[str, LoraConfig]:
     """Return the configurations of those adapters, of the named, that are being trained, by name."""
-    found: dict[str, LoraConfig] = {}
-    for part in parts(model).values():
-        for name in names:
-            if isinstance(part, AdapterLayer):
-                if name in part.adapters and part.adapters[name].trainable:
-                    found[name] = part.adapters[name].config
-            elif part.trainable.get(name):
-                found[name] = part.configs[name]
-    return found
+    return {
+        name: part.adapters[name].config
+        for part in parts(model).values()
+        for name in names
+        if name in part.adapters and part.adapters[name].trainable
+    }

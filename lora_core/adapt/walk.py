@@ -115,13 +115,8 @@ def stated_embeddings(model: nn.Module, side: str) -> nn.Module | None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of the adapters a model has, in the order they were added."""
-    seen: dict[str, None] = {}
-    for layer in adapter_layers(model).values():
-        seen.update(dict.fromkeys(layer.adapters))
-    for copies in trainable_copies(model).values():
-        seen.update(dict.fromkeys(copies.copies.keys()))
-    return list(seen)
+    """Return the names of the adapters a model has; those of one module in the order they were added."""
+    return list(dict.fromkeys(name for part in parts(model).values() for name in part.adapters))
 
 
 def require_adapters(model: nn.Module, names: Iterable[str]) -> None:

@@ -11,17 +11,11 @@ from lora_core.layers.trainable_copy import TrainableCopy
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter, and the adapted layers that have none left."""
-    where = places(model)
-    for module, names in where.items():
-        if isinstance(module, AdapterLayer):
-            if adapter_name in module.adapters:
-                module.remove(adapter_name)
-            if not module.adapters:
-                replace(model, names, module.base_layer)
-        elif isinstance(module, TrainableCopy):
-            module.remove(adapter_name)
-            if not module.copies:
-                replace(model, names, module.original)
+    for part, names in places(model).items():
+        if isinstance(part, (AdapterLayer, TrainableCopy)):
+            part.remove(adapter_name)
+            if not part.adapters:
+                replace(model, names, part.replaced)
     tidy(model)
 
 

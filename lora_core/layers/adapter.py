@@ -149,6 +149,12 @@ class AdapterLayer(nn.Module):
             return "its weight is computed from other tensors (a parametrisation, weight norm, pruning)"
         return "it is on the meta device and has no values" if self.weight.is_meta else ""
 
+    @property
+    def replaced(self) -> nn.Module:
+        """The module that this one stands in for."""
+        base: nn.Module = self.base_layer
+        return base
+
     # the base weight, as modules around this one expect to find it
 
     @property
@@ -213,7 +219,7 @@ class AdapterLayer(nn.Module):
         self.adapters[name] = adapter
 
     def remove(self, name: str) -> None:
-        """Forget an adapter, undoing what its initialisation did to the base weight."""
+        """Forget an adapter, or what there is of it, undoing what its initialisation did to the base weight."""
         if name in self.lora_start:
             with self.unchanged_on_failure():
                 self.shift_weight(*self.start_of(name), self.adapters[name].scaling)
@@ -224,7 +230,7 @@ class AdapterLayer(nn.Module):
             if name in matrices:
                 matrices.settle(name)
                 del matrices[name]
-        del self.adapters[name]
+        self.adapters.pop(name, None)
 
     def matrices(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B of an adapter, on the device of x.

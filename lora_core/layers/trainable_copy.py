@@ -4,6 +4,7 @@ Source: PEFT's modules_to_save.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,7 +13,20 @@ from lora_core.layers.merged import Merged
 from lora_core.layers.off import Off
 
 # never the running module's: the wrapper's own, and where accelerate keeps a module's hook and the forward it replaced
-OWN = frozenset(("original", "copies", "merged", "chosen", "active", "off", "_hf_hook", "_old_forward"))
+OWN = frozenset(("original", "copies", "adapters", "merged", "chosen", "active", "off", "_hf_hook", "_old_forward"))
+
+
+@dataclass
+class Copied:
+    """What one adapter is at one module trained whole, apart from its copy.
+
+    Args:
+        config: the configuration it was made from; kept to be saved.
+        trainable: whether activating it makes the copy require gradients.
+    """
+
+    config: Any
+    trainable: bool
 
 
 class TrainableCopy(nn.Module):
@@ -29,8 +43,7 @@ class TrainableCopy(nn.Module):
         super().__init__()
         self.original = original
         self.copies = nn.ModuleDict().train(original.training)
-        self.trainable: dict[str, bool] = {}
-        self.configs: dict[str, Any] = {}
+        self.adapters: dict[str, Copied] = {}
         self.merged: Merged | None = None
         # what activate was given last, and of that the one that has a copy
         self.chosen: tuple[str, ...] = ()
@@ -47,20 +60,24 @@ class TrainableCopy(nn.Module):
                 raise
             return getattr(self.running(), name)
 
-    def add(self, name: str, config: Any, trainable: bool) -> None:
-        """Copy the original for this adapter, whose configuration is kept to be saved."""
+    @property
+    def replaced(self) -> nn.Module:
+        """The module that this one stands in for."""
+        return self.original
+
+    def add(self, name: str, adapter: Copied) -> None:
+        """Copy the original for this adapter."""
+        # first: stopped half way, there is no copy without its adapter
+        self.adapters[name] = adapter
         self.copies[name] = copy.deepcopy(self.original)
-        self.configs[name] = config
-        self.trainable[name] = trainable
 
     def remove(self, name: str) -> None:
         """Drop this adapter's copy, if it has one."""
         if self.active == name:
             self.active = None
-        self.configs.pop(name, None)
-        self.trainable.pop(name, None)
         if name in self.copies:
             del self.copies[name]
+        self.adapters.pop(name, None)
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Run the copy of the one of these adapters that has one; make it trainable if it is to be trained."""
@@ -68,7 +85,7 @@ class TrainableCopy(nn.Module):
         self.active = next((n for n in names if n in self.copies), None)
         self.original.requires_grad_(False)
         for name, module in self.copies.items():
-            module.requires_grad_(self.trainable.get(name, False) and name == self.active and self.merged is None)
+            module.requires_grad_(self.adapters[name].trainable and name == self.active and self.merged is None)
 
     def running(self) -> nn.Module:
         """Return the module that the next forward calls: of what is merged the copy, as long as it is."""

@@ -1,6 +1,8 @@
 """add_adapter: put low-rank adapters into a model, in place."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -67,34 +69,34 @@ def add_adapter(
     """
     inner = unwrapped(model)
     refuse_wrapped(model, f"add adapter {adapter_name!r}")
-    if isinstance(config, LoraConfig):
-        config = with_task_heads(inner, config)
-    inject(inner, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=autocast_adapter_dtype)
-    try:
+    if not isinstance(config, LoraConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"add_adapter: config is a {kind}; want a lora_core.LoraConfig, which has the same field names as PEFT's"
+        )
+    config = with_task_heads(inner, config)
+    dtype = autocast_adapter_dtype
+    with injected(inner, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=dtype):
         set_adapter(inner, adapter_name)
-    except BaseException:
-        withdraw(inner, adapter_name)
-        raise
     return model
 
 
-def inject(
+@contextlib.contextmanager
+def injected(
     model: nn.Module,
     config: LoraConfig,
     adapter_name: str,
     *,
     initialise_pairs: bool,
     trainable: bool,
-    autocast_dtype: bool = True,
-) -> None:
-    """Create an adapter's matrices everywhere, without activating it. A failure leaves the model as it was."""
+    autocast_dtype: bool,
+) -> Iterator[None]:
+    """Create an adapter's matrices everywhere; what is done inside fills or activates them.
+
+    A failure, here or there, leaves the model as it was.
+    """
     _check_name(model, adapter_name)
     require_editable(model, f"add adapter {adapter_name!r}")
-    if not isinstance(config, LoraConfig):
-        kind = f"{type(config).__module__}.{type(config).__qualname__}"
-        raise ConfigError(
-            f"add_adapter: config is a {kind}; want a lora_core.LoraConfig, which has the same field names as PEFT's"
-        )
     refuse_peft(model, f"add adapter {adapter_name!r}")
     refuse_unshaped(model, f"add adapter {adapter_name!r}")
     # it is saved with the adapter, and its lists and patterns are the caller's, who may go on to change them
@@ -125,6 +127,7 @@ def inject(
         settle_fast_paths(model)
         if trainable:
             let_gradients_in(model)
+        yield
     # an interrupt, too
     except BaseException:
         withdraw(model, adapter_name)

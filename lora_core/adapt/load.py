@@ -1,7 +1,9 @@
 """load_adapter: read an adapter that save_adapter or PEFT wrote."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from lora_core.adapt.configuration import config_from_peft
 from lora_core.adapt.files import WEIGHTS, folder_path
 from lora_core.adapt.finite import is_finite
-from lora_core.adapt.inject import inject, take_starts
+from lora_core.adapt.inject import injected, take_starts
 from lora_core.adapt.keys import adapter_tensors, base_tensors
 from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.place import check_fit, check_ranks, placed
@@ -19,7 +21,6 @@ from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.walk import adapter_layers, plain_name, refuse_wrapped, unwrapped
 from lora_core.adapt.warn import warn
-from lora_core.adapt.withdraw import withdraw
 from lora_core.methods.lora import LoraConfig
 from lora_core.methods.start import initialise, starts_from_weight
 
@@ -61,16 +62,8 @@ def load_adapter(
     checkpoint = read_checkpoint(folder_path(folder))
     config = _without_absent(inner, config_from_peft(checkpoint.config))
     check_ranks(Path(folder), checkpoint.tensors, config)
-    inject(
-        inner,
-        config,
-        adapter_name,
-        initialise_pairs=False,
-        trainable=is_trainable,
-        autocast_dtype=autocast_adapter_dtype,
-    )
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
+    dtype = autocast_adapter_dtype
+    with injected(inner, config, adapter_name, initialise_pairs=False, trainable=is_trainable, autocast_dtype=dtype):
         own = adapter_tensors(inner, adapter_name, config)
         base = base_tensors(inner, config)
         given = placed(checkpoint.tensors, {**base, **own})
@@ -82,15 +75,10 @@ def load_adapter(
         _restart(inner, adapter_name, config)
         # the base model's own: biases that the adapter trains, and weights that PEFT has saved with it
         of_base = [*changed.values(), *(slot for name, slot in own.items() if name.endswith("bias"))]
-        kept = [(slot, slot.detach().clone()) for slot in of_base]
-        _fill(own, given)
-        _fill(changed, given)
-        set_adapter(inner, adapter_name)
-    # an interrupt, too
-    except BaseException:
-        _put_back(kept)
-        withdraw(inner, adapter_name)
-        raise
+        with _unchanged_on_failure(of_base):
+            _fill(own, given)
+            _fill(changed, given)
+            set_adapter(inner, adapter_name)
     return model
 
 
@@ -131,10 +119,17 @@ def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
     take_starts(model, adapter_name)
 
 
-@torch.no_grad()
-def _put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
-    for slot, value in kept:
-        slot.copy_(value)
+@contextlib.contextmanager
+def _unchanged_on_failure(slots: Iterable[Tensor]) -> Iterator[None]:
+    """Put these tensors back as they are now where what is done inside does not come to its end."""
+    kept = [(slot, slot.detach().clone()) for slot in slots]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for slot, value in kept:
+                slot.copy_(value)
+        raise
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lora_core.adapt.walk import adapter_layers, trainable_copies
+from lora_core.adapt.walk import layers_of, trainable_copies
 
 
 def trained_biases(model: nn.Module, adapter_name: str, which: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -14,8 +14,7 @@ def trained_biases(model: nn.Module, adapter_name: str, which: str) -> Iterator[
     """
     if which == "none":
         return
-    layers = adapter_layers(model).items()
-    adapted = tuple(f"{name}.base_layer." for name, layer in layers if adapter_name in layer.adapters)
+    adapted = tuple(f"{name}.base_layer." for name in layers_of(model, adapter_name))
     # a module trained whole has its own bias, and its original none to train
     whole = tuple(f"{name}." for name in trainable_copies(model))
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -16,8 +16,8 @@ from lora_core.adapt.target import find_targets
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
 from lora_core.adapt.walk import (
     Ties,
-    adapter_layers,
     adapter_names,
+    layers_of,
     parts,
     places,
     plain_name,
@@ -143,7 +143,7 @@ def _initialise(layer: AdapterLayer, adapter_name: str, config: LoraConfig, name
 
 def take_starts(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter's start out of the weights it starts from."""
-    layers = [layer for layer in adapter_layers(model).values() if adapter_name in layer.adapters]
+    layers = layers_of(model, adapter_name).values()
     # before anything is changed: where warnings are errors, the model stays as it was
     if any(isinstance(layer, LoraNF4Linear) for layer in layers):
         warn(

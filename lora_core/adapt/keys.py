@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from lora_core.adapt.biases import trained_biases
-from lora_core.adapt.walk import adapter_layers, plain_name, stated_embeddings, trainable_copies
+from lora_core.adapt.walk import adapter_layers, layers_of, plain_name, stated_embeddings, trainable_copies
 from lora_core.errors import CheckpointError
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.methods.lora import LoraConfig
@@ -61,10 +61,9 @@ def canonical(name: str) -> str | None:
 def adapter_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, Tensor]:
     """Return all that belongs to an adapter, the model's own tensors, by checkpoint name."""
     found: dict[str, Tensor] = {}
-    for name, layer in adapter_layers(model).items():
-        if adapter_name in layer.adapters:
-            found[key(name, layer.PEFT_A)] = layer.lora_a.bring(adapter_name)
-            found[key(name, layer.PEFT_B)] = layer.lora_b.bring(adapter_name)
+    for name, layer in layers_of(model, adapter_name).items():
+        found[key(name, layer.PEFT_A)] = layer.lora_a.bring(adapter_name)
+        found[key(name, layer.PEFT_B)] = layer.lora_b.bring(adapter_name)
     for name, copies in trainable_copies(model).items():
         if adapter_name in copies.copies:
             found.update(_copied(name, copies.copies[adapter_name]))

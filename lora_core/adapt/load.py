@@ -19,7 +19,7 @@ from lora_core.adapt.place import check_fit, check_ranks, placed
 from lora_core.adapt.read_files import read_checkpoint
 from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
-from lora_core.adapt.walk import adapter_layers, plain_name, refuse_wrapped, unwrapped
+from lora_core.adapt.walk import layers_of, plain_name, refuse_wrapped, unwrapped
 from lora_core.adapt.warn import warn
 from lora_core.methods.lora import LoraConfig
 from lora_core.methods.start import initialise, starts_from_weight
@@ -113,9 +113,8 @@ def _restart(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
             f"this adapter was started with {start!r} and not converted to a plain one: its random decomposition of "
             "the base weight is repeated here only approximately; save it as plain LoRA where it was trained"
         )
-    for layer in adapter_layers(model).values():
-        if adapter_name in layer.adapters:
-            initialise(layer, adapter_name, start)
+    for layer in layers_of(model, adapter_name).values():
+        initialise(layer, adapter_name, start)
     take_starts(model, adapter_name)
 
 

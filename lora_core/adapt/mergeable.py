@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapt.walk import Ties, adapter_layers
+from lora_core.adapt.walk import Ties, layers_of
 from lora_core.errors import AdapterError, NonFiniteError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.as_written import is_sharded
@@ -15,7 +15,7 @@ OUTPUT_ROUNDINGS = 8
 def mergeable_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, AdapterLayer]:
     """Return the layers to merge into; all are checked before one is changed: a refusal leaves the model as it was."""
     _refuse_tied(model, names)
-    layers = {n: m for n, m in adapter_layers(model).items() if any(a in m.adapters for a in names)}
+    layers = layers_of(model, *names)
     for name, layer in layers.items():
         reason = layer.why_unmergeable()
         if reason:
@@ -80,9 +80,7 @@ def _refuse_other_use(name: str, layer: AdapterLayer, names: tuple[str, ...]) ->
 def _refuse_tied(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise AdapterError if a weight to be changed is used by another module too, which would change with it."""
     ties = Ties(model)
-    for name, layer in adapter_layers(model).items():
-        if not any(n in layer.adapters for n in names):
-            continue
+    for name, layer in layers_of(model, *names).items():
         others = [o for o in ties.of(layer.weight) if o != f"{name}.base_layer.weight"]
         if others:
             raise AdapterError(

@@ -16,7 +16,7 @@ from lora_core.adapt.keys import adapter_tensors, key
 from lora_core.adapt.names import ALL_LINEAR, matches
 from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.walk import (
-    adapter_layers,
+    layers_of,
     original_modules,
     parts,
     plain_name,
@@ -65,9 +65,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
 def _whole(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return an adapter's tensors, those that are offloaded or shared out among processes with all their values."""
     found = dict(tensors)
-    for name, layer in adapter_layers(model).items():
-        if adapter_name not in layer.adapters:
-            continue
+    for name, layer in layers_of(model, adapter_name).items():
         wanted = layer.pair_shapes(layer.adapters[adapter_name].rank)
         for part, matrices, shape in zip(
             (layer.PEFT_A, layer.PEFT_B), (layer.lora_a, layer.lora_b), wanted, strict=True
@@ -104,7 +102,7 @@ def _plain_lora(
     model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], config: LoraConfig
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """Return an adapter for the base weight as it was before the start took a part out of it."""
-    layers = {n: m for n, m in adapter_layers(model).items() if adapter_name in m.adapters}
+    layers = layers_of(model, adapter_name)
     if not any(adapter_name in layer.lora_start for layer in layers.values()):
         return tensors, config
     if any(isinstance(layer, LoraNF4Linear) for layer in layers.values()):
@@ -135,10 +133,9 @@ def _plain_lora(
 
 def _resolved(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
     """Name the targets where the rule that chose them may choose others when loading, here or in PEFT."""
-    layers = adapter_layers(model)
-    targets = [plain_name(n) for n, m in layers.items() if adapter_name in m.adapters]
-    transposed = [isinstance(m, LoraTransposedLinear) for m in layers.values() if adapter_name in m.adapters]
-    if transposed and all(transposed):
+    layers = layers_of(model, adapter_name)
+    targets = [plain_name(n) for n in layers]
+    if layers and all(isinstance(m, LoraTransposedLinear) for m in layers.values()):
         config = dataclasses.replace(config, fan_in_fan_out=True)
     config = dataclasses.replace(
         config,

@@ -75,6 +75,11 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return {name: m for name, m in named_modules(model) if isinstance(m, AdapterLayer)}
 
 
+def layers_of(model: nn.Module, *adapter_names: str) -> dict[str, AdapterLayer]:
+    """Return the layers that one of these adapters, or several, adapts, by module name."""
+    return {n: m for n, m in adapter_layers(model).items() if any(a in m.adapters for a in adapter_names)}
+
+
 def trainable_copies(model: nn.Module) -> dict[str, TrainableCopy]:
     """Return the modules trained whole (modules_to_save) by module name."""
     return {name: m for name, m in named_modules(model) if isinstance(m, TrainableCopy)}

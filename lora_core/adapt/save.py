@@ -63,16 +63,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
 
 
 def _whole(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter's tensors, those that are offloaded or shared out among processes with all their values."""
+    """Return an adapter's tensors, those that are shared out among processes with all their values."""
     found = dict(tensors)
     for name, layer in layers_of(model, adapter_name).items():
         wanted = layer.pair_shapes(layer.adapters[adapter_name].rank)
-        for part, matrices, shape in zip(
-            (layer.PEFT_A, layer.PEFT_B), (layer.lora_a, layer.lora_b), wanted, strict=True
-        ):
+        for part, shape in zip((layer.PEFT_A, layer.PEFT_B), wanted, strict=True):
             place = key(name, part)
-            if found[place].is_meta:
-                found[place] = matrices.bring(adapter_name)
             if found[place].shape != shape:
                 raise CheckpointError(
                     f"cannot save {adapter_name!r}: {place} is {tuple(found[place].shape)} here, a share of "
@@ -92,10 +88,9 @@ def _whole(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> d
 
 def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     """Return the configuration an adapter was made from."""
-    made: list[LoraConfig] = [
-        p.adapters[adapter_name].config for p in parts(model).values() if adapter_name in p.adapters
-    ]
-    return made[0]
+    holder = next(part for part in parts(model).values() if adapter_name in part.adapters)
+    config: LoraConfig = holder.adapters[adapter_name].config
+    return config
 
 
 def _plain_lora(

@@ -95,7 +95,7 @@ def refuse_unsupported(model: nn.Module, name: str, module: nn.Module) -> None:
             f"{name} is a {type(module).__name__} whose weight another library has quantised: put PEFT's adapters on "
             "it and call lora_core.fuse(model), or load the model in 16 bits and call lora_core.quantize_model(model)"
         )
-    if not isinstance(module, AdapterLayer) and adapted_kind(module) is None:
+    if kind is None:
         raise ConfigError(
             f"{name} is a {type(module).__name__}, which cannot be adapted; want one of {SUPPORTED}: name such "
             "layers in target_modules, or leave this one out with exclude_modules; or is this another model than the "

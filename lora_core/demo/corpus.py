@@ -25,6 +25,7 @@ LEFT_OUT_FOLDERS |= {"pydoc_data", "ensurepip", "__pycache__", "__phello__"}
 LONGEST_SOURCE_BYTES = 200_000
 # shorter docstrings are mostly repeated phrases
 SHORTEST_DOCSTRING_BYTES = 60
+# source files are taken in the order of their digests until so many
 CODE_LIMIT_BYTES = 3_000_000
 # one document in HELD_OUT_ONE_IN is never trained on
 HELD_OUT_ONE_IN = 16
@@ -53,11 +54,9 @@ class Corpus:
     code: Domain
 
 
-def load_corpus(code_limit_bytes: int = CODE_LIMIT_BYTES) -> Corpus:
+def load_corpus() -> Corpus:
     """Reads both domains from the running Python's standard library.
 
-    Args:
-        code_limit_bytes: source files are taken in the order of their digests until this many bytes.
     Returns:
         The corpus; equal for equal Python versions.
     Raises:
@@ -78,7 +77,7 @@ def load_corpus(code_limit_bytes: int = CODE_LIMIT_BYTES) -> Corpus:
         ]
         prose.extend(_docstrings(text for _, text in documented))
         code.append(_without_docstrings(source, [node for node, _ in documented]))
-    return Corpus(_domain("prose", prose), _domain("code", code, code_limit_bytes))
+    return Corpus(_domain("prose", prose), _domain("code", code, CODE_LIMIT_BYTES))
 
 
 def digest(text: str) -> str:

@@ -67,7 +67,7 @@ class DemoSettings:
     base: Path = SHIPPED
 
     @classmethod
-    def quick(cls, seed: int = 0, base: Path = SHIPPED) -> "DemoSettings":
+    def quick(cls, seed: int = 0) -> "DemoSettings":
         """A run of seconds: every part, no learning to speak of."""
         return cls(
             seed,
@@ -78,7 +78,6 @@ class DemoSettings:
             curve_points=2,
             agreement_windows=2,
             sample_tokens=8,
-            base=base,
         )
 
 

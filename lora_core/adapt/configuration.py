@@ -40,6 +40,9 @@ KEPT = frozenset(
     }
 )
 
+# Fields that are not LoraConfig's and are always there.
+ALWAYS = ("peft_type", "inference_mode")
+
 # What is computed depends on these; two configurations that differ here cannot share one set of weights.
 ESSENTIAL = (
     "peft_type",
@@ -86,7 +89,7 @@ def config_from_peft(values: Mapping[str, Any]) -> LoraConfig:
     if isinstance(start, str):
         _refuse_start(start)
         fields["init_lora_weights"] = _start(start)
-    _report_unknown([name for name in given if name not in KEPT and name not in REFUSED])
+    _report_unknown(given)
     return LoraConfig(**fields, extra=given)
 
 
@@ -150,11 +153,17 @@ def _refuse_start(start: str) -> None:
         )
 
 
-def _report_unknown(names: list[str]) -> None:
-    known = [*LoraConfig.field_names(), *REFUSED, *KEPT]
-    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in names}
-    if names:
-        told = ", ".join(f"{n} (did you mean {near[n][0]}?)" if near[n] else n for n in sorted(names))
+def unknown_fields(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields that are known neither here nor to PEFT, each with the nearest that is, or ""."""
+    known = [*LoraConfig.field_names(), *REFUSED, *KEPT, *ALWAYS]
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in sorted(set(values) - set(known))}
+    return {name: "".join(found) for name, found in near.items()}
+
+
+def _report_unknown(values: Mapping[str, Any]) -> None:
+    unknown = unknown_fields(values)
+    if unknown:
+        told = ", ".join(f"{name} (did you mean {near}?)" if near else name for name, near in unknown.items())
         warn(
             f"adapter_config.json has fields that are not known here: {told}; they are kept and written back, and "
             "otherwise ignored"

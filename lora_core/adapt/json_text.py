@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_core.errors import CheckpointError
+
 # levels of a JSON text; configurations have three or four
 DEEPEST = 64
 
@@ -28,11 +30,20 @@ def parse_json(text: str) -> Any:
     return values
 
 
-def parse_json_file(path: Path) -> Any:
-    """Return what a JSON file says, with or without the byte order mark that some editors write.
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if there is no such file.
 
     Raises:
-        ValueError: as parse_json, or if it is no UTF-8.
+        CheckpointError: if it holds none.
         OSError: if it cannot be read.
     """
-    return parse_json(path.read_text(encoding="utf-8-sig"))
+    try:
+        # some editors write a byte order mark
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): truncated or foreign; save it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; want a JSON object; save it again")
+    return values

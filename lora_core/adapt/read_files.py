@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_core.adapt.configuration import differences, refuse_unimplemented
 from lora_core.adapt.files import CONFIG, PARTIAL, PREVIOUS, WEIGHTS, Checkpoint, embedded_config, held
-from lora_core.adapt.json_text import parse_json, parse_json_file
+from lora_core.adapt.json_text import parse_json, read_object
 from lora_core.adapt.warn import warn
 from lora_core.errors import CheckpointError
 
@@ -87,18 +87,9 @@ def _no_weights(folder: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     try:
-        values = parse_json_file(path)
-    except FileNotFoundError:
-        return None
+        return read_object(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; want a file with peft_type, r, ...") from None
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is no JSON ({error}): truncated, or no adapter's; save the adapter again"
-        ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}: want a JSON object with peft_type, r, ...")
-    return values
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -1,6 +1,5 @@
 """What an adapter's folder says: its configuration, its pairs A and B, and whether the two agree."""
 
-import difflib
 import math
 import re
 import warnings
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.adapt.configuration import KEPT, REFUSED, config_from_peft, differences
+from lora_core.adapt.configuration import config_from_peft, differences, unknown_fields
 from lora_core.adapt.files import CONFIG, embedded_config
 from lora_core.adapt.finite import is_finite
 from lora_core.adapt.keys import PREFIX, canonical, other_tool
@@ -21,9 +20,6 @@ from lora_core.methods.lora import LoraConfig
 
 HALF = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB])$")
 SWAPPED = str.maketrans("AB", "BA")
-
-# fields of adapter_config.json that are not LoraConfig's and are always there
-ALWAYS = ("peft_type", "inference_mode")
 
 SHOWN_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "modules_to_save", "init_lora_weights")
 
@@ -217,11 +213,10 @@ def _kind(values: dict[str, Any] | None) -> str:
 
 def _judge(report: Report, values: dict[str, Any] | None, config: LoraConfig | None, names: list[str]) -> None:
     """Add what only the whole shows."""
-    known = [*LoraConfig.field_names(), *REFUSED, *KEPT, *ALWAYS]
     # another method's fields are its own
-    for name in sorted(set(values or {}) - set(known)) if _kind(values) == "LORA" else []:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else ""
+    unknown = unknown_fields(values or {}) if _kind(values) == "LORA" else {}
+    for name, near in unknown.items():
+        hint = f"; did you mean {near}?" if near else ""
         report.notes.append(f"{CONFIG} has a field that is not known here: {name} = {(values or {})[name]!r}{hint}")
     untrained = [p.module for p in report.pairs if p.untrained]
     if report.pairs and len(untrained) == len(report.pairs):

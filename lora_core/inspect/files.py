@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapt.files import CONFIG, WEIGHTS
-from lora_core.adapt.json_text import parse_json_file
 from lora_core.errors import CheckpointError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -154,23 +153,6 @@ def opened(paths: list[Path]) -> Iterator[Tensors]:
                     "or foreign: copy or save it again"
                 ) from None
         yield Tensors(files)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object, or None if there is no such file.
-
-    Raises:
-        CheckpointError: if it is not one.
-    """
-    try:
-        values = parse_json_file(path)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}): truncated or foreign; save it again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}; want a JSON object; save it again")
-    return values
 
 
 def _refuse_pickle(path: Path) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from lora_core.adapt.files import CONFIG, folder_path
 from lora_core.adapt.finite import is_finite
+from lora_core.adapt.json_text import read_object
 from lora_core.errors import CheckpointError
 from lora_core.inspect.adapter import HALF, describe_adapter
-from lora_core.inspect.files import Tensors, opened, read_json, weight_files
+from lora_core.inspect.files import Tensors, opened, weight_files
 from lora_core.inspect.foreign import note_foreign
 from lora_core.inspect.quantised import describe_quantised
 from lora_core.inspect.report import Plain, Report
@@ -38,7 +39,7 @@ def _inspect(place: Path) -> Report:
     with opened(files) as tensors:
         # beside a single file that holds no pairs, a configuration is some other adapter's
         adapter = _holds_pairs(tensors) or (place.is_dir() and config_file.exists())
-        written = read_json(config_file) if adapter else None
+        written = read_object(config_file) if adapter else None
         sizes = {f.name: f.stat().st_size for f in files}
         if written is not None:
             sizes[CONFIG] = config_file.stat().st_size

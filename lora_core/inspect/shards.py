@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from lora_core.adapt.json_text import read_object
 from lora_core.adapt.names import first_few
 from lora_core.errors import CheckpointError
-from lora_core.inspect.files import SHOWN_NAMES, Tensors, read_json
+from lora_core.inspect.files import SHOWN_NAMES, Tensors
 from lora_core.inspect.report import Report
 
 INDEX = "*.safetensors.index.json"
@@ -41,7 +42,7 @@ def check_index(report: Report, folder: Path, tensors: Tensors) -> None:
 
 
 def _weight_map(file: Path) -> dict[str, str]:
-    found: Any = (read_json(file) or {}).get("weight_map")
+    found: Any = (read_object(file) or {}).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
         raise CheckpointError(f"{file} has no weight_map of tensors' names to files' names: save the model again")
     return found

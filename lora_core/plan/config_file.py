@@ -1,11 +1,11 @@
 """The shape of a model from its config.json, as transformers writes it."""
 
-import json
 import os
 import reprlib
 from pathlib import Path
 from typing import Any
 
+from lora_core.adapt.json_text import parse_json
 from lora_core.errors import ConfigError
 from lora_core.plan.shape import ModelShape
 
@@ -47,7 +47,7 @@ def read_shape(path: Path) -> ModelShape:
 def _read(file: Path) -> dict[str, Any]:
     try:
         # some editors write a byte order mark
-        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+        settings = parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise ConfigError(
@@ -55,8 +55,6 @@ def _read(file: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON ({error}); want a model's config.json") from error
-    except RecursionError as error:
-        raise ConfigError(f"{file} is nested too deeply for JSON; want a model's config.json") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} holds a {type(settings).__name__}; want a JSON object with a model's sizes")
     return settings

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.adapt.siblings import called_together
+from lora_core.adapt.called_together import called_together
 
 
 def reading(forward):

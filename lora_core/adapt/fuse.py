@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_core.adapt.called_together import called_together
 from lora_core.adapt.kinds import has_pefts_adapter, is_transposed_linear
-from lora_core.adapt.siblings import called_together
 from lora_core.adapt.walk import named_modules
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer

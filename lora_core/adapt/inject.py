@@ -10,7 +10,7 @@ from torch import nn
 from lora_core.adapt.checkpointing import let_gradients_in
 from lora_core.adapt.fast_path import settle_fast_paths
 from lora_core.adapt.kinds import adapted_kind
-from lora_core.adapt.saved import find_saved, with_task_heads
+from lora_core.adapt.modules_to_save import find_saved, with_task_heads
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.target import find_targets
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped

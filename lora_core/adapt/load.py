@@ -14,10 +14,10 @@ from lora_core.adapt.files import WEIGHTS, folder_path
 from lora_core.adapt.finite import is_finite
 from lora_core.adapt.inject import injected, take_starts
 from lora_core.adapt.keys import adapter_tensors, base_tensors
+from lora_core.adapt.modules_to_save import saves
 from lora_core.adapt.peft_differs import warn_where_peft_differs
 from lora_core.adapt.place import check_fit, check_ranks, placed
 from lora_core.adapt.read_files import read_checkpoint
-from lora_core.adapt.saved import saves
 from lora_core.adapt.switch import set_adapter
 from lora_core.adapt.walk import layers_of, plain_name, refuse_wrapped, unwrapped
 from lora_core.adapt.warn import warn

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_core.adapt.files import WEIGHTS
 from lora_core.adapt.keys import PREFIX, canonical, other_tool
-from lora_core.adapt.saved import lies_in_saved
+from lora_core.adapt.modules_to_save import lies_in_saved
 from lora_core.errors import CheckpointError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.embedding import LoraEmbedding

@@ -10,8 +10,8 @@ from torch import nn
 
 from lora_core.adapt.bypassed import bypassed, bypassed_in_training
 from lora_core.adapt.kinds import is_linear
+from lora_core.adapt.modules_to_save import TASK_HEADS, lies_in_saved
 from lora_core.adapt.names import ALL_LINEAR, matches
-from lora_core.adapt.saved import TASK_HEADS, lies_in_saved
 from lora_core.adapt.unsupported import gives_several, refuse_unsupported
 from lora_core.adapt.untargeted import (
     BYPASSED,

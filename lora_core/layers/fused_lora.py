@@ -27,12 +27,12 @@ class FusedLora(Fused):
             compute = base.compute_dtype or compute
             bias = None if bias is None else bias.to(compute)
         scaling, dropout = self.adapters[names[0]].scaling, self.dropout_of(names[0])
-        (lora_a, lora_b), weight = self.matrices(names[0], x), self.operand()
+        (lora_a, lora_b), weight = self.matrices(names[0], x), self.weight_operand()
         layer = Layer(weight, bias, lora_a, lora_b, scaling, dropout)
         return term_of(layer, x, compute, autocast_dtype(x) or x.dtype, self._state(names, weight))
 
     def term_state(self: Any, x: Tensor) -> Any:
-        return self._state(self.running(), self.operand()) if self.is_as_written() else None
+        return self._state(self.running(), self.weight_operand()) if self.is_as_written() else None
 
     def _state(self: Any, names: tuple[str, ...], weight: Tensor | Packed) -> Any:
         pairs = [

@@ -61,7 +61,7 @@ class LoraLinear(AdapterLayer):
         """
         x, names = input, list(self.running())
         if names and not args and not kwargs and not getattr(x, "is_nested", False) and self.is_as_written():
-            y = self.fused(x, names.pop(0))
+            y = self.one_operation(x, names.pop(0))
         else:
             y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, Tensor):
@@ -79,19 +79,19 @@ class LoraLinear(AdapterLayer):
     def is_as_written(self) -> bool:
         return runs_as_written(self.base_layer, nn.Linear.forward)
 
-    def fused(self, x: Tensor, name: str) -> Tensor:
+    def one_operation(self, x: Tensor, name: str) -> Tensor:
         """Return base and one adapter in one operation: its backward never keeps or forms a dense update."""
-        lora_a, lora_b, scaling, dropout, seed = self.operands(x, name)
+        lora_a, lora_b, scaling, dropout, seed = self.adapter_operands(x, name)
         if not lora_a.dtype == lora_b.dtype == x.dtype and not autocast_on(x):
             # model.half() and the like convert all, or some
             lora_a, lora_b = beside(x.dtype, lora_a, lora_b)
-        return lora_linear(x, self.operand(), self.bias, lora_a, lora_b, scaling, dropout, seed)
+        return lora_linear(x, self.weight_operand(), self.bias, lora_a, lora_b, scaling, dropout, seed)
 
-    def operand(self) -> Any:
+    def weight_operand(self) -> Any:
         """Return W [N, K] as the operation takes it."""
         return self.weight
 
-    def operands(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
+    def adapter_operands(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
         """Return A, B, scaling, dropout probability and mask seed for one forward."""
         dropout = self.dropout_of(name)
         return *self.matrices(name, x), self.adapters[name].scaling, dropout, fresh_seed(x.device) if dropout else None
@@ -102,7 +102,7 @@ class LoraLinear(AdapterLayer):
 
     def low_rank(self, x: Tensor, name: str) -> Tensor:
         """Return s (drop(x) A^T) B^T alone, in the adapter's dtype."""
-        lora_a, lora_b, scaling, dropout, seed = self.operands(x, name)
+        lora_a, lora_b, scaling, dropout, seed = self.adapter_operands(x, name)
         if not autocast_on(x):
             x = x.to(lora_a.dtype)
         return lora_delta(x, lora_a, lora_b, scaling, dropout, seed)
@@ -129,5 +129,5 @@ class LoraTransposedLinear(LoraLinear):
         # the base layer is of this class: its module is loaded
         return runs_as_written(self.base_layer, sys.modules["transformers.pytorch_utils"].Conv1D.forward)
 
-    def operand(self) -> Any:
+    def weight_operand(self) -> Any:
         return self.weight.T

@@ -120,10 +120,10 @@ class LoraNF4Linear(LoraLinear):
         dtype = self.base_layer.compute_dtype or self.weight.dtype
         return torch.randn(2, self.in_features, dtype=dtype, device=self.weight.device)
 
-    def fused(self, x: Tensor, name: str) -> Tensor:
-        return self.base_layer.with_adapter(x, *self.operands(x, name))
+    def one_operation(self, x: Tensor, name: str) -> Tensor:
+        return self.base_layer.with_adapter(x, *self.adapter_operands(x, name))
 
-    def operand(self) -> Packed:
+    def weight_operand(self) -> Packed:
         return Packed.of(self.base_layer.weight)
 
     def read_weight(self) -> Tensor:

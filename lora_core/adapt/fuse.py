@@ -21,6 +21,7 @@ from lora_core.layers.linear import LoraLinear
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.layers.siblings import Siblings
 
+ALTERED = "its base layer has hooks or a forward of its own, which one operation would pass by"
 NOTHING = "neither adapted nor in 4 bits: there is nothing to fuse"
 
 
@@ -168,8 +169,8 @@ def _candidate(module: nn.Module) -> type[Fused] | str | None:
 def _own(layer: AdapterLayer) -> type[Fused] | str:
     if not isinstance(layer, LoraLinear):
         return f"{type(layer).__name__} has no fused operation: its base layer is no linear one"
-    if not layer.is_as_written() and not is_sharded(layer.weight):
-        return "its base layer has hooks or a forward of its own, which one operation would pass by"
+    if layer.is_altered():
+        return ALTERED
     return FusedLora
 
 
@@ -187,7 +188,7 @@ def _peft(layer: Any) -> type[Fused] | str:
     if not isinstance(base, nn.Linear) and not is_transposed_linear(base):
         return f"its base layer is a {type(base).__name__}: want nn.Linear, Conv1D or Linear4bit"
     if not is_as_written(base) and not is_sharded(base.weight):
-        return "its base layer has hooks or a forward of its own, which one operation would pass by"
+        return ALTERED
     for adapter in layer.lora_A:
         if odd := oddity(layer, adapter):
             return f"adapter {adapter!r} {odd}"

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from lora_core.adapt.walk import Ties, layers_of
 from lora_core.errors import AdapterError, NonFiniteError
 from lora_core.layers.adapter import AdapterLayer
-from lora_core.layers.as_written import is_sharded
 
 # roundings of an output's size between two outputs, each a sum of many products; generous, as a tenth is looked for
 OUTPUT_ROUNDINGS = 8
@@ -21,7 +20,7 @@ def mergeable_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, Adap
         if reason:
             raise AdapterError(f"cannot merge into {name}: {reason}; keep the adapter unmerged")
         _refuse_non_finite(name, layer, names)
-        if not layer.is_as_written() and not is_sharded(layer.weight):
+        if layer.is_altered():
             _refuse_other_use(name, layer, names)
     return layers
 

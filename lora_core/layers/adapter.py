@@ -140,6 +140,10 @@ class AdapterLayer(nn.Module):
         """Say whether calling the base layer means its class's own forward: no subclass, hook or patch in between."""
         raise NotImplementedError
 
+    def is_altered(self) -> bool:
+        """Say whether its base layer has hooks or a forward of its own, other than those of fully_shard."""
+        return not self.is_as_written() and not is_sharded(self.weight)
+
     def why_unmergeable(self) -> str:
         """Return why the base weight cannot hold an adapter, or "" if it can."""
         weight = self.base_layer._parameters.get("weight")

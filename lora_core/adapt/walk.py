@@ -13,7 +13,8 @@ from lora_core.layers.trainable_copy import TrainableCopy
 from lora_core.quant.blockwise import has_values
 
 # the child that holds a module inside the wrapper of torch.compile, of activation checkpointing and of FSDP
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+COMPILED = "_orig_mod"
+WRAPPED = (COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 # what keeps the processes of a training together, by the parameters that are there when it is put around a module
 SYNCHRONISED = frozenset(("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"))
@@ -88,12 +89,17 @@ def trainable_copies(model: nn.Module) -> dict[str, TrainableCopy]:
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules below a model that were there before any adapter, with their names.
 
-    An adapted layer and a trainable copy stand for what they replaced: nothing inside them is yielded.
+    An adapted layer and a trainable copy stand for what they replaced: nothing inside them is yielded. A wrapper is
+    not, what it wraps is.
     """
     # a module's own come right behind it
     inside: str | None = None
     for name, module in model.named_modules():
-        if not name or (inside is not None and name.startswith(inside)):
+        if (
+            not name
+            or (inside is not None and name.startswith(inside))
+            or not module._modules.keys().isdisjoint(WRAPPED)
+        ):
             continue
         yield name, module
         inside = f"{name}." if isinstance(module, (AdapterLayer, TrainableCopy)) else inside
@@ -162,7 +168,11 @@ def replace(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
     """Put a module at each of these names."""
     for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        owner: Any = model.get_submodule(parent)
+        setattr(owner, child, new)
+        if child == COMPILED and hasattr(type(owner), "_initialize"):
+            # it calls what it was made around
+            owner._initialize()
 
 
 class Ties:

@@ -50,9 +50,9 @@ class Fused:
     def term_state(self: Any, x: Tensor) -> Any:
         """Return what the term is made of besides x, to be compared with what it was."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class has no name to be found by: copies and pickles make it anew
-        return _rebuild, (self.fused_by, self.fused_from), self.__dict__
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # the class has no name to be found by: copies and pickles make it anew, without what compile() bound to this
+        return _rebuild, (self.fused_by, self.fused_from), self.__getstate__()
 
 
 # by the original and the mixin; held by the layers that are of it, as it holds the original

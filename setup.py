@@ -16,6 +16,8 @@ if (HERE / "docs" / "puzzles").is_dir():
 setup(
     packages=[*find_packages(include=["lora_core", "lora_core.*"]), *MOVED],
     package_dir=MOVED,
+    # a source distribution has more: MANIFEST.in
+    include_package_data=False,
     package_data={
         "lora_core": ["py.typed"],
         "lora_core.plan": ["*.json"],

@@ -1,6 +1,7 @@
 """The program `lora-core`: a file a command in lora_core/commands, imported only when it is called."""
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ FAILED, USAGE_ERROR = 1, 2
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `lora-core`; bad input ends with one line on standard error and exit status 2."""
+    _escape_what_output_lacks()
     try:
         _run(_app(sys.argv[1:] if arguments is None else arguments), arguments)
     except KeyboardInterrupt:
@@ -25,6 +27,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         _give_up_output()
         _stop(f"{(error.strerror or str(error)).lower()}{f': {error.filename}' if error.filename else ''}", FAILED)
+
+
+def _escape_what_output_lacks() -> None:
+    """Have characters that the output's encoding lacks escaped, as on standard error, instead of ending the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _give_up_output() -> None:

@@ -57,7 +57,7 @@ def absent(library: str) -> bool:
 
 
 # other libraries that the files of tests import as they are read
-PEERS = ("bitsandbytes", "peft", "transformers", "numba", "playwright")
+PEERS = ("accelerate", "bitsandbytes", "peft", "transformers", "numba", "playwright")
 IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 
 

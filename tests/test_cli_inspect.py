@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,17 @@ def test_inspect_json_is_json_even_with_a_nan(tmp_path, capsys):
     values = json.loads(capsys.readouterr().out)
     assert values["kind"] == "adapter"
     assert {p["module"]: p["update_norm"] for p in values["pairs"]}["up"] is None
+
+
+def test_inspect_escapes_what_the_encoding_of_the_output_lacks(tmp_path):
+    """As that of a pipe on Windows."""
+    folder = tmp_path / "größe"
+    folder.mkdir()
+    write_adapter(folder, {**CONFIGURATION, "base_model_name_or_path": "層"})
+    command = [sys.executable, "-m", "lora_core", "inspect", str(folder)]
+    run = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert r"gr\xf6\xdfe" in run.stdout and r"\u5c64" in run.stdout
 
 
 @pytest.mark.parametrize("columns", ["40", "120"])

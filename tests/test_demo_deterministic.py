@@ -1,6 +1,8 @@
 """The demo asks for the same numbers every time, and for nothing once it is over."""
 
+import dataclasses
 import os
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 import torch.utils.deterministic as memory
 
 from lora_core.demo.deterministic import deterministic
-from lora_core.demo.results import forget_peak_memory, machine, peak_memory_bytes
+from lora_core.demo.results import Results, forget_peak_memory, machine, peak_memory_bytes
 
 
 def wishes():
@@ -44,6 +46,16 @@ def test_demo_counts_the_memory_of_the_process_on_a_cpu():
     held = torch.ones(2**26)
     assert peak_memory_bytes(device) >= max(before, held.nbytes)
     assert machine(device)["memory"] == "of the process"
+
+
+def test_demo_does_without_the_memory_of_the_process_where_no_system_counts_it(monkeypatch):
+    """As on Windows, which has no such module."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    device = torch.device("cpu")
+    assert peak_memory_bytes(device) is None
+    known = dict.fromkeys((field.name for field in dataclasses.fields(Results)), None)
+    results = Results(**{**known, "setting": machine(device)})
+    assert results.peak_memory == "peak memory of the process unknown"
 
 
 @pytest.mark.gpu

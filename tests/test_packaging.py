@@ -2,8 +2,10 @@
 
 import compileall
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -31,8 +33,6 @@ def run(code, **keywords):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel built from a copy of what is needed, so that no build folder is left in the checkout."""
-    import shutil
-
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -52,6 +52,20 @@ def test_wheel_holds_every_module_and_the_data(wheel):
     assert {*modules, *DATA} - names == set()
     # no top-level package but our own: "kernels" belongs to somebody else
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"lora_core"}
+
+
+def test_source_distribution_holds_what_its_tests_take(tmp_path):
+    """All of a checkout, so that a packager can run the suite, the benchmarks and the site from it."""
+    left = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*-output", "htmlcov")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=left)
+    shutil.copytree(ROOT / ".ci", source / ".ci")
+    there = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('out'))"
+    name = run(build, cwd=source).split()[-1]
+    with tarfile.open(source / "out" / name) as archive:
+        held = {member.name.partition("/")[2] for member in archive}
+    assert {"tests/conftest.py", "tests/solutions/01-lora-forward.py", "benchmarks/run.py", ".ci/run"} < there
+    assert there - held == set()
 
 
 @pytest.fixture(scope="module")

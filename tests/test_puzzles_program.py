@@ -11,7 +11,7 @@ from lora_core.cli import main as program
 from lora_core.errors import ConfigError
 from lora_core.puzzles import catalogue
 from lora_core.puzzles.catalogue import PUZZLES, find_puzzle, stub
-from lora_core.puzzles.run import WRONG
+from lora_core.puzzles.run import WRONG, check_file
 
 
 def test_puzzles_are_numbered_and_have_a_file_and_hints():
@@ -49,6 +49,16 @@ def test_puzzles_program_lists_hints_and_starts(tmp_path, monkeypatch, capsys):
 def test_puzzles_file_that_is_not_written_is_named_with_its_folder(tmp_path, capsys):
     path = edited(find_puzzle(1), "    return", "    raise NotImplementedError\n    return", tmp_path)
     assert f"{path} is not written yet" in said_of(find_puzzle(1), path, capsys)[1]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_puzzles_check_says_what_a_file_raises_in_any_letters(encoding, tmp_path, monkeypatch):
+    """The check's process writes in one encoding, whatever this one's and the system's are."""
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    path = tmp_path / "letters.py"
+    path.write_text("def lora_forward(*a):\n    raise ValueError('größe 層')\n", encoding="utf-8")
+    solved, said = check_file(find_puzzle(1), path)
+    assert not solved and "größe 層" in said
 
 
 def test_puzzles_interrupted_check_ends_without_a_traceback(tmp_path, capsys):

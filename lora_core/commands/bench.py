@@ -12,7 +12,7 @@ SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 
 def bench(context: typer.Context) -> None:
-    """Time this library beside its peers, in one process, and record what passes its check; --help has the options."""
+    """Time this library beside its peers and record what passes its check, in a checkout; --help has the options."""
     import importlib
     import sys
 

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from lora_core.demo.results import Results
-from lora_core.demo.table import COLUMNS, MIB, agreement_lines, cells
+from lora_core.demo.results import MIB, Results
+from lora_core.demo.table import COLUMNS, agreement_lines, cells
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # columns where the smallest value is the best: weights, optimiser, code after, prose after; a step's time, of one run
@@ -113,8 +113,8 @@ def _footer(results: Results) -> str:
     setting = results.setting
     return escape(
         f"Seed {setting['seed']}. {setting['table_windows']} windows of held-out text per domain, "
-        f"{setting['curve_windows']} for each point of a curve. Peak memory {setting['memory']} "
-        f"{results.peak_memory_bytes / MIB:,.0f} MiB. Base file {setting['base_file_bytes'] / MIB:.1f} MiB, "
+        f"{setting['curve_windows']} for each point of a curve; {results.peak_memory}. "
+        f"Base file {setting['base_file_bytes'] / MIB:.1f} MiB, "
         f"{setting['base_nats_per_byte']:.3f} nats per byte on all held-out prose when it was made. Python "
         f"{setting['python']}, PyTorch {setting['torch']}. Text: Python's standard library (PSF licence), prose "
         f"{setting['prose_sha256'][:12]}, code {setting['code_sha256'][:12]}."

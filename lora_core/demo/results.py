@@ -11,6 +11,8 @@ from lora_core.demo.adaptation import Adapted, Losses
 from lora_core.demo.agreement import Agreement
 from lora_core.demo.weights import QuantizationError, Spectrum
 
+MIB = 2**20
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,7 +58,13 @@ class Results:
     prompt: str
     base_sample: str
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+
+    @property
+    def peak_memory(self) -> str:
+        """What the most memory was, in words."""
+        known = "unknown" if self.peak_memory_bytes is None else f"{self.peak_memory_bytes / MIB:,.0f} MiB"
+        return f"peak memory {self.setting['memory']} {known}"
 
     @property
     def energy_in_rank(self) -> float:
@@ -79,12 +87,17 @@ def forget_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that tensors have taken on a GPU since it was forgotten, or that this process held, resident."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that tensors have taken on a GPU since it was forgotten, or that this process held, resident.
+
+    None where the system does not say, as Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts KiB, macOS bytes
     return peak if sys.platform == "darwin" else 1024 * peak

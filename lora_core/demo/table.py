@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from lora_core.demo.results import Results, Row
+from lora_core.demo.results import MIB, Results, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-MIB = 2**20
 # steps shorter than this differ by less than a millisecond
 SHORT_MS = 20
 LOSSES = ("code before", "code after", "prose before", "prose after")
@@ -58,5 +57,4 @@ def print_results(results: Results, console: "Console") -> None:
         console.print(f"  {row.title}: {row.settings}", highlight=False, markup=False)
     for line in agreement_lines(results):
         console.print(line, highlight=False, markup=False)
-    memory = f"peak memory {setting['memory']} {results.peak_memory_bytes / MIB:,.0f} MiB"
-    console.print(f"{results.seconds:.0f} s, {memory}, {setting['device']}, seed {setting['seed']}")
+    console.print(f"{results.seconds:.0f} s, {results.peak_memory}, {setting['device']}, seed {setting['seed']}")

@@ -1,6 +1,5 @@
 """The last exercise: right to the bit, and under a budget of machine instructions a weight, counted without a GPU."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -76,7 +75,7 @@ def count(file: Path) -> dict[str, Any]:
         WrongAnswer: if it does not compile.
     """
     root = Path(__file__).resolve().parent.parent.parent
-    if importlib.util.find_spec("benchmarks") is None and not (root / "benchmarks" / "codegen.py").exists():
+    if not (root / "benchmarks" / "codegen.py").is_file():
         raise ConfigError("exercise 13 counts instructions with benchmarks/codegen.py: run it in a checkout")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
@@ -85,6 +84,7 @@ def count(file: Path) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
+        errors="backslashreplace",
     )
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or ["no message"]

@@ -35,7 +35,7 @@ def check_file(puzzle: Puzzle, path: Path, limit_s: float = LIMIT_S) -> tuple[bo
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "lora_core.puzzles.run", str(puzzle.number), str(path)]
     try:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=limit_s)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", timeout=limit_s)
     except subprocess.TimeoutExpired:
         return False, f"{path.name} was still running after {limit_s:g} s: is there a loop without an end?"
     said = done.stdout.strip()
@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> int:
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(sys.stderr):
         status, said = verdict(find_puzzle(int(arguments[0])), Path(arguments[1]))
-    print(said)
+    # in whatever encoding this machine writes, the verdict is read in this one
+    sys.stdout.buffer.write(f"{said}\n".encode(errors="backslashreplace"))
     return status
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lora_core.cpu.dropout import dropped
 from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
 from lora_core.cpu.product import product
 from lora_core.ops.eager import register
@@ -27,7 +28,7 @@ def lora_linear(
         hidden = shrink(flat, lora_a, dropout, seed)
         y = expand(flat, weight, bias, hidden, lora_b, scaling)
     else:
-        y, hidden = reference.forward(flat, weight, bias, lora_a, lora_b, scaling, dropout, seed)
+        y, hidden = reference.forward(flat, weight, bias, lora_a, lora_b, scaling, dropout, seed, dropped)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), hidden
 
 
@@ -65,7 +66,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients (d_x, d_weight, d_bias, d_lora_a, d_lora_b); arguments as in reference.lora.backward."""
     if not runs_here(d_y, lora_a):
-        return reference.backward(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs)
+        return reference.backward(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs, dropped)
     need_x, need_weight, need_bias, need_a, need_b = needs
     d_x = d_lora_a = None
     if need_x or need_a:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lora_core.cpu.dropout import dropped
 from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
 from lora_core.cpu.product import add_product, product
 from lora_core.ops import lora_linears as ops
 from lora_core.ops.eager import register
 from lora_core.ops.packed import dense, unflatten
+from lora_core.reference import lora_linears as reference
 
 
 def lora_linears(
@@ -25,12 +27,11 @@ def lora_linears(
     seeds: Sequence[Tensor],
 ) -> list[Tensor]:
     """Return what the reference returns, up to rounding."""
-    if not runs_here(x, lora_as[0]):
-        return ops.forward(x, tensors, formats, biases, lora_as, lora_bs, scalings, dropouts, seeds)
+    forward = _forward if runs_here(x, lora_as[0]) else functools.partial(reference.forward, drop=dropped)
     weights = (dense(w, x.dtype) for w in unflatten(tensors, formats))
     flat = x.reshape(-1, x.shape[-1])
     given = ops.empty_to_none
-    ys, hidden = _forward(flat, weights, given(biases), lora_as, lora_bs, scalings, dropouts, given(seeds))
+    ys, hidden = forward(flat, weights, given(biases), lora_as, lora_bs, scalings, dropouts, given(seeds))
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), hidden]
 
 
@@ -50,12 +51,11 @@ def lora_linears_backward(
 ) -> Sequence[Tensor | None]:
     """Return what the reference returns, up to rounding."""
     adapters = (lora_as, lora_bs, hidden, scalings, dropouts)
-    if not runs_here(d_ys[0], lora_as[0]):
-        return ops.backward(d_ys, x, tensors, formats, *adapters, seeds, need_x, need_pairs)
+    backward = _backward if runs_here(d_ys[0], lora_as[0]) else functools.partial(reference.backward, drop=dropped)
     weights = (dense(w, d_ys[0].dtype) for w in unflatten(tensors, formats))
     flat = None if x is None else x.reshape(-1, x.shape[-1])
     rows = [g.reshape(-1, g.shape[-1]) for g in d_ys]
-    d_x, d_lora_a, d_lora_bs = _backward(rows, flat, weights, *adapters, ops.empty_to_none(seeds), need_x, need_pairs)
+    d_x, d_lora_a, d_lora_bs = backward(rows, flat, weights, *adapters, ops.empty_to_none(seeds), need_x, need_pairs)
     d_x = None if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
     return [d_x, d_lora_a, *d_lora_bs]
 

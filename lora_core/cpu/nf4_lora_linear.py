@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lora_core.cpu.dropout import dropped
 from lora_core.cpu.few_rows import few_rows, few_rows_back
 from lora_core.cpu.lora_linear import gradients, lora_linear
 from lora_core.cpu.low_rank import add_low_rank, hidden_gradient
@@ -39,7 +40,7 @@ def nf4_lora_linear(
     y = few_rows(flat, w)
     if y is None:
         return lora_linear(x, w.dense(x.dtype), bias, lora_a, lora_b, scaling, dropout, seed)
-    hidden = reference.shrink(flat, lora_a, dropout, seed)
+    hidden = reference.shrink(flat, lora_a, dropout, seed, dropped)
     y = y if bias is None else y.add_(bias)
     y.addmm_(hidden.float(), lora_b.T.float(), alpha=scaling)
     y = y.to(x.dtype)

@@ -9,11 +9,15 @@ Source of the mixer and its constants: Wellons 2018, "lowbias32", public domain,
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lora_core.errors import ConfigError
+
+# what computes dropout, as the function of that name does; a faster one has to give the same bits
+Drop = Callable[[Tensor, float, Tensor | None], Tensor]
 
 MASK_32 = 0xFFFFFFFF
 MULTIPLIER_1 = 0x7FEB352D

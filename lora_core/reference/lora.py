@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.reference.dropout import Drop
 from lora_core.reference.dropout import dropout as drop
 
 
@@ -84,13 +85,14 @@ def forward(
     scaling: float,
     dropout: float,
     seed: Tensor | None,
+    drop: Drop = drop,
 ) -> tuple[Tensor, Tensor]:
     """Return (y [M, N], S [M, R]) for x [M, K]: lora_linear without a temporary of y's size."""
-    hidden = shrink(x, lora_a, dropout, seed)
+    hidden = shrink(x, lora_a, dropout, seed, drop)
     return expand(x, weight, bias, hidden, lora_b, scaling), hidden
 
 
-def shrink(x: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+def shrink(x: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None = None, drop: Drop = drop) -> Tensor:
     """Return S = drop(x) A^T, shape [M, R], in the dtype of A."""
     return drop(x.to(lora_a.dtype), dropout, seed) @ lora_a.T
 
@@ -113,6 +115,7 @@ def backward(
     dropout: float,
     seed: Tensor | None,
     needs: Sequence[bool],
+    drop: Drop = drop,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients (d_x, d_weight, d_bias, d_lora_a, d_lora_b) that needs asks for, None for the others.
 
@@ -122,6 +125,7 @@ def backward(
         weight: shape [N, K]; enters d_x only, else None will do.
         lora_a, lora_b, hidden, scaling, dropout, seed: as the forward had or made them.
         needs: five flags.
+        drop: computes keep * x / (1 - p).
     """
     need_x, need_weight, need_bias, need_a, need_b = needs
     low = d_y.to(lora_a.dtype)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_core.reference import lora
+from lora_core.reference.dropout import Drop
 from lora_core.reference.dropout import dropout as drop
 
 
@@ -36,6 +37,7 @@ def forward(
     scalings: Sequence[float],
     dropouts: Sequence[float],
     seeds: Sequence[Tensor | None],
+    drop: Drop = drop,
 ) -> tuple[list[Tensor], Tensor]:
     """Return (every y_i [M, N_i], S [M, sum of R_i]) for x [M, K].
 
@@ -43,19 +45,26 @@ def forward(
         x: shape [M, K].
         weights: every W_i, shape [N_i, K]; taken one after the other, and let go.
         biases, lora_as, lora_bs, scalings, dropouts, seeds: of every layer, as in reference.lora.lora_linear.
+        drop: computes keep * x / (1 - p).
     """
-    hidden = shrink(x, lora_as, dropouts, seeds)
+    hidden = shrink(x, lora_as, dropouts, seeds, drop)
     parts = hidden.split([len(a) for a in lora_as], 1)
     # unlike a loop, map has let one weight go when it takes the next
     return list(map(functools.partial(lora.expand, x), weights, biases, parts, lora_bs, scalings)), hidden
 
 
-def shrink(x: Tensor, lora_as: Sequence[Tensor], dropouts: Sequence[float], seeds: Sequence[Tensor | None]) -> Tensor:
+def shrink(
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    dropouts: Sequence[float],
+    seeds: Sequence[Tensor | None],
+    drop: Drop = drop,
+) -> Tensor:
     """Return S [M, sum of R_i]; operands as in forward."""
     if not any(dropouts):
         return lora.shrink(x, torch.cat(tuple(lora_as)))
     each = zip(lora_as, dropouts, seeds, strict=True)
-    return torch.cat([lora.shrink(x, a, p, seed) for a, p, seed in each], 1)
+    return torch.cat([lora.shrink(x, a, p, seed, drop) for a, p, seed in each], 1)
 
 
 def backward(
@@ -70,6 +79,7 @@ def backward(
     seeds: Sequence[Tensor | None],
     need_x: bool,
     need_pairs: bool,
+    drop: Drop = drop,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """Return (d_x, d_A [sum of R_i, K], every d_B_i), None and nothing where not needed.
 
@@ -80,6 +90,7 @@ def backward(
         lora_as, lora_bs, hidden, scalings, dropouts, seeds: as the forward had or made them.
         need_x: whether d_x is wanted.
         need_pairs: whether d_A and the d_B_i are.
+        drop: as in forward.
     """
     lows = [g.to(b.dtype) for g, b in zip(d_ys, lora_bs, strict=True)]
     ranks = [len(a) for a in lora_as]

@@ -1,0 +1,56 @@
+"""Dropout by hashes in 32 bits: the reference's bits, whatever the shape, the seed and the memory."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_core.cpu import dropout as fast
+from lora_core.errors import ConfigError
+from lora_core.reference.dropout import dropout
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+PROBABILITIES = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.5, 2.0**-32, 1 - 2.0**-33])
+
+
+def same_bits(x, p, seed):
+    got, want = fast.dropped(x, p, seed), dropout(x, p, seed)
+    assert got.dtype == x.dtype and got.shape == x.shape
+    assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=2),
+    st.integers(0, 300),
+    PROBABILITIES,
+    st.integers(-(2**63), 2**63 - 1),
+    st.sampled_from(DTYPES),
+)
+def test_drops_what_the_reference_drops(leading, columns, p, seed, dtype):
+    x = torch.randn(*leading, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    same_bits(x, p, torch.tensor([seed]))
+
+
+@pytest.mark.parametrize("together", [1, 64, 1000])
+@pytest.mark.parametrize("columns", [1, 63, 130])
+def test_drops_the_same_by_however_many_rows(monkeypatch, together, columns):
+    monkeypatch.setattr(fast, "TOGETHER", together)
+    same_bits(torch.randn(37, columns), 0.3, torch.tensor([5]))
+    # as rows and columns past 2^16 hash
+    same_bits(torch.randn(70_000, 1), 0.3, torch.tensor([5]))
+    same_bits(torch.randn(1, 70_000), 0.3, torch.tensor([5]))
+
+
+def test_drops_infinities_and_reads_any_strides():
+    x = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))
+    x[::5], x[1::5], x[2::5] = torch.inf, torch.nan, -0.0
+    same_bits(x.T, 0.5, torch.tensor([7]))
+    same_bits(x[1::2, ::3], 0.5, torch.tensor([7]))
+    same_bits(x[:1].expand(9, 48), 0.5, torch.tensor([7]))
+
+
+def test_drops_nothing_without_a_probability_and_wants_a_seed():
+    x = torch.randn(3, 4)
+    assert fast.dropped(x, 0.0, None) is x
+    with pytest.raises(ConfigError, match="needs a seed"):
+        fast.dropped(x, 0.5, None)

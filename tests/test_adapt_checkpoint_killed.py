@@ -50,6 +50,11 @@ def test_checkpoint_configuration_may_be_edited_where_that_changes_nothing(folde
     assert adapter_layers(model)["layers.0.attn.q_proj"].adapters["default"].dropout == 0.5
 
 
+def test_checkpoint_configuration_that_is_edited_to_what_is_not_implemented_is_refused_as_such(folder):
+    (folder / CONFIG).write_text(json.dumps({**read(folder), "use_dora": True}))
+    assert_refused(folder, "sets use_dora to True", error=lc.ConfigError)
+
+
 def test_checkpoint_failed_write_leaves_the_old_one_and_no_litter(folder, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 

@@ -42,7 +42,7 @@ def test_checkpoint_whose_start_cannot_be_repeated_leaves_the_weights_bit_for_bi
     assert_same_state(state(fresh), before)
 
 
-@pytest.mark.parametrize("folder", [None, 5, "", "a\0b"], ids=repr)
+@pytest.mark.parametrize("folder", [None, 5, "", "a\0b", "a\ud800b"], ids=repr)
 def test_what_is_no_folder_is_refused(folder):
     model = lc.add_adapter(nn.Sequential(nn.Linear(4, 4)), lc.LoraConfig(r=2, target_modules=["0"]))
     for verb in (lc.save_adapter, lc.load_adapter):

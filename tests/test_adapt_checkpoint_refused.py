@@ -104,9 +104,10 @@ def test_checkpoint_broken_configuration_is_refused(folder, text, word):
     assert_refused(folder, CONFIG, word)
 
 
-def test_checkpoint_copy_of_the_configuration_that_is_no_json_is_ignored(folder):
+@pytest.mark.parametrize("copied", ["[" * 50_000, "[]", "5"], ids=["deep", "list", "number"])
+def test_checkpoint_copy_of_the_configuration_that_is_none_is_ignored(folder, copied):
     wanted = lc.load_adapter(decoder(), folder)(tokens())
-    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={METADATA_KEY: "[" * 50_000})
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={METADATA_KEY: copied})
     assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
 
 
@@ -135,6 +136,8 @@ def test_checkpoint_missing_folder_and_files_are_named(folder, tmp_path):
     assert_refused(tmp_path / "user" / "adapter", "no folder", "download")
     (tmp_path / "empty").mkdir()
     assert_refused(tmp_path / "empty", WEIGHTS, "holds nothing")
+    (tmp_path / "empty" / WEIGHTS).symlink_to(tmp_path / "gone")
+    assert_refused(tmp_path / "empty", f"{WEIGHTS} is a link to {tmp_path / 'gone'}, which does not exist")
     rewrite(folder)
     (folder / CONFIG).unlink()
     assert_refused(folder, f"has no {CONFIG}")
@@ -237,6 +240,14 @@ def test_checkpoint_load_that_is_interrupted_puts_the_bases_own_biases_back(tmp_
 
     monkeypatch.setattr(load, "_fill", interrupted)
     assert_refused(tmp_path, model=adapted(decoder(), "other", target_modules=["v_proj"]), error=KeyboardInterrupt)
+
+
+def test_checkpoint_beside_a_partial_file_whose_metadata_are_no_text_is_loaded(folder):
+    wanted = lc.load_adapter(decoder(), folder)(tokens())
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps({"__metadata__": {METADATA_KEY: 5}}).encode()
+    (folder / f".{WEIGHTS}.0123.partial").write_bytes(len(text).to_bytes(8, "little") + text)
+    assert torch.equal(lc.load_adapter(decoder(), folder)(tokens()), wanted)
 
 
 def test_checkpoint_whose_metadata_are_nested_deeper_than_is_read_is_loaded(folder):

@@ -95,6 +95,22 @@ def test_a_lock_ends_with_its_block_though_a_forked_process_lives_on(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file systems know locks")
+@pytest.mark.parametrize("to_write", [False, True])
+def test_a_lock_leaves_no_folder_open(tmp_path, monkeypatch, to_write):
+    opening, closing, opened, closed = os.open, os.close, [], []
+
+    def counted(path, flags):
+        opened.append(opening(path, flags))
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", counted)
+    monkeypatch.setattr(os, "close", lambda descriptor: (closed.append(descriptor), closing(descriptor)))
+    with files.held(tmp_path, to_write=to_write):
+        assert len(opened) == 1 and not closed
+    assert closed == opened
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file systems know locks")
 def test_a_lock_that_is_not_let_go_is_waited_for_so_long(tmp_path, monkeypatch):
     """As in a signal's handler that saves, too, while its own thread is saving."""
     monkeypatch.setattr(files, "LONGEST_WAIT_S", 0.2)

@@ -111,3 +111,9 @@ def test_fuse_of_a_model_without_such_layers_reports_nothing():
     report = lc.fuse(nn.Sequential(nn.LayerNorm(4), nn.GELU()))
     assert report.swapped == [] and report.skipped == {}
     assert str(report) == "0 layers fused, 0 left as they are"
+
+
+def test_fuse_takes_a_layer_whose_name_begins_like_the_one_before():
+    model = nn.ModuleDict({"fc": nn.Linear(WIDTH, 8), "fc2": nn.Linear(WIDTH, 8)})
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["fc", "fc2"]))
+    assert lc.fuse(model).swapped == ["fc", "fc2"]

@@ -86,6 +86,29 @@ def test_merging_several_adapters_rounds_their_sum_once():
     assert torch.equal(layer.weight, want)
 
 
+def test_merging_matrices_of_less_precision_keeps_that_of_the_weight():
+    model = adapted(torch.float64)
+    layer = model.layers[0].attn.q_proj
+    for matrices in (layer.lora_a, layer.lora_b):
+        matrices.float()
+    want = layer.weight + layer.delta("default").double()
+    lc.merge_adapter(model)
+    assert torch.equal(layer.weight, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_an_update_by_matrices_in_half_precision_is_computed_in_float32(dtype):
+    config = lc.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+    model = lc.add_adapter(TinyDecoder().to(dtype), config, autocast_adapter_dtype=False)
+    randomise(model, 0.1)
+    layer = model.layers[0].attn.q_proj
+    a, b = (matrices["default"].detach() for matrices in (layer.lora_a, layer.lora_b))
+    assert a.dtype == b.dtype == dtype
+    want = (layer.weight.float() + 2 * (b.float() @ a.float())).to(dtype)
+    lc.merge_adapter(model)
+    assert torch.equal(layer.weight, want)
+
+
 def test_report_measures_the_error_against_float64():
     model = adapted(torch.bfloat16)
     layer = model.layers[0].attn.q_proj
@@ -101,6 +124,16 @@ def test_report_measures_the_error_against_float64():
     held = sum(2 * m.weight.numel() for m in adapter_layers(model).values())
     assert report.backup_bytes == held
     assert "12 layers" in str(report)
+
+
+def test_report_is_as_bad_as_the_worst_of_its_layers():
+    model = adapted(torch.bfloat16)
+    # without an update there is nothing to round
+    nn.init.zeros_(model.layers[0].attn.q_proj.lora_b["default"])
+    report = lc.merge_adapter(model)
+    errors = [row.relative_error for row in report.layers.values()]
+    assert 0 == min(errors) < report.worst == max(errors)
+    assert f"at most {max(errors):.2e}" in str(report)
 
 
 def test_report_of_an_nf4_merge_says_what_requantising_cost():
@@ -207,6 +240,8 @@ def test_merge_and_unload_keeps_the_trained_copies():
         model.norm.copies["default"].weight.fill_(3)
     lc.merge_and_unload(model)
     assert type(model.norm) is nn.LayerNorm and (model.norm.weight == 3).all()
+    # frozen, as the layers that were merged are
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_merge_and_unload_of_one_adapter_drops_the_others():
@@ -226,6 +261,13 @@ def test_merging_a_tied_weight_is_refused_and_changes_nothing(verb):
     with pytest.raises(lc.AdapterError, match=r"embed_tokens: its weight is tied to lm_head.weight"):
         verb(model)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_a_tied_weight_that_another_adapter_is_for_does_not_stop_a_merge():
+    model = TinyDecoder(tied=True)
+    for name, target in (("of the tied", "embed_tokens"), ("of others", "q_proj")):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=[target]), name)
+    assert set(lc.merge_adapter(model, "of others").layers) == {f"layers.{i}.attn.q_proj" for i in range(3)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])

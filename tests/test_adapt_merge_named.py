@@ -36,6 +36,13 @@ def output(model, names, x):
 X = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
+def test_what_is_left_of_the_active_adapters_is_merged_once_one_is_deleted():
+    model = two()
+    lc.set_adapter(model, ["a", "b"])
+    lc.delete_adapter(model, "a")
+    assert lc.merge_adapter(model).names == ("b",)
+
+
 @pytest.mark.parametrize("active", ["a", "b", ["a", "b"]])
 @pytest.mark.parametrize("merged", ["a", "b", ["a", "b"]])
 @pytest.mark.parametrize("verb", [lc.merge_adapter, lc.merge_and_unload])

@@ -76,6 +76,16 @@ def test_disabling_takes_merged_adapters_out_for_the_while():
     assert torch.equal(model(tokens()), merged)
 
 
+def test_deleting_one_of_three_leaves_both_others_active():
+    model = TinyDecoder()
+    for name, target in (("a", "q_proj"), ("b", "v_proj"), ("c", "up_proj")):
+        lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=[target]), name)
+    lc.set_adapter(model, ["a", "b", "c"])
+    lc.delete_adapter(model, "a")
+    trained = {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"b", "c"}
+
+
 def test_deleting_brings_the_plain_layers_back(model):
     with lc.disable_adapter(model):
         base = model(tokens())

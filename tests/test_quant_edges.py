@@ -155,6 +155,8 @@ def test_quant_weight_round_trips_through_a_state_dict(kind, assign):
     assert torch.equal(other.dequantize(), q.dequantize())
     meta = copy.deepcopy(q).to("meta")
     assert meta.device.type == "meta" and meta.dequantize().is_meta
+    both = copy.deepcopy(q).to("meta", torch.float16)
+    assert [(b.device.type, b.dtype) for b in both.buffers()] == [("meta", b.dtype) for b in q.buffers()]
     meta.to_empty(device="cpu").load_state_dict(q.state_dict())
     assert torch.equal(meta.dequantize(), q.dequantize())
 

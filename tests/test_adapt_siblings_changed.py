@@ -283,3 +283,13 @@ def test_an_adapter_that_no_operation_takes_runs_as_it_is(change, why):
     report = lc.fuse(model)
     assert report.swapped == [] and why in str(report)
     assert all(torch.equal(y, w) for y, w in zip(model(inputs()), plain(inputs()), strict=True))
+
+
+def test_layers_whose_matrices_are_of_different_dtypes_are_each_on_their_own():
+    plain, fused = both(own)
+    for model in (plain, fused):
+        model.bfloat16()
+        for matrices in (model.b.lora_a, model.b.lora_b):
+            matrices.float()
+    x = torch.randn(ROWS, WIDTH).bfloat16()
+    assert all(map(torch.equal, fused(x), plain(x)))

@@ -47,6 +47,14 @@ def test_switching_trains_the_active_adapter_only(model):
     assert "norm.copies.two.weight" in trained and not any(n.endswith("one") for n in trained)
 
 
+def test_disabling_runs_the_original_of_a_module_that_is_trained_whole(model):
+    with lc.disable_adapter(model):
+        base = model(tokens())
+    nn.init.constant_(model.norm.copies["two"].weight, 3)
+    with lc.disable_adapter(model):
+        assert torch.equal(model(tokens()), base)
+
+
 def test_disabling_restores_even_after_an_error(model):
     before = model(tokens())
     with pytest.raises(RuntimeError, match="inside"), lc.disable_adapter(model):

@@ -144,10 +144,20 @@ def test_inspect_reports_what_cannot_be_loaded(tmp_path):
     assert any("use_qalora" in p for p in inspect_path(tmp_path).problems)
 
 
-def test_inspect_reports_values_that_are_not_finite(tmp_path):
-    write_adapter(tmp_path, up__lora_A=torch.full((4, 16), math.nan))
+def test_inspect_norm_of_an_update_that_is_subtracted_is_no_less(tmp_path):
+    write_adapter(tmp_path)
+    added = inspect_path(tmp_path).pairs
+    (tmp_path / CONFIG).write_text(json.dumps({**CONFIGURATION, "lora_alpha": -CONFIGURATION["lora_alpha"]}))
+    assert [p.update_norm for p in inspect_path(tmp_path).pairs] == [p.update_norm for p in added]
+
+
+@pytest.mark.parametrize("b", [torch.ones(24, 4), torch.zeros(24, 4)], ids=["trained", "zero"])
+def test_inspect_reports_values_that_are_not_finite(tmp_path, b):
+    write_adapter(tmp_path, up__lora_A=torch.full((4, 16), math.nan), up__lora_B=b)
     report = inspect_path(tmp_path)
     assert any("NaN or infinity" in p for p in report.problems)
+    # 0 times NaN is not 0
+    assert not any(pair.untrained for pair in report.pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn])

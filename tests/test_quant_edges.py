@@ -147,14 +147,24 @@ def test_quant_weight_survives_copies_casts_and_pickling(double_quant):
         assert {n: b.dtype for n, b in other.named_buffers()} == {n: b.dtype for n, b in q.named_buffers()}
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
+def test_quant_weight_keeps_no_graph_of_a_parameter(kind, double_quant):
+    q = quantize(torch.nn.Parameter(torch.randn(40, 70)), kind, 64, double_quant)
+    assert not any(buffer.requires_grad for buffer in q.buffers())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
 def test_quant_weight_round_trips_through_a_state_dict(kind, assign):
     q, other = (quantize(torch.randn(40, 70), kind, 64, True) for _ in range(2))
     other.load_state_dict(q.state_dict(), assign=assign)
     assert torch.equal(other.dequantize(), q.dequantize())
+    assert (other.codes.data_ptr() == q.codes.data_ptr()) is assign
     meta = copy.deepcopy(q).to("meta")
     assert meta.device.type == "meta" and meta.dequantize().is_meta
+    written = meta.state_dict()
+    assert set(written) == set(q.state_dict()) and all(tensor.is_meta for tensor in written.values())
     both = copy.deepcopy(q).to("meta", torch.float16)
     assert [(b.device.type, b.dtype) for b in both.buffers()] == [("meta", b.dtype) for b in q.buffers()]
     meta.to_empty(device="cpu").load_state_dict(q.state_dict())

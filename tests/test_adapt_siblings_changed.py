@@ -293,3 +293,24 @@ def test_layers_whose_matrices_are_of_different_dtypes_are_each_on_their_own():
             matrices.float()
     x = torch.randn(ROWS, WIDTH).bfloat16()
     assert all(map(torch.equal, fused(x), plain(x)))
+
+
+def test_what_a_dormant_start_took_out_of_the_weights_is_added_back_by_siblings():
+    plain = own(init_lora_weights="pissa")
+    lc.add_adapter(plain, lc.LoraConfig(r=2, target_modules=NAMES), "other")
+    fused = copy.deepcopy(plain)
+    lc.fuse(fused)
+    for y, want in zip(fused(inputs()), plain(inputs()), strict=True):
+        assert (y - want).abs().max() <= APART * want.abs().max()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_layers_whose_biases_are_trained_are_each_on_their_own(bias):
+    plain = own(bias=bias)
+    fused = copy.deepcopy(plain)
+    lc.fuse(fused)
+    for model in (plain, fused):
+        sum(y.sum() for y in model(inputs())).backward()
+    for name in NAMES:
+        one, other = (getattr(model, name).bias.grad for model in (plain, fused))
+        assert one is not None and torch.equal(one, other)

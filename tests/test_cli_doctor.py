@@ -10,6 +10,7 @@ import torch
 
 from lora_core import cli, doctor
 from lora_core.doctor import checks
+from lora_core.doctor.report import self_check
 
 
 def test_doctor_finds_every_operation_sound(capsys):
@@ -41,6 +42,7 @@ def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
         return (result[0] + 1, result[1]) if isinstance(result, tuple) else result * 1.01
 
     monkeypatch.setattr(checks, broken, wrong)
+    assert broken in {check.operation for check in self_check("cpu") if not check.passed}
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor"])
     assert stop.value.code == 1

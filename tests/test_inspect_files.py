@@ -25,6 +25,29 @@ def test_inspect_reads_a_folder_of_shards(tmp_path):
     assert [t.name for t in report.plain] == ["head.weight", "norm.weight"]
 
 
+def test_inspect_reads_a_file_whose_length_looks_like_the_start_of_a_pickle(tmp_path):
+    path, name = tmp_path / "a.safetensors", "a"
+    while not path.exists() or not path.read_bytes().startswith(b"\x80\x02"):
+        save_file({name: torch.ones(2)}, path)
+        name += "a"
+        assert len(name) < 1000
+    assert [t.shape for t in inspect_path(path).plain] == [(2,)]
+
+
+def test_inspect_of_a_file_leaves_the_configuration_of_an_adapter_beside_it_alone(tmp_path):
+    write_adapter(tmp_path)
+    save_file({"norm.weight": torch.ones(3)}, tmp_path / "other.safetensors")
+    report = inspect_path(tmp_path / "other.safetensors")
+    assert (report.kind, report.problems, [t.name for t in report.plain]) == ("checkpoint", [], ["norm.weight"])
+
+
+def test_inspect_leaves_an_index_beside_a_model_in_one_file_alone(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": ONE}}))
+    report = inspect_path(tmp_path)
+    assert report.problems == [] and list(report.files) == ["model.safetensors"]
+
+
 def shards(folder, index):
     save_file({"a": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(index if isinstance(index, str) else json.dumps(index))

@@ -1,5 +1,6 @@
 """Merging adapters into the weights, and out again bit for bit."""
 
+import collections
 import copy
 
 import pytest
@@ -8,9 +9,13 @@ from models import TinyDecoder, randomise, tokens
 from tolerance import assert_same_function, assert_within_rounding
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_core as lc
+from lora_core.adapt import merge
 from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.nf4_linear import NF4Linear
 from lora_core.quant import quantize
 
@@ -80,10 +85,55 @@ def test_merging_several_adapters_rounds_their_sum_once():
     lc.add_adapter(model, lc.LoraConfig(r=5, target_modules=["q_proj"]), "other")
     randomise(model, 0.1)
     layer = model.layers[0].attn.q_proj
-    want = layer.weight + layer.delta("default") + layer.delta("other")
+    want = layer.weight.double() + layer.delta("default").double() + layer.delta("other").double()
     report = lc.merge_adapter(model, ["default", "other"])
     assert report.names == ("default", "other")
-    assert torch.equal(layer.weight, want)
+    assert torch.equal(layer.weight, want.to(layer.weight.dtype))
+
+
+class Made(TorchDispatchMode):
+    """Counts the elements of the largest tensor that operations make, by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(made):
+            if isinstance(t, torch.Tensor):
+                self.most[t.dtype] = max(self.most[t.dtype], t.numel())
+        return made
+
+
+@pytest.mark.parametrize("verb", [lc.merge_adapter, lc.merge_and_unload])
+def test_merging_makes_an_update_once_and_nothing_wider_of_a_whole_weight(monkeypatch, verb):
+    monkeypatch.setattr(merge, "COMPARED", 128)
+    model = adapted(torch.bfloat16)
+    layers = len(adapter_layers(model))
+    asked = []
+    delta = AdapterLayer.delta
+    monkeypatch.setattr(AdapterLayer, "delta", lambda self, name: asked.append(name) or delta(self, name))
+    with Made() as made:
+        verb(model)
+    assert len(asked) == layers
+    assert made.most[torch.float64] <= 128 < made.most[torch.float32]
+
+
+def test_an_update_that_overflows_is_found_although_a_bound_passes_most_by():
+    """max|A| max|B| r s is far above the largest number where no product is, and not below it where one is."""
+    model = adapted(torch.float16)
+    layer = model.layers[0].attn.q_proj
+    with torch.no_grad():
+        layer.lora_a["default"].zero_()[0, 0] = 1e4
+        layer.lora_b["default"].zero_()[0, -1] = 1e4
+    assert layer.delta_bound("default") > torch.finfo(torch.float16).max
+    lc.merge_adapter(model)
+    lc.unmerge_adapter(model)
+    with torch.no_grad():
+        layer.lora_b["default"][0, 0] = 1e4
+    with pytest.raises(lc.NonFiniteError, match="too large for the dtype"):
+        lc.merge_adapter(model)
 
 
 def test_merging_matrices_of_less_precision_keeps_that_of_the_weight():

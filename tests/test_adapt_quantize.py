@@ -1,6 +1,8 @@
 """Holding a model's linear layers in NF4."""
 
+import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -21,6 +23,47 @@ def test_quantising_replaces_all_but_the_head():
     assert lc.quantize_model(model) is model
     assert [n for n, k in kinds(model).items() if k is nn.Linear] == ["lm_head"]
     assert not any(p.requires_grad for n, p in model.named_parameters() if "proj" in n)
+
+
+def test_a_dense_weight_is_let_go_before_the_next_is_quantised(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    dense = [weakref.ref(layer.weight) for layer in model]
+    held = []
+    from_dense = NF4Linear.from_dense.__func__
+
+    def watched(cls, layer, **config):
+        held.append(sum(weight() is not None for weight in dense))
+        return from_dense(cls, layer, **config)
+
+    monkeypatch.setattr(NF4Linear, "from_dense", classmethod(watched))
+    lc.quantize_model(model, skip_modules=[])
+    assert held == [4, 3, 2, 1]
+
+
+def test_stacked_weights_that_stay_dense_are_told_with_their_share():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(4, 8, 8))
+
+    model = nn.ModuleDict({"experts": Experts(), "fc": nn.Linear(8, 8, bias=False)})
+    told = r"stacked weights in full precision.*: experts\.gate_up_proj: 256 of 320 parameters"
+    with pytest.warns(UserWarning, match=told):
+        lc.quantize_model(copy.deepcopy(model), skip_modules=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lc.quantize_model(model, skip_modules=["experts"])
+
+
+@pytest.mark.peer("accelerate")
+def test_layers_that_accelerate_has_hooked_are_told_shortly_and_with_the_way():
+    import accelerate
+
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(9)), nn.Linear(64, 64))
+    for layer in model[:9]:
+        accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    with pytest.warns(UserWarning, match="leaves 0, 1, 2 and 6 more in full precision.*before it is dispatched"):
+        lc.quantize_model(model, skip_modules=[])
 
 
 def test_skip_modules_are_left_alone_and_replace_the_default():

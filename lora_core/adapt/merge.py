@@ -1,6 +1,6 @@
 """merge_adapter, unmerge_adapter, merge_and_unload: adapters inside the weights, and out again.
 
-    W' = W + sum s B A, computed in float32 and rounded once to the dtype (or the 4-bit format) of W
+    W' = W + sum s B A, computed in float32 or wider and rounded once to the dtype (or the 4-bit format) of W
 
 Rounding makes W' differ from W + s B A: the report says by how much. Subtracting s B A again would not give W back, so
 unmerging restores a copy that is kept in CPU memory.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapt.mergeable import mergeable_layers, merged_weight
+from lora_core.adapt.mergeable import mergeable_layers, merged_weight, update_of
 from lora_core.adapt.switch import activate, active_names, chosen_names, refuse_rivals
 from lora_core.adapt.walk import (
     merged_names,
@@ -28,6 +28,9 @@ from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.merged import Merged
 from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
+
+# elements of a weight that are compared together
+COMPARED = 2**20
 
 
 @dataclass(frozen=True)
@@ -185,25 +188,24 @@ def _merge(model: nn.Module, names: tuple[str, ...]) -> MergeReport:
 
 @torch.no_grad()
 def _merge_layer(layer: AdapterLayer, names: tuple[str, ...]) -> LayerMerge:
-    wanted = merged_weight(layer, names)
-    truth = layer.read_weight().double()
-    for name in names:
-        if name in layer.adapters:
-            # not in place: in float64 this is the weight itself
-            truth = truth + layer.delta(name).to(truth.device)
+    update, before = update_of(layer, names), layer.read_weight().clone()
     # kept before anything is written: to restore what was not written does no harm
     layer.merged = Merged(names, layer.backup_weight())
-    layer.write_weight(wanted)
-    error = layer.read_weight().double() - truth
-    return LayerMerge(
-        relative_error=_ratio(error.norm(), truth.norm()),
-        largest_error=error.abs().max().item() if error.numel() else 0.0,
-        requantized=isinstance(layer, LoraNF4Linear),
-    )
+    layer.write_weight(before + update)
+    return _measured(before, update, layer.read_weight(), isinstance(layer, LoraNF4Linear))
 
 
-def _ratio(error: Tensor, truth: Tensor) -> float:
-    return (error / truth).item() if truth else error.item()
+def _measured(before: Tensor, update: Tensor, merged: Tensor, requantized: bool) -> LayerMerge:
+    """Compare in float64, some rows at a time: whole, it would take several times the memory of the weight."""
+    rows = max(1, COMPARED // max(1, before[:1].numel()))
+    norms, largest = [], 0.0
+    for old, change, new in zip(*(t.split(rows) for t in (before, update, merged)), strict=True):
+        truth = old.double() + change
+        error = new.double() - truth
+        norms.append((error.norm(), truth.norm()))
+        largest = max(largest, error.abs().max().item() if error.numel() else 0.0)
+    error, truth = (torch.stack(each).norm() for each in zip(*norms, strict=True))
+    return LayerMerge((error / truth if truth else error).item(), largest, requantized)
 
 
 def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple[str, ...]:

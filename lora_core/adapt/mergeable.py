@@ -1,5 +1,7 @@
 """Whether adapters can be merged into the weights they are for: asked of all layers before one is changed."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -25,22 +27,32 @@ def mergeable_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, Adap
     return layers
 
 
+def update_of(layer: AdapterLayer, names: tuple[str, ...]) -> Tensor:
+    """Return sum s B A of those of these adapters that a layer has: of one in float32 or wider, of more in float64."""
+    device = layer.weight.device
+    first, *others = (name for name in names if name in layer.adapters)
+    total = layer.delta(first).to(device)
+    for name in others:
+        total = total.double().add_(layer.delta(name).to(device))
+    return total
+
+
 def merged_weight(layer: AdapterLayer, names: tuple[str, ...]) -> Tensor:
     """Return W + sum s B A in float32 or wider."""
-    weight = layer.read_weight()
-    for name in names:
-        if name in layer.adapters:
-            delta = layer.delta(name).to(weight.device)
-            weight = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
-    return weight
+    return layer.read_weight() + update_of(layer, names)
 
 
 def _refuse_non_finite(name: str, layer: AdapterLayer, names: tuple[str, ...]) -> None:
-    if not layer.read_weight().isfinite().all():
+    largest = float(layer.read_weight().abs().amax()) if layer.weight.numel() else 0.0
+    if not math.isfinite(largest):
         raise NonFiniteError(
             f"the base weight of {name} holds NaN or infinity already, whatever is merged into it: repair it, or load "
             "the base again; nothing was changed"
         )
+    # most sums are so far from overflowing that none has to be made; a bound that is NaN is below nothing
+    bound = largest + sum(layer.delta_bound(n) for n in names if n in layer.adapters)
+    if bound < torch.finfo(layer.weight.dtype).max / 2:
+        return
     if not torch.isfinite(merged_weight(layer, names).to(layer.weight.dtype)).all():
         raise NonFiniteError(
             f"merging {', '.join(names)} into {name} gives NaN or infinity in {layer.weight.dtype}: the adapter is "

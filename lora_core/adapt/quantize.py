@@ -10,7 +10,8 @@ from lora_core.adapt.kinds import is_held_by_others, is_transposed_linear
 from lora_core.adapt.names import first_few, inside_any, matches
 from lora_core.adapt.target import output_head
 from lora_core.adapt.unsupported import refuse_peft, refuse_unshaped
-from lora_core.adapt.walk import Ties, adapter_names, places, plain_name, replace, unwrapped
+from lora_core.adapt.untargeted import stacked_weights
+from lora_core.adapt.walk import Ties, adapter_names, original_modules, places, plain_name, replace, unwrapped
 from lora_core.adapt.warn import warn
 from lora_core.errors import AdapterError, ConfigError, DtypeError, NonFiniteError, TargetNotFoundError
 from lora_core.layers.as_written import stands_for_others
@@ -31,7 +32,8 @@ def quantize_model(
 
     Left alone: the output head (unless skip_modules says otherwise), layers whose weight is tied to another module,
     layers that are never called, as that of nn.MultiheadAttention, what is quantised already, and, with a warning,
-    layers with a forward, hooks or a parametrisation of their own.
+    layers with a forward, hooks or a parametrisation of their own, and experts' weights that are stacked in one tensor.
+    Each dense weight is let go before the next is quantised, unless somebody else holds it.
 
     Args:
         model: any module without adapters; its linear layers (nn.Linear, transformers' Conv1D) are replaced.
@@ -64,17 +66,33 @@ def quantize_model(
         )
     if not (skip_modules is None or is_names(skip_modules)):
         raise ConfigError(f"quantize_model: skip_modules is {skip_modules!r}; want a list of names, or None")
+    # by name: held here, a dense layer would stay until the last is quantised
+    chosen = _choose(model, config, skip_modules)
+    for names in chosen:
+        _check(model.get_parameter(f"{names[0]}.weight"), names[0])
+    _warn_of_unmatched(model, skip_modules)
+    for names in chosen:
+        replace(model, names, _quantised(model.get_submodule(names[0]), config))
+    settle_fast_paths(model)
+    return model
+
+
+def _choose(model: nn.Module, config: NF4Config, skip: Sequence[str] | None) -> list[list[str]]:
+    """Return the names of every layer to quantise, and warn of what is left.
+
+    Raises:
+        TargetNotFoundError: if there is none.
+    """
     where = places(model)
-    head = output_head(unwrapped(model)) if skip_modules is None else None
-    chosen = {m: names for m, names in where.items() if m is not head and _chosen(model, m, names, skip_modules or ())}
+    head = output_head(unwrapped(model)) if skip is None else None
+    chosen = {m: names for m, names in where.items() if m is not head and _chosen(model, m, names, skip or ())}
     ties = Ties(model)
     own = {m: names for m, names in chosen.items() if _is_used_otherwise(model, m, names)}
     chosen = {m: names for m, names in chosen.items() if m not in own and not ties.of(m.weight)}
-    told = ", ".join(names[0] for names in own.values())
-    why = f"{told} in full precision: a forward, hooks, a parametrisation or another use of the weight would be lost"
+    why = _why_left(own)
     if not chosen and not any(isinstance(m, NF4Linear) for m in where):
         raise TargetNotFoundError(
-            f"quantize_model: no linear layer to quantise outside skip_modules={skip_modules!r}; want nn.Linear or "
+            f"quantize_model: no linear layer to quantise outside skip_modules={skip!r}; want nn.Linear or "
             "transformers' Conv1D in floating point, which no other library has quantised"
             + (f"; it has to leave {why}" if own else "")
         )
@@ -86,20 +104,39 @@ def quantize_model(
             f"quantize_model leaves {first_few(other, SHOWN)} in the 4-bit format they are in: quantise the model in "
             "full precision to change it"
         )
-    for module, names in chosen.items():
-        _check(module.get_parameter("weight"), names[0])
-    _warn_of_unmatched(model, skip_modules)
-    for module, names in chosen.items():
-        new = NF4Linear.from_dense(
-            module,
-            block_size=config.block_size,
-            double_quant=config.double_quant,
-            compute_dtype=config.compute_dtype,
-            transposed=is_transposed_linear(module),
+    _warn_of_stacked(model, skip or ())
+    return list(chosen.values())
+
+
+def _why_left(own: dict[nn.Module, list[str]]) -> str:
+    """Return which layers stay in full precision, and why."""
+    told = first_few([names[0] for names in own.values()], SHOWN)
+    hooked = any(hasattr(module, "_hf_hook") for module in own)
+    way = "; accelerate's hooks are on them: quantise the model before it is dispatched or offloaded" if hooked else ""
+    return (
+        f"{told} in full precision: a forward, hooks, a parametrisation or another use of the weight would be lost{way}"
+    )
+
+
+def _warn_of_stacked(model: nn.Module, skip: Sequence[str]) -> None:
+    found = stacked_weights(dict(original_modules(model)))
+    stacked = {name: p.numel() for name, p in found if not inside_any(plain_name(name), skip)}
+    if stacked:
+        total = sum(p.numel() for p in model.parameters())
+        warn(
+            f"quantize_model leaves stacked weights in full precision, which are in no linear layer: "
+            f"{first_few(list(stacked), SHOWN)}: {sum(stacked.values()):,} of {total:,} parameters"
         )
-        replace(model, names, new)
-    settle_fast_paths(model)
-    return model
+
+
+def _quantised(layer: nn.Module, config: NF4Config) -> NF4Linear:
+    return NF4Linear.from_dense(
+        layer,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        compute_dtype=config.compute_dtype,
+        transposed=is_transposed_linear(layer),
+    )
 
 
 def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str]) -> bool:

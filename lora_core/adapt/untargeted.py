@@ -1,7 +1,7 @@
 """What a configuration names and does not choose: warnings, and the message where it chooses nothing."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -57,19 +57,23 @@ def warn_of(what: str, names: Iterable[str], why: str) -> None:
         warn(f"target_modules: {what} {first_few(told, SHOWN_NAMES)}: {why}")
 
 
+def stacked_weights(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield weights of three dimensions that no layer of a known kind has, as those of experts, with their names."""
+    for name, module in modules.items():
+        # what a weight is computed of is none that a layer has
+        if adapted_kind(module) is not None or "parametrizations" in name.split("."):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() != 3 or not parameter.is_floating_point():
+                continue
+            # vectors by which tokens are mixed, or that stand for one, are no stack of matrices
+            if parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1:
+                yield f"{name}.{key}", parameter
+
+
 def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:
     """Warn of weights that target_modules means and does not reach: experts in one tensor of three dimensions."""
-    stacked = [
-        f"{name}.{key}"
-        for name, module in candidates.items()
-        # what a weight is computed of is none that a layer has
-        if adapted_kind(module) is None and "parametrizations" not in name.split(".")
-        for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
-        # vectors by which tokens are mixed, or that stand for one, are no stack of matrices
-        if parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1
-        if _means(wanted, key)
-    ]
+    stacked = [name for name, _ in stacked_weights(candidates) if _means(wanted, name.rpartition(".")[2])]
     if stacked:
         warn(
             f"target_modules leaves stacked weights out, which are in no linear layer: "

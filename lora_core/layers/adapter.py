@@ -294,7 +294,12 @@ class AdapterLayer(nn.Module):
         """Return s B A, what the adapter adds to the base weight: float32 or wider, the weight's shape."""
         a, b = self.lora_a.bring(name).detach(), self.lora_b.bring(name).detach()
         wide = torch.promote_types(a.dtype, torch.float32)
-        return self.product(a.to(wide), b.to(wide)) * self.adapters[name].scaling
+        return self.product(a.to(wide), b.to(wide)).mul_(self.adapters[name].scaling)
+
+    def delta_bound(self, name: str) -> float:
+        """Return what no element of delta(name) exceeds: |s| r max|A| max|B|; NaN where one of them is."""
+        a, b = (float(m.bring(name).detach().abs().amax()) for m in (self.lora_a, self.lora_b))
+        return abs(self.adapters[name].scaling) * self.adapters[name].rank * a * b
 
     def shift_weight(self, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
         """W <- W + factor B A, computed in float32 or wider and rounded once."""

@@ -268,3 +268,30 @@ def test_start_from_four_bits_is_warned_of(init):
     assert {n: t.tolist() for n, t in model.state_dict().items()} == {n: t.tolist() for n, t in before.items()}
     with pytest.warns(UserWarning, match="starts from 4-bit weights.*rounding"):
         lc.add_adapter(model, config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_is_given_back_in_the_precision_of_a_weight_that_became_wider(init):
+    model = nn.Sequential(nn.Linear(8, 8))
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))
+    model[0].base_layer.double()
+    with torch.no_grad():
+        model[0].base_layer.weight += 1e-9
+    want = model[0].original_weight()
+    lc.delete_adapter(model, "default")
+    assert torch.equal(model[0].weight, want) and not torch.equal(want, want.float().double())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dormant_start_is_added_back_in_the_dtype_of_the_output(init, dtype):
+    model = nn.Sequential(nn.Linear(16, 16))
+    x = torch.randn(3, 16)
+    base = model(x)
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))
+    model[0].base_layer.to(dtype)
+    with lc.disable_adapter(model):
+        y = model(x.to(dtype))
+    assert y.dtype == dtype
+    # weight, bias, x, both parts and their sum are rounded
+    assert (y.float() - base).abs().max() <= 16 * torch.finfo(dtype).eps * base.abs().max()

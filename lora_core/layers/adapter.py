@@ -304,7 +304,7 @@ class AdapterLayer(nn.Module):
     def shift_weight(self, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
         """W <- W + factor B A, computed in float32 or wider and rounded once."""
         device = self.weight.device
-        wide = torch.promote_types(lora_a.dtype, torch.float32)
+        wide = torch.promote_types(torch.promote_types(self.weight.dtype, lora_a.dtype), torch.float32)
         product = self.product(lora_a.to(device, wide), lora_b.to(device, wide))
         self.write_weight(self.read_weight().to(wide) + factor * product)
 

@@ -29,6 +29,7 @@ LINEAR = ("low_rank_matmul", "row_sum", "shrink", "split_sum")
 KERNELS_OF = {
     "lora_linear": LINEAR,
     "lora_linears": LINEAR,
+    "lora_dropout": LINEAR,
     "nf4_lora_linear": ("nf4_matmul", "nf4_dequantize", "nf4_columns", *LINEAR),
     "dora_norm": ("dora_norm", "split_sum"),
     "grouped_lora": ("gather_expand", "gather_gradient", "gather_shrink"),

@@ -78,6 +78,7 @@ def test_a_backward_that_holds_the_weight_dense_is_listed_with_the_reason(uncomp
         ("grouped_lora", 3, {"torch", "torch masked", "compiled"}),
         ("dora_norm", 2, {"torch", "compiled", "compiled algebra"}),
         ("lora_linears", 3, {"torch", "compiled"}),
+        ("lora_dropout", 3, {"torch", "peft"}),
         ("nf4_dequantize", 1, {"reference", "compiled"}),
         ("nf4_quantize", 1, {"reference"}),
     ],

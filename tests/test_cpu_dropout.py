@@ -1,10 +1,11 @@
-"""Dropout by hashes in 32 bits: the reference's bits, whatever the shape, the seed and the memory."""
+"""Dropout by hashes in 32 bits, by PyTorch's operations and by compiled loops: the reference's bits."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_core.cpu import compiled
 from lora_core.cpu import dropout as fast
 from lora_core.errors import ConfigError
 from lora_core.reference.dropout import dropout
@@ -14,9 +15,14 @@ PROBABILITIES = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.5, 2
 
 
 def same_bits(x, p, seed):
-    got, want = fast.dropped(x, p, seed), dropout(x, p, seed)
-    assert got.dtype == x.dtype and got.shape == x.shape
-    assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+    """By PyTorch's operations and, where Numba is installed, by loops."""
+    want = dropout(x, p, seed)
+    for load_for in (lambda name, count: None, lambda name, count: compiled.load(name)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled, "load_for", load_for)
+            got = fast.dropped(x, p, seed)
+        assert got.dtype == x.dtype and got.shape == x.shape
+        assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
 
 
 @given(
@@ -54,3 +60,26 @@ def test_drops_nothing_without_a_probability_and_wants_a_seed():
     assert fast.dropped(x, 0.0, None) is x
     with pytest.raises(ConfigError, match="needs a seed"):
         fast.dropped(x, 0.5, None)
+
+
+def test_a_backward_makes_the_mask_of_a_seed_once(monkeypatch):
+    made = []
+    gone = fast._gone
+    monkeypatch.setattr(fast, "_gone", lambda *given: made.append(given) or gone(*given))
+    drop, seeds = fast.one_mask_each(), [torch.tensor([3]), torch.tensor([4])]
+    x, other = torch.randn(5, 6), torch.randn(5, 6)
+    for seed in seeds:
+        for p in (0.3, 0.5):
+            for t in (x, other):
+                assert torch.equal(drop(t, p, seed), dropout(t, p, seed))
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_rows_of_a_mask(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        same_bits(torch.randn(2000, 300), 0.4, torch.tensor([9]))
+    finally:
+        torch.set_num_threads(before)

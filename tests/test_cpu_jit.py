@@ -13,6 +13,7 @@ from lora_core.cpu import scales
 from lora_core.cpu.compiled import jit, load
 from lora_core.cpu.compiled.jit import compiled, stamp
 from lora_core.quant import codebook
+from lora_core.reference import dropout
 
 FOLDER = Path(jit.__file__).parent
 WRITTEN = """
@@ -35,9 +36,10 @@ def test_stamp_changes_with_every_file_the_loops_are_made_from(tmp_path):
     assert stamp.__wrapped__(files) == before
 
 
-def test_stamp_is_of_the_levels_and_the_scales_too():
+def test_stamp_is_of_the_levels_the_scales_and_the_multipliers_too():
     files = inspect.signature(stamp).parameters["files"].default
-    assert {path for path in files if path.parent != FOLDER} == {Path(codebook.__file__), Path(scales.__file__)}
+    others = {Path(module.__file__) for module in (codebook, scales, dropout)}
+    assert {path for path in files if path.parent != FOLDER} == others
 
 
 def test_a_numba_that_does_not_go_with_this_numpy_is_done_without(monkeypatch):

@@ -156,13 +156,13 @@ def linear_of(weight: Any, bias: Any) -> Any:
     return layer
 
 
-def peft_layer(base: Any, pair: tuple[Any, Any], scaling: float) -> Any:
+def peft_layer(base: Any, pair: tuple[Any, Any], scaling: float, dropout: float = 0.0) -> Any:
     """Return PEFT's LoRA on a layer, with these two parameters as A and B."""
     import peft
     from torch import nn
 
     rank = len(pair[0])
-    config = peft.LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=["0"])
+    config = peft.LoraConfig(r=rank, lora_alpha=scaling * rank, lora_dropout=dropout, target_modules=["0"])
     layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = pair
     return layer

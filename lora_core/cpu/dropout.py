@@ -1,13 +1,19 @@
-"""Dropout by the reference's mask, bit for bit, hashed in 32 bits and some rows at a time.
+"""Dropout by the reference's mask, bit for bit, hashed in 32 bits: in compiled loops where Numba is installed.
 
 The reference hashes a whole matrix in int64, several of them at once: 16 to 32 bytes an element, and 40 to 60 ns where
-this takes 4 to 5, PyTorch's own dropout 9 (float32, two threads of an Intel Xeon, family 6 model 167).
+the loops take 0.1 to 0.2 and PyTorch's operations on some rows at a time 1.5 to 2 for a mask; PyTorch's own dropout
+takes 9, applied (float32, two threads of an Intel Xeon, family 6 model 167).
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.reference.dropout import MASK_32, MULTIPLIER_1, MULTIPLIER_2, mix, threshold
+from lora_core.cpu import compiled
+from lora_core.cpu.chunks import CHUNK, SHARED, share
+from lora_core.reference.dropout import MASK_32, MULTIPLIER_1, MULTIPLIER_2, Drop, mix, threshold
 from lora_core.reference.dropout import dropout as reference
 
 # elements hashed together: their hashes stay in a core's cache; from 2^14 to 2^18 times differed by half
@@ -17,19 +23,52 @@ SIGN = -(2**31)
 
 def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Return keep * x / (1 - p), the bits of reference.dropout.dropout; x floating, [..., K]."""
+    return _masked(x, p, seed, _gone)
+
+
+def one_mask_each() -> Drop:
+    """Return dropout that makes the mask of a seed once, for all that a backward drops by it."""
+    made: dict[tuple[int, float], Tensor] = {}
+
+    def gone(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+        key = id(seed), p
+        if key not in made:
+            made[key] = _gone(seed, rows, columns, p)
+        return made[key]
+
+    return lambda x, p, seed: _masked(x, p, seed, gone)
+
+
+def _masked(x: Tensor, p: float, seed: Tensor | None, gone: Callable[..., Tensor]) -> Tensor:
     if p == 0 or seed is None or x.numel() == 0:
         return reference(x, p, seed)
     columns = x.shape[-1]
-    flat = x.reshape(-1, columns)
-    y, rows = torch.empty_like(flat), torch.arange(flat.shape[0])
-    row_hash = mix((seed.reshape(1) & MASK_32) ^ mix(rows & MASK_32)).to(torch.int32)[:, None]
-    column, least = torch.arange(columns, dtype=torch.int32), _signed(threshold(p)) ^ SIGN
+    return torch.div(x, 1 - p).masked_fill_(gone(seed, x.numel() // columns, columns, p).view(x.shape), 0)
+
+
+def _gone(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """Return what reference.dropout.keep_mask does not keep."""
+    row_hash, least = mix((seed.reshape(1) & MASK_32) ^ mix(torch.arange(rows) & MASK_32)), threshold(p)
+    mask = torch.empty(rows, columns, dtype=torch.bool)
+    loops = compiled.load_for("dropout", rows * columns)
+    if loops is not None:
+        hashes = row_hash.numpy().astype(np.uint32)
+        share(
+            loops.mask,
+            rows,
+            max(SHARED // columns, 1),
+            max(CHUNK // columns, 1),
+            hashes,
+            np.uint32(least),
+            mask.numpy(),
+        )
+        return mask
+    column, bound = torch.arange(columns, dtype=torch.int32), _signed(least) ^ SIGN
     step = max(1, TOGETHER // columns)
-    for part, kept, hashes in zip(flat.split(step), y.split(step), row_hash.split(step), strict=True):
-        torch.div(part, 1 - p, out=kept)
+    for hashes, part in zip(row_hash.to(torch.int32)[:, None].split(step), mask.split(step), strict=True):
         # unsigned order is that of signed numbers with the highest bit turned
-        kept.masked_fill_(_mixed(hashes ^ column).bitwise_xor_(SIGN) < least, 0)
-    return y.view(x.shape)
+        torch.lt(_mixed(hashes ^ column).bitwise_xor_(SIGN), bound, out=part)
+    return mask
 
 
 def _mixed(h: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_core.cpu.dropout import dropped
+from lora_core.cpu.dropout import dropped, one_mask_each
 from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
 from lora_core.cpu.product import product
 from lora_core.ops.eager import register
@@ -65,16 +65,17 @@ def gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients (d_x, d_weight, d_bias, d_lora_a, d_lora_b); arguments as in reference.lora.backward."""
+    drop = one_mask_each()
     if not runs_here(d_y, lora_a):
-        return reference.backward(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs, dropped)
+        return reference.backward(d_y, x, weight, lora_a, lora_b, hidden, scaling, dropout, seed, needs, drop)
     need_x, need_weight, need_bias, need_a, need_b = needs
     d_x = d_lora_a = None
     if need_x or need_a:
         d_s = hidden_gradient(d_y, lora_b, scaling)
         if need_a and x is not None:
-            d_lora_a = a_gradient(d_s, x, dropout, seed)
+            d_lora_a = a_gradient(d_s, x, dropout, seed, drop)
         if need_x and weight is not None:
-            d_x = add_low_rank(product(d_y, weight.T), d_s, lora_a, dropout, seed)
+            d_x = add_low_rank(product(d_y, weight.T), d_s, lora_a, dropout, seed, drop)
     d_lora_b = b_gradient(d_y, hidden, scaling) if need_b else None
     d_weight = product(d_y.T, x.T) if need_weight and x is not None else None
     return d_x, d_weight, d_y.sum(0) if need_bias else None, d_lora_a, d_lora_b

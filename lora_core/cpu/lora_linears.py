@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_core.cpu.dropout import dropped
+from lora_core.cpu.dropout import dropped, one_mask_each
 from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
 from lora_core.cpu.product import add_product, product
 from lora_core.ops import lora_linears as ops
@@ -51,7 +51,9 @@ def lora_linears_backward(
 ) -> Sequence[Tensor | None]:
     """Return what the reference returns, up to rounding."""
     adapters = (lora_as, lora_bs, hidden, scalings, dropouts)
-    backward = _backward if runs_here(d_ys[0], lora_as[0]) else functools.partial(reference.backward, drop=dropped)
+    backward = (
+        _backward if runs_here(d_ys[0], lora_as[0]) else functools.partial(reference.backward, drop=one_mask_each())
+    )
     weights = (dense(w, d_ys[0].dtype) for w in unflatten(tensors, formats))
     flat = None if x is None else x.reshape(-1, x.shape[-1])
     rows = [g.reshape(-1, g.shape[-1]) for g in d_ys]
@@ -95,7 +97,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """Return (d_x, d_A, every d_B_i); arguments as in reference.lora_linears.backward."""
     parts = [hidden_gradient(*each) for each in zip(d_ys, lora_bs, scalings, strict=True)]
-    d_s, masks = torch.cat(parts, 1), list(zip(dropouts, seeds, strict=True))
+    d_s, drop = torch.cat(parts, 1), one_mask_each()
+    masks = [(p, seed, drop) for p, seed in zip(dropouts, seeds, strict=True)]
     d_x = d_lora_a = None
     d_lora_bs = []
     if need_pairs and x is not None:

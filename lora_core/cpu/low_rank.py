@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lora_core.cpu.dropout import dropped
 from lora_core.cpu.product import product, scaled_product
+from lora_core.reference.dropout import Drop
 
 # columns of x or dL/dy, by a few of S or dS: with 256 to 1408 of them MKL took 0.5 to 1.15 times what oneDNN took, with
 # 4096 up to 1.8, where oneDNN is the faster library
@@ -34,9 +35,11 @@ def hidden_gradient(d_y: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     return scaled_product(d_y, lora_b.T, scaling)
 
 
-def a_gradient(d_s: Tensor, x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+def a_gradient(
+    d_s: Tensor, x: Tensor, dropout: float = 0.0, seed: Tensor | None = None, drop: Drop = dropped
+) -> Tensor:
     """Return dA = dS^T drop(x)."""
-    return _rows_summed(d_s, dropped(x, dropout, seed))
+    return _rows_summed(d_s, drop(x, dropout, seed))
 
 
 def b_gradient(d_y: Tensor, hidden: Tensor, scaling: float) -> Tensor:
@@ -51,6 +54,13 @@ def _rows_summed(narrow: Tensor, wide: Tensor, factor: float = 1.0) -> Tensor:
     return scaled_product(narrow.T, wide.T, factor, by_mkl=wide.shape[1] <= MANY)
 
 
-def add_low_rank(d_x: Tensor, d_s: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+def add_low_rank(
+    d_x: Tensor,
+    d_s: Tensor,
+    lora_a: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    drop: Drop = dropped,
+) -> Tensor:
     """Add keep (dS A) / (1 - p) to d_x in place; return it."""
-    return d_x.add_(dropped(product(d_s, lora_a.T), dropout, seed)) if dropout else d_x.addmm_(d_s, lora_a)
+    return d_x.add_(drop(product(d_s, lora_a.T), dropout, seed)) if dropout else d_x.addmm_(d_s, lora_a)

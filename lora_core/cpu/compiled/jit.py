@@ -10,9 +10,10 @@ from numba import config, njit
 
 from lora_core.cpu import scales
 from lora_core.quant import codebook
+from lora_core.reference import dropout
 
-# what loops are made from beside the files of this folder: levels, and the places of a tuple's fields
-OTHERS = Path(codebook.__file__), Path(scales.__file__)
+# what loops are made from beside the files of this folder: levels, the places of a tuple's fields, multipliers
+OTHERS = Path(codebook.__file__), Path(scales.__file__), Path(dropout.__file__)
 # instructions of the processor have no form in Python
 if getattr(config, "DISABLE_JIT", False):
     raise ImportError("Numba is switched off by NUMBA_DISABLE_JIT")

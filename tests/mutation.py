@@ -433,9 +433,30 @@ MUTATIONS = (
     ),
     Mutation(
         "lora_core/adapt/merge.py",
-        "truth = truth + layer.delta(name)",
-        "truth += layer.delta(name)",
-        "test_adapt_merge.py::test_unmerging_restores",
+        "layer.read_weight().clone()",
+        "layer.read_weight()",
+        "test_adapt_merge.py::test_report_measures_the_error",
+    ),
+    Mutation(
+        "lora_core/adapt/mergeable.py",
+        "torch.finfo(layer.weight.dtype).max / 2",
+        "math.inf",
+        "test_adapt_merge.py::test_an_update_that_overflows",
+    ),
+    Mutation("lora_core/adapt/walk.py", "owner._initialize()", "pass", "test_adapt_compiled_parts.py::test_a_merge"),
+    Mutation(
+        "lora_core/layers/fused.py",
+        "self.__getstate__()",
+        "self.__dict__",
+        "test_adapt_compiled_parts.py::test_a_copy_of_fused",
+    ),
+    Mutation("lora_core/cpu/dropout.py", "key = id(seed), p", "key = 0, p", "test_cpu_dropout.py::test_a_backward"),
+    Mutation("lora_core/cpu/dropout.py", "MASK_32 >> shift", "MASK_32", "test_cpu_dropout.py::test_drops_what"),
+    Mutation(
+        "lora_core/cpu/compiled/dropout.py",
+        "(h >> FIFTEEN)",
+        "(h >> SIXTEEN)",
+        "test_cpu_dropout.py::test_drops_what",
     ),
     Mutation(
         "lora_core/adapt/merge.py",

@@ -55,7 +55,7 @@ def test_prefix_that_is_no_string_is_refused(prefix):
         ({"shape": [40.0, 128]}, r"shape \[40.0, 128\]"),
         ({"shape": [-40, -128]}, r"shape \[-40, -128\]"),
         ({"shape": [True, 5120]}, r"shape \[True, 5120\]"),
-        ({"shape": [2**40, 2**40]}, "shape"),
+        ({"shape": [2**40, 2**40]}, r"shape \[1099511627776, 1099511627776\]; want a list of whole numbers"),
         ({"shape": "x" * 1000}, r"shape 'xxx.*xxx\.\.\.; want"),
         ({"dtype": "int8"}, "dtype 'int8'; want float32, float16, bfloat16, float64"),
         ({"dtype": "complex64"}, "dtype 'complex64'"),
@@ -67,6 +67,23 @@ def test_prefix_that_is_no_string_is_refused(prefix):
 def test_damaged_state_is_refused_saying_what_it_holds(about, message):
     given = state(**about)
     with pytest.raises(lc.CheckpointError, match=message):
+        QuantizedWeight.from_bitsandbytes(given)
+
+
+def test_state_whose_sides_multiply_to_more_than_is_counted_is_refused_though_its_parts_are_as_many():
+    """In 64 bits their product is 0, as many elements as an empty weight has."""
+    given = state(torch.zeros(0, 5), shape=[2**32, 2**32])
+    with pytest.raises(lc.CheckpointError, match=r"shape \[4294967296, 4294967296\]; want a list of whole numbers"):
+        QuantizedWeight.from_bitsandbytes(given)
+
+
+@pytest.mark.parametrize(
+    "key", ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4"]
+)
+def test_sparse_part_of_a_state_is_refused_naming_it(key):
+    given = state()
+    given[f"weight{key}"] = given[f"weight{key}"].to_sparse()
+    with pytest.raises(lc.CheckpointError, match=f"weight{key} is of layout torch.sparse_coo; want a dense tensor"):
         QuantizedWeight.from_bitsandbytes(given)
 
 
@@ -135,6 +152,28 @@ def test_a_second_level_block_is_no_larger_than_the_weight_whatever_a_file_says(
     for levels in (given["weight.nested_quant_map"], given["weight.nested_quant_map"] * 0.5):
         read = QuantizedWeight.from_bitsandbytes(given | {"weight.nested_quant_map": levels})
         assert read.dequantize().isfinite().all()
+
+
+def test_scales_in_a_map_of_another_making_are_decoded_in_blocks_of_the_files_size_and_kept_plain():
+    q = quantize(torch.randn(40, 128), nested_block_size=32)
+    given = q.to_bitsandbytes()
+    levels = given["weight.nested_quant_map"] * 0.5
+    read = QuantizedWeight.from_bitsandbytes(given | {"weight.nested_quant_map": levels})
+    wanted = levels[q.absmax.int()] * q.nested_absmax.repeat_interleave(32)[:80] + q.nested_offset
+    assert len(q.nested_absmax) == 3 and torch.equal(read.absmax, wanted)
+    assert not read.double_quant
+
+
+def test_loading_scales_in_a_map_of_another_making_leaves_no_key_over():
+    """Those of quantised scales belong to such a state, though the weight holds none from then on."""
+    q, other = lc.quantize_nf4(torch.randn(40, 128)), lc.quantize_nf4(torch.randn(40, 128))
+    given = other.state_dict()
+    given["nested_quant_map"] = given["nested_quant_map"] * 0.5
+    q.load_state_dict(given)
+    assert not q.double_quant and torch.equal(q.codes, other.codes)
+    given.pop("nested_absmax")
+    with pytest.raises(RuntimeError, match="nested_absmax is missing"):
+        q.load_state_dict(given)
 
 
 @pytest.mark.peer("bitsandbytes")

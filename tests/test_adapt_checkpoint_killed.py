@@ -112,6 +112,19 @@ def test_checkpoint_whose_configuration_cannot_be_put_back_is_read_as_after_a_ki
     assert torch.equal(loaded(tokens()), wanted)
 
 
+@pytest.mark.parametrize("kept", [None, {"lora_alpha": 7}], ids=["none kept", "edited before"])
+def test_checkpoint_whose_weights_hold_their_configuration_is_read_by_no_other_after_a_kill(folder, tmp_path, kept):
+    wanted, values = lc.load_adapter(decoder(), folder)(tokens()), read(folder)
+    lc.save_adapter(adapted(decoder(), target_modules=["up_proj"], lora_alpha=99), tmp_path / "new")
+    shutil.copy(tmp_path / "new" / WEIGHTS, folder / f".{WEIGHTS}.beef{files.PARTIAL}")
+    shutil.copy(tmp_path / "new" / CONFIG, folder / CONFIG)
+    if kept is not None:
+        (folder / f".{CONFIG}.beef{files.PREVIOUS}").write_text(json.dumps(values | kept))
+    with pytest.warns(UserWarning, match="interrupted.*the checkpoint before it"):
+        loaded = lc.load_adapter(decoder(), folder)
+    assert torch.equal(loaded(tokens()), wanted)
+
+
 def test_checkpoint_that_is_being_saved_over_with_the_same_configuration_is_whole(folder):
     """PEFT's weights say nothing of theirs: until it is renamed, the one that is there is theirs."""
     wanted = lc.load_adapter(decoder(), folder)(tokens())

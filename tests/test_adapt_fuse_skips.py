@@ -82,6 +82,20 @@ def test_fuse_skips_layers_whose_class_has_a_forward_of_its_own():
         assert report.swapped == [] and "a forward of its own" in str(report)
 
 
+def test_fuse_skips_layers_of_a_class_derived_from_pefts():
+    """Its forward may be another than the one that is fused."""
+
+    class Doubled(peft.tuners.lora.layer.Linear):
+        def forward(self, x, *args, **kwargs):
+            return 2 * super().forward(x, *args, **kwargs)
+
+    model = with_peft(Projections())
+    layer = model.get_submodule("base_model.model.q_proj")
+    layer.__class__ = Doubled
+    assert skipped(model) == {"q_proj": f"PEFT's {__name__}.Doubled has no fused operation"}
+    assert type(layer) is Doubled
+
+
 def test_unfuse_refuses_a_layer_whose_class_was_swapped_again():
     model = own()
     lc.fuse(model)

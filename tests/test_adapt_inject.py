@@ -151,6 +151,27 @@ def test_biases_are_trained_as_asked(bias, count):
         assert all(".base_layer.bias" in n for n in names)
 
 
+def test_a_module_that_is_trained_whole_runs_no_copy_of_a_name_that_was_removed_until_it_is_chosen():
+    model = TinyDecoder()
+    adapt(model, modules_to_save=["lm_head"])
+    copies = model.lm_head
+    adapter = copies.adapters["default"]
+    assert copies.running() is copies.copies["default"]
+    copies.remove("default")
+    assert copies.active is None and copies.running() is copies.original
+    copies.add("default", adapter)
+    assert copies.running() is copies.original
+    copies.activate(("default",))
+    assert copies.running() is copies.copies["default"]
+
+
+def test_biases_of_whole_numbers_are_not_trained():
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "shifted": nn.Module()})
+    model.shifted.bias = nn.Parameter(torch.arange(8), requires_grad=False)
+    adapt(model, target_modules=["linear"], bias="all")
+    assert {n for n in trained(model) if "lora_" not in n} == {"linear.base_layer.bias"}
+
+
 def test_modules_to_save_are_trained_in_a_copy():
     model = TinyDecoder()
     before, original = model(tokens()), model.lm_head

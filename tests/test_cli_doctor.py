@@ -10,6 +10,7 @@ import torch
 
 from lora_core import cli, doctor
 from lora_core.doctor import checks
+from lora_core.doctor.agreement import within
 from lora_core.doctor.report import self_check
 
 
@@ -67,6 +68,28 @@ def test_doctor_multiplies_in_float32_whatever_a_program_says_and_says_so_again_
         matmul.allow_tf32 = False
         for name, value in before.items():
             setattr(matmul, name, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_doctor_bounds_half_precision_by_five_roundings(dtype):
+    """Next above 1 are numbers two roundings apart: two steps are within, three are not, of one element or of all."""
+    truth, eps = torch.ones(64, dtype=torch.float64), torch.finfo(dtype).eps
+    for steps, wanted in ((2, True), (3, False)):
+        one, every = torch.ones(64, dtype=dtype), torch.full((64,), 1 + steps * eps, dtype=dtype)
+        one[5] += steps * eps
+        assert within(one, truth, truth, 2) is wanted
+        # terms of a sum that cancel allow one element more, and all together no more
+        assert within(one, truth, 100 * truth, 2)
+        assert within(every, truth, 100 * truth, 2) is wanted
+
+
+def test_doctor_bounds_float32_by_its_sums():
+    """Of two products and two more roundings: 2 eps times the root of 4."""
+    truth, eps = torch.ones(64, dtype=torch.float64), torch.finfo(torch.float32).eps
+    for steps, wanted in ((4, True), (5, False)):
+        got = torch.ones(64)
+        got[5] += steps * eps
+        assert within(got, truth, truth, 2) is wanted
 
 
 def test_doctor_counts_an_exception_as_a_failure(monkeypatch):

@@ -16,6 +16,7 @@ import lora_core as lc
 from lora_core.adapt.files import CONFIG, WEIGHTS
 from lora_core.adapt.save import save_adapter
 from lora_core.cli import main
+from lora_core.commands.inspect import SHOWN_ROWS
 
 
 def test_inspect_says_that_an_adapter_was_never_trained(tmp_path, capsys):
@@ -32,6 +33,17 @@ def test_inspect_json_is_json_even_with_a_nan(tmp_path, capsys):
     values = json.loads(capsys.readouterr().out)
     assert values["kind"] == "adapter"
     assert {p["module"]: p["update_norm"] for p in values["pairs"]}["up"] is None
+
+
+@pytest.mark.parametrize("rows", [SHOWN_ROWS, SHOWN_ROWS + 1])
+def test_inspect_says_how_many_rows_it_leaves_out_where_it_does(tmp_path, rows, capsys):
+    save_file({f"row{i:02}": torch.ones(1) for i in range(rows)}, tmp_path / "many.safetensors")
+    for options, left in (((), rows - SHOWN_ROWS), (("--all",), 0)):
+        assert exit_status("inspect", str(tmp_path / "many.safetensors"), *options) == 0
+        shown = capsys.readouterr().out
+        assert sum(f"row{i:02}" in shown for i in range(rows)) == rows - left
+        assert (f"... and {left} more; --all shows them" in shown) is (left > 0)
+        assert shown.count("more; --all") == (left > 0)
 
 
 def test_inspect_escapes_what_the_encoding_of_the_output_lacks(tmp_path):

@@ -95,6 +95,21 @@ def test_a_sibling_called_under_other_conditions_answers_for_them(library, chang
 
 
 @LIBRARIES
+@pytest.mark.parametrize("first, then", [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad)])
+def test_an_output_is_an_inference_tensor_where_its_own_layer_is_called_in_inference_mode(library, first, then):
+    """Nobody may change such a tensor in place outside of that mode."""
+    whole, parent = adapted(Two(), library)
+    lc.fuse(whole)
+    x = inputs()
+    with first():
+        parent.a(x)
+    with then():
+        y = parent.b(x)
+        assert y.is_inference() is (then is torch.inference_mode)
+        y.add_(1)
+
+
+@LIBRARIES
 def test_a_teacher_without_gradient_leaves_its_student_one(library):
     whole, parent = adapted(Teacher(), library)
     x = inputs()

@@ -122,6 +122,22 @@ def test_a_gradient_that_is_to_be_differentiated_is_made_by_the_reference(which,
     assert d_a.norm() > 0
 
 
+def test_an_operation_whose_implementation_is_taken_back_runs_its_own_body_again(monkeypatch):
+    """By the dispatcher, too, which keeps what it was given."""
+    monkeypatch.setattr(eager, "_definitions", dict(eager._definitions))
+
+    @torch.library.custom_op("lora_core_tests::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    x, name = torch.tensor([1.0, 5.0]), "lora_core_tests::twice"
+    ways = (torch.ops.lora_core_tests.twice, twice, lambda x: eager.call(twice, x))
+    eager.register(twice, "cpu", lambda x: 3 * x)
+    assert eager.registered(name, "cpu") and all(torch.equal(way(x), 3 * x) for way in ways)
+    eager.unregister(twice, "cpu")
+    assert eager.registered(name, "cpu") is None and all(torch.equal(way(x), 2 * x) for way in ways)
+
+
 def test_a_quantised_weight_is_decoded_past_the_dispatcher():
     q = lc.quantize_nf4(torch.randn(8, 64))
     with torch.profiler.profile() as profile:

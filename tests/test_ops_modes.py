@@ -251,6 +251,22 @@ def test_operands_of_another_kind_are_refused(changes, error, message, quantised
         nf4_lora_linear(x, lc.quantize_nf4(weight), **given) if quantised else lora_linear(x, weight, **given)
 
 
+@OPS
+def test_seed_is_not_asked_for_its_device_without_dropout(which):
+    x, weight, bias, a, b = operands()
+    wanted = run(which, x, weight, bias, a, b)
+    seed = torch.tensor([1], device="meta")
+    if which == "linears":
+        (y,) = lora_linears(x, [Layer(weight, bias, a, b, 0.5, 0.0, seed)])
+    elif which == "nf4":
+        y = nf4_lora_linear(x, lc.quantize_nf4(weight), bias, a, b, 0.5, 0.0, seed)
+    else:
+        y = lora_linear(x, weight, bias, a, b, 0.5, 0.0, seed)
+    assert torch.equal(y, wanted)
+    grads = [torch.autograd.grad(result.sum(), (x, a, b)) for result in (y, wanted)]
+    assert all(torch.equal(got, want) for got, want in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("kind", [np.float32, fractions.Fraction])
 def test_scaling_and_dropout_may_be_other_numbers(kind):
     x, weight, bias, a, b = operands()

@@ -121,6 +121,14 @@ def test_config_file_of_a_model_with_other_parts_gives_its_text_model(tmp_path):
     assert shape.source == f"text_config of {tmp_path / 'config.json'}"
 
 
+def test_gpt2_that_says_nothing_of_its_head_shares_the_table(tmp_path):
+    """As the released file: transformers' default for it."""
+    sizes = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    shape = read_shape(tmp_path)
+    assert shape.tied and shape.parameters == PUBLISHED["GPT-2"]
+
+
 def test_gpt2_with_a_head_of_its_own_has_one_table_more(tmp_path):
     sizes = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "tie_word_embeddings": False, **sizes}))

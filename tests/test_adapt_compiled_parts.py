@@ -111,3 +111,24 @@ def test_a_copy_of_fused_layers_compiled_in_place_runs_its_own_weights(duplicate
     # the products are others than the base's alone
     assert (second(x) - base).abs().max() <= 64 * torch.finfo(x.dtype).eps * base.abs().max()
     assert torch.equal(model(x), want)
+
+
+def test_a_module_with_a_child_of_a_wrappers_name_is_no_wrapper():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._orig_mod, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def _initialize(self, how):
+            raise AssertionError(how)
+
+        def forward(self, x):
+            return self.other(self._orig_mod(x))
+
+    model = nn.Sequential(Own(), nn.Linear(64, 64)).double()
+    add(model, targets=["1"], modules_to_save=["0"])
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "0." in n and "lora" not in n} == {
+        f"0.copies.default.{child}.{kind}" for child in ("_orig_mod", "other") for kind in ("weight", "bias")
+    }
+    inner = add(nn.Sequential(Own()).double(), targets="all-linear")
+    assert inner(X).requires_grad

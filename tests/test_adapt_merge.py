@@ -417,3 +417,32 @@ def test_merging_an_adapter_that_started_from_the_weight_keeps_the_function(star
         assert_same_function(base, model(tokens()))
     lc.set_adapter(model, "default")
     assert_same_function(lc.merge_and_unload(model)(tokens()), before)
+
+
+@pytest.mark.parametrize(
+    ("base", "pair", "size", "alpha"),
+    [(torch.float32, torch.float32, 2e19, 1e-8), (torch.bfloat16, torch.float32, 2e19, 1e-8)]
+    + [(torch.float64, torch.float32, 1e25, 4)],
+    ids=str,
+)
+@pytest.mark.parametrize("verb", [lc.merge_adapter, lc.merge_and_unload])
+def test_a_product_that_overflows_before_it_is_scaled_is_refused(verb, base, pair, size, alpha):
+    model = nn.Sequential(nn.Linear(4, 4).to(base))
+    lc.add_adapter(model, lc.LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"]))
+    for matrices in (model[0].lora_a, model[0].lora_b):
+        matrices["default"] = nn.Parameter(
+            torch.full((2, 4) if matrices is model[0].lora_a else (4, 2), size, dtype=pair)
+        )
+    before = model[0].weight.clone()
+    with pytest.raises(lc.NonFiniteError, match="nothing was changed"):
+        verb(model)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("sides", [(0, 4), (4, 0)])
+def test_a_weight_without_elements_is_merged(sides):
+    model = nn.Sequential(nn.Linear(*sides))
+    lc.add_adapter(model, lc.LoraConfig(r=2, target_modules=["0"]))
+    assert lc.merge_adapter(model).worst == 0
+    lc.unmerge_adapter(model)

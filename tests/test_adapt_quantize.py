@@ -223,3 +223,31 @@ def test_quantising_again_in_another_format_changes_nothing_and_says_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lc.quantize_model(model, skip_modules=[])
+
+
+def test_a_layer_that_holds_another_stays_and_the_other_is_quantised():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].extra = nn.Linear(64, 64)
+    with pytest.warns(UserWarning, match="leaves 0 in full precision.*modules inside"):
+        lc.quantize_model(model, skip_modules=[])
+    assert type(model[0]) is nn.Linear and isinstance(model[0].extra, NF4Linear)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose1d(4, 6, 3), nn.Bilinear(4, 6, 3)], ids=lambda layer: type(layer).__name__
+)
+def test_weights_of_pytorchs_own_layers_are_no_stacks(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lc.quantize_model(nn.Sequential(nn.Linear(64, 64), layer), skip_modules=[])
+
+
+def test_a_stacked_weight_of_the_model_itself_is_told():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(4, 8, 8))
+            self.fc = nn.Linear(8, 8)
+
+    with pytest.warns(UserWarning, match="stacked weights in full precision.*: experts: 256 of 328"):
+        lc.quantize_model(Root(), skip_modules=[])

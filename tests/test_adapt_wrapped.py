@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import lora_core as lc
+from lora_core.adapt.walk import adapter_layers
+from lora_core.layers.adapter import AdapterLayer
 
 
 def base():
@@ -147,3 +149,14 @@ def test_a_folder_that_may_not_be_looked_into_is_refused(tmp_path, unreadable):
     for verb in (lc.save_adapter, lc.load_adapter):
         with pytest.raises(lc.CheckpointError, match=r"folder .*: permission denied|cannot"):
             verb(model, folder / "inside", "default" if verb is lc.save_adapter else "second")
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_share_which_may_be_empty_is_merged_without_a_bound_of_its_elements(monkeypatch):
+    """A rank below the number of processes leaves some of them no row of A."""
+    model = sharded(adapted())
+    monkeypatch.setattr(AdapterLayer, "delta_bound", lambda self, name: pytest.fail("asked of a share"))
+    want = {n: m.weight.full_tensor() + m.delta("default").full_tensor() for n, m in adapter_layers(model).items()}
+    lc.merge_adapter(model)
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(layer.weight.full_tensor(), want[name])

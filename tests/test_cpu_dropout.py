@@ -83,3 +83,10 @@ def test_threads_share_the_rows_of_a_mask(threads):
         same_bits(torch.randn(2000, 300), 0.4, torch.tensor([9]))
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_mask_is_made_where_x_is_whatever_the_default_device():
+    x, seed = torch.randn(5, 6), torch.tensor([3])
+    with torch.device("meta"):
+        made = fast.dropped(x, 0.4, seed)
+    assert torch.equal(made, dropout(x, 0.4, seed))

@@ -189,7 +189,7 @@ def test_config_file_without_permission_is_refused(tmp_path, unreadable):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "cannot be read as JSON"),
         ("[1]", "holds a list"),
         ('{"model_type": "mamba"}', "is .mamba.*, qwen3, phi3, gpt2; for an estimate take the known model"),
         ("{}", "model_type of .* is None"),

@@ -30,8 +30,8 @@ def parse_json(text: str) -> Any:
     return values
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None if there is no such file.
+def read_object(path: Path, what: str = "a JSON object") -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if there is no such file; what tells in a message what it should be.
 
     Raises:
         CheckpointError: if it holds none.
@@ -45,5 +45,5 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}): truncated or foreign; save it again") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}; want a JSON object; save it again")
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; want {what}; save it again")
     return values

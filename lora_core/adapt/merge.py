@@ -25,6 +25,7 @@ from lora_core.adapt.walk import (
 from lora_core.adapt.withdraw import tidy
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.as_written import is_sharded
 from lora_core.layers.merged import Merged
 from lora_core.layers.nf4_linear import LoraNF4Linear
 from lora_core.layers.trainable_copy import TrainableCopy
@@ -199,7 +200,9 @@ def _measured(before: Tensor, update: Tensor, merged: Tensor, requantized: bool)
     """Compare in float64, some rows at a time: whole, it would take several times the memory of the weight."""
     rows = max(1, COMPARED // max(1, before[:1].numel()))
     norms, largest = [], 0.0
-    for old, change, new in zip(*(t.split(rows) for t in (before, update, merged)), strict=True):
+    # what processes share is not split: that would have each hold it whole
+    parts = ((t,) if is_sharded(t) else t.split(rows) for t in (before, update, merged))
+    for old, change, new in zip(*parts, strict=True):
         truth = old.double() + change
         error = new.double() - truth
         norms.append((error.norm(), truth.norm()))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_core.adapt.walk import Ties, layers_of
 from lora_core.errors import AdapterError, NonFiniteError
 from lora_core.layers.adapter import AdapterLayer
+from lora_core.layers.as_written import is_sharded
 
 # roundings of an output's size between two outputs, each a sum of many products; generous, as a tenth is looked for
 OUTPUT_ROUNDINGS = 8
@@ -43,21 +44,29 @@ def merged_weight(layer: AdapterLayer, names: tuple[str, ...]) -> Tensor:
 
 
 def _refuse_non_finite(name: str, layer: AdapterLayer, names: tuple[str, ...]) -> None:
-    largest = float(layer.read_weight().abs().amax()) if layer.weight.numel() else 0.0
-    if not math.isfinite(largest):
+    # most are so far from overflowing that neither has to be looked through
+    if _bound(layer, names) < torch.finfo(layer.weight.dtype).max / 2:
+        return
+    if not layer.read_weight().isfinite().all():
         raise NonFiniteError(
             f"the base weight of {name} holds NaN or infinity already, whatever is merged into it: repair it, or load "
             "the base again; nothing was changed"
         )
-    # most sums are so far from overflowing that none has to be made; a bound that is NaN is below nothing
-    bound = largest + sum(layer.delta_bound(n) for n in names if n in layer.adapters)
-    if bound < torch.finfo(layer.weight.dtype).max / 2:
-        return
     if not torch.isfinite(merged_weight(layer, names).to(layer.weight.dtype)).all():
         raise NonFiniteError(
             f"merging {', '.join(names)} into {name} gives NaN or infinity in {layer.weight.dtype}: the adapter is "
             "broken, or its update too large for the dtype; nothing was changed"
         )
+
+
+def _bound(layer: AdapterLayer, names: tuple[str, ...]) -> float:
+    """Return what no element of W, nor of its sum with these adapters, exceeds; NaN or infinity if that is unknown."""
+    weight = layer.read_weight()
+    if is_sharded(weight):
+        # a process's share may be empty, and all have to answer alike
+        return math.inf
+    largest = float(weight.abs().amax()) if weight.numel() else 0.0
+    return largest + sum(layer.delta_bound(n) for n in names if n in layer.adapters)
 
 
 @torch.no_grad()

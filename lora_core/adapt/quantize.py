@@ -114,12 +114,13 @@ def _why_left(own: dict[nn.Module, list[str]]) -> str:
     hooked = any(hasattr(module, "_hf_hook") for module in own)
     way = "; accelerate's hooks are on them: quantise the model before it is dispatched or offloaded" if hooked else ""
     return (
-        f"{told} in full precision: a forward, hooks, a parametrisation or another use of the weight would be lost{way}"
+        f"{told} in full precision: a forward, hooks, a parametrisation, modules inside or another use of the weight "
+        f"would be lost{way}"
     )
 
 
 def _warn_of_stacked(model: nn.Module, skip: Sequence[str]) -> None:
-    found = stacked_weights(dict(original_modules(model)))
+    found = stacked_weights({"": model, **dict(original_modules(model))})
     stacked = {name: p.numel() for name, p in found if not inside_any(plain_name(name), skip)}
     if stacked:
         total = sum(p.numel() for p in model.parameters())
@@ -150,9 +151,11 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
 
 
 def _is_used_otherwise(model: nn.Module, module: nn.Module, names: list[str]) -> bool:
-    """Say whether a layer does more than x W^T + b, or its module more than to call it: an NF4 layer could not."""
+    """Say whether a layer does or holds more than x W^T + b, or its module more than calls it: as NF4 it could not."""
     plain = LoraTransposedLinear if is_transposed_linear(module) else LoraLinear
     if any(works_on(model, name) for name in names):
+        return True
+    if module._modules:
         return True
     return not plain(module).is_as_written() or not isinstance(module._parameters.get("weight"), nn.Parameter)
 

@@ -87,7 +87,7 @@ def _no_weights(folder: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     try:
-        return read_object(path)
+        return read_object(path, "a JSON object with peft_type, r, ...")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; want a file with peft_type, r, ...") from None
 

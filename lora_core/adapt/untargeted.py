@@ -58,17 +58,17 @@ def warn_of(what: str, names: Iterable[str], why: str) -> None:
 
 
 def stacked_weights(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield weights of three dimensions that no layer of a known kind has, as those of experts, with their names."""
+    """Yield weights of three dimensions, as those of experts, that are in no layer of PyTorch's, with their names."""
     for name, module in modules.items():
         # what a weight is computed of is none that a layer has
-        if adapted_kind(module) is not None or "parametrizations" in name.split("."):
+        if type(module).__module__.startswith("torch.nn.") or "parametrizations" in name.split("."):
             continue
         for key, parameter in module._parameters.items():
             if parameter is None or parameter.dim() != 3 or not parameter.is_floating_point():
                 continue
             # vectors by which tokens are mixed, or that stand for one, are no stack of matrices
             if parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1:
-                yield f"{name}.{key}", parameter
+                yield f"{name}.{key}" if name else key, parameter
 
 
 def warn_of_experts(wanted: Sequence[str] | str, candidates: dict[str, nn.Module]) -> None:

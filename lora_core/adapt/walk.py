@@ -90,19 +90,19 @@ def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules below a model that were there before any adapter, with their names.
 
     An adapted layer and a trainable copy stand for what they replaced: nothing inside them is yielded. A wrapper is
-    not, what it wraps is.
+    not, what it wraps is, its only child.
     """
     # a module's own come right behind it
     inside: str | None = None
     for name, module in model.named_modules():
-        if (
-            not name
-            or (inside is not None and name.startswith(inside))
-            or not module._modules.keys().isdisjoint(WRAPPED)
-        ):
+        if not name or (inside is not None and name.startswith(inside)) or _is_wrapper(module):
             continue
         yield name, module
         inside = f"{name}." if isinstance(module, (AdapterLayer, TrainableCopy)) else inside
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return len(module._modules) == 1 and next(iter(module._modules)) in WRAPPED
 
 
 def outermost(names: Iterable[str]) -> list[str]:
@@ -170,7 +170,7 @@ def replace(model: nn.Module, names: Iterable[str], new: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         owner: Any = model.get_submodule(parent)
         setattr(owner, child, new)
-        if child == COMPILED and hasattr(type(owner), "_initialize"):
+        if child == COMPILED and type(owner).__module__.startswith("torch._dynamo."):
             # it calls what it was made around
             owner._initialize()
 

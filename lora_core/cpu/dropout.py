@@ -48,8 +48,9 @@ def _masked(x: Tensor, p: float, seed: Tensor | None, gone: Callable[..., Tensor
 
 def _gone(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """Return what reference.dropout.keep_mask does not keep."""
-    row_hash, least = mix((seed.reshape(1) & MASK_32) ^ mix(torch.arange(rows) & MASK_32)), threshold(p)
-    mask = torch.empty(rows, columns, dtype=torch.bool)
+    rows_hash = mix(torch.arange(rows, device="cpu") & MASK_32)
+    row_hash, least = mix((seed.to("cpu").reshape(1) & MASK_32) ^ rows_hash), threshold(p)
+    mask = torch.empty(rows, columns, dtype=torch.bool, device="cpu")
     loops = compiled.load_for("dropout", rows * columns)
     if loops is not None:
         hashes = row_hash.numpy().astype(np.uint32)
@@ -63,7 +64,7 @@ def _gone(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
             mask.numpy(),
         )
         return mask
-    column, bound = torch.arange(columns, dtype=torch.int32), _signed(least) ^ SIGN
+    column, bound = torch.arange(columns, dtype=torch.int32, device="cpu"), _signed(least) ^ SIGN
     step = max(1, TOGETHER // columns)
     for hashes, part in zip(row_hash.to(torch.int32)[:, None].split(step), mask.split(step), strict=True):
         # unsigned order is that of signed numbers with the highest bit turned

@@ -6,6 +6,7 @@ A subclass says which shapes A and B have, what their product adds to the base w
 """
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -297,9 +298,14 @@ class AdapterLayer(nn.Module):
         return self.product(a.to(wide), b.to(wide)).mul_(self.adapters[name].scaling)
 
     def delta_bound(self, name: str) -> float:
-        """Return what no element of delta(name) exceeds: |s| r max|A| max|B|; NaN where one of them is."""
-        a, b = (float(m.bring(name).detach().abs().amax()) for m in (self.lora_a, self.lora_b))
-        return abs(self.adapters[name].scaling) * self.adapters[name].rank * a * b
+        """Return what no element of delta(name) exceeds, or infinity where B A may overflow on the way to it."""
+        a, b = self.lora_a.bring(name).detach(), self.lora_b.bring(name).detach()
+        if not (a.numel() and b.numel()):
+            return 0.0
+        adapter = self.adapters[name]
+        bound = max(1.0, abs(adapter.scaling)) * adapter.rank * float(a.abs().amax()) * float(b.abs().amax())
+        # not where it is NaN
+        return bound if bound < torch.finfo(torch.promote_types(a.dtype, torch.float32)).max / 2 else math.inf
 
     def shift_weight(self, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
         """W <- W + factor B A, computed in float32 or wider and rounded once."""

@@ -54,7 +54,7 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} cannot be read: {why}; want a model's config.json, downloaded before, or a known model's name"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"{file} is not JSON ({error}); want a model's config.json") from error
+        raise ConfigError(f"{file} cannot be read as JSON ({error}); want a model's config.json") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} holds a {type(settings).__name__}; want a JSON object with a model's sizes")
     return settings

@@ -41,8 +41,8 @@ def load(name: str) -> Any:
     except Exception as error:
         if not isinstance(error, (ImportError, ValueError)):
             warnings.warn(
-                f"Numba cannot be used in this process ({type(error).__name__}: {error}): 4-bit weights are computed "
-                "by NumPy, more slowly",
+                f"Numba cannot be used in this process ({type(error).__name__}: {error}): what its loops "
+                "do for 4-bit weights and dropout is done by NumPy and PyTorch, more slowly",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -160,3 +160,24 @@ def test_a_share_which_may_be_empty_is_merged_without_a_bound_of_its_elements(mo
     lc.merge_adapter(model)
     for name, layer in adapter_layers(model).items():
         assert torch.equal(layer.weight.full_tensor(), want[name])
+
+
+def reshard(model):
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+def test_what_is_merged_after_a_forward_outlasts_the_whole_weights_of_that_forward():
+    """A root's weights stay whole after its forward, and what is written into them is lost with them."""
+    x = torch.randn(5, 64, dtype=torch.float64)
+    model = sharded(adapted(base().double())).eval()
+    wanted = model(x)
+    lc.merge_adapter(model)
+    reshard(model)
+    assert_same_function(model(x), wanted)
+    lc.unmerge_adapter(model)
+    reshard(model)
+    assert_same_function(model(x), wanted)

@@ -21,6 +21,7 @@ from lora_core.adapt.walk import (
     replace,
     require_adapters,
     require_editable,
+    shared_out,
 )
 from lora_core.adapt.withdraw import tidy
 from lora_core.errors import AdapterError
@@ -109,6 +110,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     if not merged_names(model):
         raise AdapterError("unmerge_adapter: nothing is merged; call merge_adapter(model) first")
+    shared_out(model)
     _take_out(model)
 
 
@@ -218,4 +220,5 @@ def _merging_names(model: nn.Module, given: str | Sequence[str] | None) -> tuple
         raise AdapterError("merge_adapter: no adapter is active; name one, or call set_adapter(model, name) first")
     require_adapters(model, names)
     refuse_rivals(model, names)
+    shared_out(model)
     return names

@@ -59,6 +59,14 @@ def refuse_wrapped(model: nn.Module, verb: str) -> None:
             )
 
 
+def shared_out(model: nn.Module) -> None:
+    """Have what fully_shard made whole for a forward be every process's share again: what is written there is lost."""
+    for module in model.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            owner: Any = module
+            owner.reshard()
+
+
 def named_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Return model.named_modules(); raise ConfigError, at once, if there is no model."""
     check_module(model)

@@ -75,8 +75,14 @@ def add_adapter(
             f"add_adapter: config is a {kind}; want a lora_core.LoraConfig, which has the same field names as PEFT's"
         )
     config = with_task_heads(inner, config)
-    dtype = autocast_adapter_dtype
-    with injected(inner, config, adapter_name, initialise_pairs=True, trainable=True, autocast_dtype=dtype):
+    with injected(
+        inner,
+        config,
+        adapter_name,
+        initialise_pairs=True,
+        trainable=True,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    ):
         set_adapter(inner, adapter_name)
     return model
 
@@ -89,7 +95,7 @@ def injected(
     *,
     initialise_pairs: bool,
     trainable: bool,
-    autocast_dtype: bool,
+    autocast_adapter_dtype: bool,
 ) -> Iterator[None]:
     """Create an adapter's matrices everywhere; what is done inside fills or activates them.
 
@@ -117,7 +123,7 @@ def injected(
                 config=config,
                 trainable=trainable,
             )
-            layer.add(adapter_name, adapter, None if autocast_dtype else layer.weight.dtype)
+            layer.add(adapter_name, adapter, None if autocast_adapter_dtype else layer.weight.dtype)
             if initialise_pairs:
                 _initialise(layer, adapter_name, config, name)
         for name in saved:

@@ -62,8 +62,14 @@ def load_adapter(
     checkpoint = read_checkpoint(folder_path(folder))
     config = _without_absent(inner, config_from_peft(checkpoint.config))
     check_ranks(Path(folder), checkpoint.tensors, config)
-    dtype = autocast_adapter_dtype
-    with injected(inner, config, adapter_name, initialise_pairs=False, trainable=is_trainable, autocast_dtype=dtype):
+    with injected(
+        inner,
+        config,
+        adapter_name,
+        initialise_pairs=False,
+        trainable=is_trainable,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    ):
         own = adapter_tensors(inner, adapter_name, config)
         base = base_tensors(inner, config)
         given = placed(checkpoint.tensors, {**base, **own})

@@ -85,7 +85,7 @@ def _choose(model: nn.Module, config: NF4Config, skip: Sequence[str] | None) -> 
     """
     where = places(model)
     head = output_head(unwrapped(model)) if skip is None else None
-    chosen = {m: names for m, names in where.items() if m is not head and _chosen(model, m, names, skip or ())}
+    chosen = {m: names for m, names in where.items() if m is not head and _is_wanted(model, m, names, skip or ())}
     ties = Ties(model)
     own = {m: names for m, names in chosen.items() if _is_used_otherwise(model, m, names)}
     chosen = {m: names for m, names in chosen.items() if m not in own and not ties.of(m.weight)}
@@ -140,7 +140,7 @@ def _quantised(layer: nn.Module, config: NF4Config) -> NF4Linear:
     )
 
 
-def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str]) -> bool:
+def _is_wanted(model: nn.Module, module: nn.Module, names: list[str], skip: Sequence[str]) -> bool:
     if not isinstance(module, nn.Linear) and not is_transposed_linear(module):
         return False
     if is_held_by_others(module) or stands_for_others(module._parameters.get("weight")):
@@ -153,9 +153,7 @@ def _chosen(model: nn.Module, module: nn.Module, names: list[str], skip: Sequenc
 def _is_used_otherwise(model: nn.Module, module: nn.Module, names: list[str]) -> bool:
     """Say whether a layer does or holds more than x W^T + b, or its module more than calls it: as NF4 it could not."""
     plain = LoraTransposedLinear if is_transposed_linear(module) else LoraLinear
-    if any(works_on(model, name) for name in names):
-        return True
-    if module._modules:
+    if module._modules or any(works_on(model, name) for name in names):
         return True
     return not plain(module).is_as_written() or not isinstance(module._parameters.get("weight"), nn.Parameter)
 

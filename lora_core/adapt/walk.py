@@ -51,7 +51,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def refuse_wrapped(model: nn.Module, verb: str) -> None:
     """Raise AdapterError where PyTorch would not synchronise a new parameter: it has counted them when it wrapped."""
     for name, module in model.named_modules():
-        kind = next((base.__name__ for base in type(module).__mro__ if base.__name__ in SYNCHRONISED), None)
+        kind = _synchroniser(module)
         if kind is not None:
             raise AdapterError(
                 f"cannot {verb}: {name or 'the model'} is wrapped by {kind}, which does not synchronise parameters "
@@ -59,10 +59,14 @@ def refuse_wrapped(model: nn.Module, verb: str) -> None:
             )
 
 
+def _synchroniser(module: nn.Module) -> str | None:
+    return next((base.__name__ for base in type(module).__mro__ if base.__name__ in SYNCHRONISED), None)
+
+
 def shared_out(model: nn.Module) -> None:
     """Have what fully_shard made whole for a forward be every process's share again: what is written there is lost."""
     for module in model.modules():
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        if _synchroniser(module) == "FSDPModule":
             owner: Any = module
             owner.reshard()
 

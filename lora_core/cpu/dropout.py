@@ -48,28 +48,26 @@ def _masked(x: Tensor, p: float, seed: Tensor | None, gone: Callable[..., Tensor
 
 def _gone(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """Return what reference.dropout.keep_mask does not keep."""
-    rows_hash = mix(torch.arange(rows, device="cpu") & MASK_32)
-    row_hash, least = mix((seed.to("cpu").reshape(1) & MASK_32) ^ rows_hash), threshold(p)
+    row_hash = mix((seed.to("cpu").reshape(1) & MASK_32) ^ mix(torch.arange(rows, device="cpu") & MASK_32))
     mask = torch.empty(rows, columns, dtype=torch.bool, device="cpu")
     loops = compiled.load_for("dropout", rows * columns)
-    if loops is not None:
-        hashes = row_hash.numpy().astype(np.uint32)
-        share(
-            loops.mask,
-            rows,
-            max(SHARED // columns, 1),
-            max(CHUNK // columns, 1),
-            hashes,
-            np.uint32(least),
-            mask.numpy(),
-        )
-        return mask
-    column, bound = torch.arange(columns, dtype=torch.int32, device="cpu"), _signed(least) ^ SIGN
-    step = max(1, TOGETHER // columns)
-    for hashes, part in zip(row_hash.to(torch.int32)[:, None].split(step), mask.split(step), strict=True):
-        # unsigned order is that of signed numbers with the highest bit turned
-        torch.lt(_mixed(hashes ^ column).bitwise_xor_(SIGN), bound, out=part)
+    if loops is None:
+        _fill(mask, row_hash.to(torch.int32), threshold(p))
+    else:
+        hashes, least = row_hash.numpy().astype(np.uint32), np.uint32(threshold(p))
+        chunk, of_a_thread = (max(elements // columns, 1) for elements in (SHARED, CHUNK))
+        share(loops.mask, rows, chunk, of_a_thread, hashes, least, mask.numpy())
     return mask
+
+
+def _fill(mask: Tensor, row_hash: Tensor, least: int) -> None:
+    """Do by PyTorch's operations what compiled.dropout.mask does."""
+    columns = mask.shape[1]
+    column, step = torch.arange(columns, dtype=torch.int32, device="cpu"), max(1, TOGETHER // columns)
+    # unsigned order is that of signed numbers with the highest bit turned
+    bound = _signed(least) ^ SIGN
+    for hashes, part in zip(row_hash[:, None].split(step), mask.split(step), strict=True):
+        torch.lt(_mixed(hashes ^ column).bitwise_xor_(SIGN), bound, out=part)
 
 
 def _mixed(h: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lora_core.ops import lora_linears as ops
 from lora_core.ops.eager import register
 from lora_core.ops.packed import dense, unflatten
 from lora_core.reference import lora_linears as reference
+from lora_core.reference.dropout import Drop
 
 
 def lora_linears(
@@ -51,13 +52,12 @@ def lora_linears_backward(
 ) -> Sequence[Tensor | None]:
     """Return what the reference returns, up to rounding."""
     adapters = (lora_as, lora_bs, hidden, scalings, dropouts)
-    backward = (
-        _backward if runs_here(d_ys[0], lora_as[0]) else functools.partial(reference.backward, drop=one_mask_each())
-    )
+    backward = _backward if runs_here(d_ys[0], lora_as[0]) else reference.backward
     weights = (dense(w, d_ys[0].dtype) for w in unflatten(tensors, formats))
     flat = None if x is None else x.reshape(-1, x.shape[-1])
     rows = [g.reshape(-1, g.shape[-1]) for g in d_ys]
-    d_x, d_lora_a, d_lora_bs = backward(rows, flat, weights, *adapters, ops.empty_to_none(seeds), need_x, need_pairs)
+    rest = (ops.empty_to_none(seeds), need_x, need_pairs, one_mask_each())
+    d_x, d_lora_a, d_lora_bs = backward(rows, flat, weights, *adapters, *rest)
     d_x = None if d_x is None else d_x.view(*d_ys[0].shape[:-1], d_x.shape[1])
     return [d_x, d_lora_a, *d_lora_bs]
 
@@ -94,11 +94,11 @@ def _backward(
     seeds: Sequence[Tensor | None],
     need_x: bool,
     need_pairs: bool,
+    drop: Drop = dropped,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """Return (d_x, d_A, every d_B_i); arguments as in reference.lora_linears.backward."""
     parts = [hidden_gradient(*each) for each in zip(d_ys, lora_bs, scalings, strict=True)]
-    d_s, drop = torch.cat(parts, 1), one_mask_each()
-    masks = [(p, seed, drop) for p, seed in zip(dropouts, seeds, strict=True)]
+    d_s, masks = torch.cat(parts, 1), [(p, seed, drop) for p, seed in zip(dropouts, seeds, strict=True)]
     d_x = d_lora_a = None
     d_lora_bs = []
     if need_pairs and x is not None:

@@ -9,8 +9,5 @@ class Off:
     def __init__(self) -> None:
         self.blocks = 0
 
-    def __deepcopy__(self, memo: Any) -> "Off":
-        return Off()
-
     def __reduce__(self) -> Any:
         return Off, ()

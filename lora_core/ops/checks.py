@@ -109,6 +109,17 @@ def check_dtypes(op: str, compute: dict[str, Tensor | None], lora_a: Tensor, lor
         )
 
 
+def check_alike(op: str, tensors: dict[str, object]) -> None:
+    """Raise DtypeError or DeviceError unless all are dense tensors of one floating dtype on one device."""
+    check_tensors(op, tensors)
+    alike = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    dtypes = {t.dtype for t in alike.values()}
+    if len(dtypes) > 1 or not dtypes.issubset(FLOATS):
+        got = ", ".join(f"{name} {t.dtype}" for name, t in alike.items())
+        raise DtypeError(f"{op}: want {', '.join(alike)} of one floating dtype; got {got}: cast them with .to(dtype)")
+    check_devices(op, {**alike})
+
+
 def check_devices(op: str, tensors: dict[str, Tensor | None]) -> None:
     """Raise DeviceError unless all tensors are on one device."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}

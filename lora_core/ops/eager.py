@@ -126,8 +126,8 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     """Register an operation's derivative, and return what calls it, past the dispatcher where nothing intercepts it.
 
     Args:
-        operation: a torch.library.CustomOpDef whose first argument is a tensor; it returns several tensors, in a list
-            where it takes lists of tensors.
+        operation: a torch.library.CustomOpDef whose first argument is a tensor; it returns tensors, in a list where it
+            takes lists of tensors.
         save, backward: as register_autograd takes them. `backward` makes its products by `gradients`, of S that
             hidden_of gives it, so that it may be differentiated, which takes grad mode.
     """
@@ -136,7 +136,7 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     def forward(ctx: Any, *args: Any) -> Any:
         # what another thread has taken back since is the dispatcher's to run
         made = _implementations.get((operation, _first(args).device.type), operation)(*args)
-        output = type(made)(map(_without_view, made))
+        output = _without_view(made) if isinstance(made, Tensor) else type(made)(map(_without_view, made))
         save(ctx, args, output)
         return output
 

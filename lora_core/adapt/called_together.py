@@ -17,7 +17,9 @@ def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
     Counted are calls self.child(x) in one block of statements, x a plain name that is not assigned in between. Where
     the source cannot be read or a forward is patched onto the module itself, there are none.
     """
-    return () if is_patched(parent) else _groups(type(parent).forward)
+    # what a fused class calls, the one that it was made from does
+    kind: Any = getattr(type(parent), "fused_from", type(parent))
+    return () if is_patched(parent) else _groups(kind.forward)
 
 
 @remembered

@@ -218,6 +218,8 @@ def _direct_implementation(operation: Any, args: tuple[Any, ...]) -> Callable[..
 
 def _is_plain(value: Any) -> bool:
     """Say whether a value is, or holds, no tensor of a class that handles operations itself."""
+    if type(value) is list and _PLAIN_TYPES.issuperset(map(type, value)):
+        return True
     return all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in _tensors_of(value))
 
 

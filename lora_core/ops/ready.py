@@ -49,6 +49,22 @@ def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any
     )
 
 
+def alike(*tensors: Any) -> bool:
+    """Say whether check_alike would take these, and neither autocast nor a transform has to be thought of."""
+    if torch.compiler.is_compiling() or not TENSORS.issuperset(map(type, tensors)):
+        return False
+    first = tensors[0]
+    dtype, device = first.dtype, first.device
+    return (
+        dtype in FLOATS
+        and all(t.dtype == dtype and t.device == device and t.layout == torch.strided for t in tensors)
+        and not any(t.is_nested for t in tensors)
+        and forward_ad._current_level < 0
+        and not inside_functorch()
+        and not autocast_on(first)
+    )
+
+
 def _fits(t: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     fits = type(t) in TENSORS and t.shape == shape and t.dtype == dtype and t.device == device
     return fits and t.layout == torch.strided

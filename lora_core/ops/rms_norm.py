@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_core.errors import ConfigError, ShapeError
 from lora_core.ops.checks import LARGEST, check_alike, is_transformed, outside_autocast
 from lora_core.ops.eager import differentiable, gradients, none_to_empty
+from lora_core.ops.ready import alike
 from lora_core.reference import rms_norm as reference
 
 
@@ -75,7 +76,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ConfigError: if eps is no finite number of at least 0.
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.
     """
-    check_alike("rms_norm", {"x": x, "weight": weight})
+    plain = alike(x, weight)
+    if not plain:
+        check_alike("rms_norm", {"x": x, "weight": weight})
     if x.dim() < 1 or weight.shape != x.shape[-1:] or not len(weight):
         raise ShapeError(
             f"rms_norm: want x [..., K] and weight [K], K at least 1; got x {tuple(x.shape)}, "
@@ -83,5 +86,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         )
     if not isinstance(eps, (int, float)) or not 0 <= eps <= LARGEST:
         raise ConfigError(f"rms_norm: eps is {eps!r}; want a finite number of at least 0")
+    if plain:
+        return _run(x, weight, float(eps))[0]
     with outside_autocast(x):
         return reference.rms_norm(x, weight, eps) if is_transformed() else _run(x, weight, float(eps))[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_core.errors import ConfigError, ShapeError
 from lora_core.ops.checks import check_alike, is_transformed, outside_autocast
 from lora_core.ops.eager import differentiable, gradients
+from lora_core.ops.ready import alike
 from lora_core.reference import rotary as reference
 
 
@@ -23,9 +24,14 @@ def backward_op(d_y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @op.register_fake
-@backward_op.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x.transpose(1, 2).new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+@backward_op.register_fake
+def _(d_y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    b, h, t, d = d_y.shape
+    return d_y.new_empty(b, t, h, d).transpose(1, 2)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -50,13 +56,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             number of elements a head.
         cos, sin: of the angles, dtype of x, shape [B, T, D], or [1, T, D] for all of a batch.
     Returns:
-        Shape and dtype of x, laid out token by token: y.transpose(1, 2) is contiguous.
+        Shape and dtype of x, contiguous: head by head, as attention reads it.
     Raises:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
         ConfigError: if cos or sin require a gradient, which is not made.
     Source: Su et al. 2021 (arXiv 2104.09864), eq. 34, with halves in place of neighbours.
     """
-    check_alike("rotary", {"x": x, "cos": cos, "sin": sin})
+    plain = alike(x, cos, sin)
+    if not plain:
+        check_alike("rotary", {"x": x, "cos": cos, "sin": sin})
     b, _, t, d = x.shape if x.dim() == 4 else (0,) * 4
     if x.dim() != 4 or d % 2 or cos.shape != sin.shape or cos.shape not in ((b, t, d), (1, t, d)):
         raise ShapeError(
@@ -65,6 +73,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         )
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ConfigError("rotary: cos or sin requires a gradient, which is not made: pass them with .detach()")
+    y: Tensor
+    if plain:
+        y = _run(x, cos, sin)
+        return y
     with outside_autocast(x):
-        y: Tensor = reference.rotary(x, cos, sin) if is_transformed() else _run(x, cos, sin)
+        y = reference.rotary(x, cos, sin) if is_transformed() else _run(x, cos, sin)
         return y

@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_core.errors import ShapeError
 from lora_core.ops.checks import check_alike, is_transformed, outside_autocast
 from lora_core.ops.eager import differentiable, gradients
+from lora_core.ops.ready import alike
 from lora_core.reference import swiglu as reference
 
 
@@ -59,9 +60,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ShapeError, DtypeError, DeviceError: if the operands do not fit together.
     Source: Shazeer 2020 (arXiv 2002.05202), eq. 6, without biases.
     """
-    check_alike("swiglu", {"gate": gate, "up": up})
+    plain = alike(gate, up)
+    if not plain:
+        check_alike("swiglu", {"gate": gate, "up": up})
     if gate.shape != up.shape:
         raise ShapeError(f"swiglu: want gate and up of one shape; got gate {tuple(gate.shape)}, up {tuple(up.shape)}")
+    y: Tensor
+    if plain:
+        y = _run(gate, up)
+        return y
     with outside_autocast(gate):
-        y: Tensor = reference.swiglu(gate, up) if is_transformed() else _run(gate, up)
+        y = reference.swiglu(gate, up) if is_transformed() else _run(gate, up)
         return y

@@ -3,13 +3,14 @@
 Forward, for a row x of K numbers and weights w:
 
     r = 1 / sqrt(mean(x^2) + eps)
-    y = x r w
+    n = x r
+    y = n w
 
 Backward. With g = dL/dy and h = g w, and as r depends on every x:
 
-    dr = -r^3 <x, dx> / K
-    dL = <h, r dx + x dr>      gives   dL/dx = r h - x r^3 <h, x> / K
-    dy = x r dw                gives   dL/dw = sum over rows of g x r
+    dr = -r^3 <x, dx> / K = -r^2 <n, dx> / K
+    dL = <h, r dx + x dr>      gives   dL/dx = r (h - n <h, n> / K)
+    dy = n dw                  gives   dL/dw = sum over rows of g n
 
 All that is kept between the passes is x, w and r, one number a row; written with PyTorch's operations, half a dozen
 tensors of x's size are. Sums and products are float32, or float64 where x is, and rounded once.
@@ -56,8 +57,9 @@ def backward(d_y: Tensor, x: Tensor, weight: Tensor, r: Tensor, need_weight: boo
     columns = x.shape[-1]
     flat, g = (_wide(t).reshape(-1, columns) for t in (x, d_y))
     h, row = g * _wide(weight), r[:, None]
-    d_x = row * h - flat * (row**3 * (h * flat).sum(1, keepdim=True) / columns)
-    d_weight = (g * flat * row).sum(0).to(weight.dtype) if need_weight else None
+    n = flat * row
+    d_x = row * (h - n * (h * n).mean(1, keepdim=True))
+    d_weight = (g * n).sum(0).to(weight.dtype) if need_weight else None
     return d_x.to(x.dtype).view(x.shape), d_weight
 
 

@@ -29,22 +29,22 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: floating, shape [B, H, T, D], D even.
         cos, sin: dtype of x, shape [B, T, D], or [1, T, D] for all of a batch.
     Returns:
-        Shape and dtype of x, laid out token by token: y.transpose(1, 2) is contiguous.
+        Shape and dtype of x, contiguous: head by head, as attention reads it.
     """
     (x1, x2), (c1, c2), (s1, s2) = map(_halves, (x, cos[:, None], sin[:, None]))
-    return _laid_out(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2, x.dtype)
+    return torch.cat((x1 * c1 - x2 * s1, x2 * c2 + x1 * s2), -1).to(x.dtype).contiguous()
 
 
 def backward(d_y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return dL/dx, laid out as y, for d_y = dL/dy of shape [B, H, T, D]."""
+    """Return dL/dx for d_y = dL/dy, both [B, H, T, D], token by token, as a projection wrote x.
+
+    That is, the result's transpose(1, 2) is contiguous.
+    """
     (g1, g2), (c1, c2), (s1, s2) = map(_halves, (d_y, cos[:, None], sin[:, None]))
-    return _laid_out(g1 * c1 + g2 * s2, g2 * c2 - g1 * s1, d_y.dtype)
+    d_x = torch.cat((g1 * c1 + g2 * s2, g2 * c2 - g1 * s1), -1)
+    return d_x.to(d_y.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _halves(t: Tensor) -> tuple[Tensor, Tensor]:
     first, second = t.to(torch.promote_types(t.dtype, torch.float32)).chunk(2, -1)
     return first, second
-
-
-def _laid_out(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.cat((first, second), -1).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)

@@ -19,13 +19,28 @@ if getattr(config, "DISABLE_JIT", False):
     raise ImportError("Numba is switched off by NUMBA_DISABLE_JIT")
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def contracted(function: Callable[..., Any]) -> Any:
+    """Return compiled(function) where a product and the sum it enters are rounded once."""
+    return compiled(function, frozenset({"contract"}))
+
+
+def reordered(function: Callable[..., Any]) -> Any:
+    """Return compiled(function) whose sums are added in another order, vectors of them, and products as they fall.
+
+    The same on every call on one machine. For what does nothing else: a reordered product may overflow.
+    """
+    return compiled(function, frozenset({"contract", "reassoc"}))
+
+
+def compiled(function: Callable[..., Any], freedom: frozenset[str] = frozenset()) -> Any:
     """Return the function, compiled at its first call; other threads run on beside it.
 
-    Each float32 operation is rounded on its own: no fused multiply-add, no reordering. What is compiled is kept, where
-    there is a place for it, until a file changes that it was made from.
+    Each float32 operation is rounded on its own, but for the freedom given: no fused multiply-add, no reordering. What
+    is compiled is kept, where there is a place for it, until a file changes that it was made from.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    if freedom:
+        options["fastmath"] = set(freedom)
     try:
         made = njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep the result: neither beside the file nor in the user's folder

@@ -1,0 +1,98 @@
+"""Which modules between a model's linear layers can be fused: those that compute what transformers' Llama does.
+
+Most of transformers' models were derived from it and repeat its norm, its MLP and its rotation word for word. So a
+module is recognised by its source. That Llama's computes what the operations do is asked of it once, with numbers.
+"""
+
+import ast
+import functools
+import importlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_core.adapt.remembered import remembered
+from lora_core.adapt.source import source_of
+from lora_core.layers.as_written import is_patched
+from lora_core.layers.elementwise import ROTATION, Elementwise, FusedGatedMLP, FusedRMSNorm, FusedRotation, is_silu
+from lora_core.ops.rms_norm import rms_norm
+from lora_core.ops.rotary import rotary
+from lora_core.ops.swiglu import swiglu
+
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+def elementwise_class(module: nn.Module) -> type[Elementwise] | str | None:
+    """Return what fuses this module, why nothing does, or None for one that is no norm, gated MLP or attention."""
+    if isinstance(module, Elementwise):
+        return "it is fused already"
+    found = _candidate(module)
+    if isinstance(found, type) and is_patched(module):
+        return "its forward is patched on the module itself, as accelerate's hooks do: take the patch off first"
+    return found
+
+
+def _candidate(module: Any) -> type[Elementwise] | str | None:
+    kind, forward = type(module), type(module).forward
+    other = f"{kind.__name__} is written otherwise than in transformers' Llama"
+    if kind is nn.RMSNorm:
+        fits = module.weight is not None and len(module.normalized_shape) == 1
+        return FusedRMSNorm if fits else "it has no weight, or normalises more than the last dimension"
+    if kind.__name__.endswith("RMSNorm"):
+        return FusedRMSNorm if hasattr(module, "variance_epsilon") and _as_llama(forward, "LlamaRMSNorm") else other
+    if all(hasattr(module, name) for name in GATED):
+        if not is_silu(module.act_fn):
+            return f"its gate is {type(module.act_fn).__name__}, of which no operation is made, or has hooks"
+        return FusedGatedMLP if _as_llama(forward, "LlamaMLP") else other
+    if ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return FusedRotation if _as_llama(forward.__globals__.get(ROTATION), ROTATION) else other
+    return None
+
+
+@remembered
+def _as_llama(function: Any, name: str) -> bool:
+    """Say whether a function does, word for word, what Llama's forward or function of this name does."""
+    llama = _llama()
+    original = getattr(llama, name, None)
+    return original is not None and _words(function) == _words(getattr(original, "forward", original)) is not None
+
+
+def _words(function: Any) -> str | None:
+    """Return what a function takes and does, without annotations and docstring; None where it cannot be read."""
+    found = source_of(function)
+    if found is None:
+        return None
+    body = found.body[1:] if ast.get_docstring(found) is not None else found.body
+    return " ".join([*(a.arg for a in found.args.args), *map(ast.dump, body)])
+
+
+@functools.cache
+def _llama() -> Any:
+    """Return transformers' Llama if it is there and computes what the operations do, else None."""
+    if "transformers" not in sys.modules:
+        return None
+    try:
+        llama = importlib.import_module("transformers.models.llama.modeling_llama")
+        return llama if _computes_the_same(llama) else None
+    except (ImportError, AttributeError, TypeError):
+        # another version of transformers
+        return None
+
+
+def _computes_the_same(llama: Any) -> bool:
+    """Ask Llama's forwards, of stand-ins for modules, which take no random numbers."""
+    x = torch.linspace(-9, 9, 240, dtype=torch.float64, device="cpu").sin().view(2, 3, 5, 8)
+    other, weight, cos, sin = x.flip(0), x[0, 0, 0], x[:, 0], x[:, 1]
+    norm = SimpleNamespace(weight=weight, variance_epsilon=1e-3)
+    mlp = SimpleNamespace(gate_proj=nn.Identity(), up_proj=lambda x: other, act_fn=nn.SiLU(), down_proj=nn.Identity())
+    theirs = (
+        llama.LlamaRMSNorm.forward(norm, x),
+        llama.LlamaMLP.forward(mlp, x),
+        *llama.apply_rotary_pos_emb(x, other, cos, sin),
+    )
+    ours = (rms_norm(x, weight, 1e-3), swiglu(x, other), rotary(x, cos, sin), rotary(other, cos, sin))
+    # the norm is made in float32
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(theirs, ours, strict=True))

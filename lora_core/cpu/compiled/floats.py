@@ -1,0 +1,78 @@
+"""Elements of arrays as float32 and back, and a logistic function that LLVM makes vectors of."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from lora_core.cpu.compiled.jit import contracted
+
+SINGLE, WORD, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+# bits of a float32 below those of a bfloat16, whose arrays are of uint16
+BELOW = WORD(16)
+
+
+def _widened(_: Any, element: Any) -> Any:
+    """Return an element as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if element == types.float32:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], WORD), BELOW), SINGLE)
+
+    return (types.float32(element), generate) if element in (types.float32, types.uint16) else None
+
+
+def _rounded(_: Any, array: Any, number: Any) -> Any:
+    """Return a float32 as an element of an array: in bfloat16 to nearest, ties to even, of NaN as PyTorch writes it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[1]
+        if array.dtype == types.float32:
+            return value
+        bits = builder.bitcast(value, WORD)
+        odd = builder.and_(builder.lshr(bits, BELOW), WORD(1))
+        nearest = builder.lshr(builder.add(bits, builder.add(odd, WORD(0x7FFF))), BELOW)
+        return builder.trunc(builder.select(builder.fcmp_unordered("uno", value, value), WORD(0x7FC0), nearest), HALF)
+
+    fits = array.dtype in (types.float32, types.uint16) and number == types.float32
+    return (array.dtype(array, number), generate) if fits else None
+
+
+def _power_of_two(_: Any, exponent: Any) -> Any:
+    """Return 2 to a whole number in [-126, 127], given as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        biased = builder.add(builder.fptosi(arguments[0], WORD), WORD(127))
+        return builder.bitcast(builder.shl(biased, WORD(23)), SINGLE)
+
+    return (types.float32(exponent), generate) if exponent == types.float32 else None
+
+
+# in compiled code: (element), (array, number), (exponent)
+widened: Any = intrinsic(_widened)
+rounded: Any = intrinsic(_rounded)
+_two_to: Any = intrinsic(_power_of_two)
+
+ONE, HALF_OF_ONE, LOG2_E = np.float32(1), np.float32(0.5), np.float32(1.4426950408889634)
+# ln 2 as the sum of a number of few bits, whose products with whole numbers up to 128 are exact, and the rest
+LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.42860682030941723e-6)
+# exp(r) - 1 - r over r^2, where |r| <= ln 2 / 2: the series of exp to the degree whose rest is below 2^-26
+TERMS = tuple(np.float32(1 / n) for n in (40320, 5040, 720, 120, 24, 6, 2))
+LEAST, MOST = np.float32(-87), np.float32(89)
+
+
+@contracted
+def logistic(x: Any) -> Any:
+    """Return 1 / (1 + exp(-x)) of a float32 that is no NaN; 0 from where exp(-x) is no float32."""
+    z = min(max(-x, LEAST), MOST)
+    n = np.floor(z * LOG2_E + HALF_OF_ONE)
+    f = (z - n * LN2_HIGH) - n * LN2_LOW
+    p = TERMS[0]
+    for i in range(1, len(TERMS)):
+        p = p * f + TERMS[i]
+    # 2^128 is no float32: a half of it, twice
+    half = (p * f * f + f + ONE) * _two_to(n - ONE)
+    return ONE / (ONE + (half + half))

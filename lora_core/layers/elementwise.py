@@ -1,0 +1,111 @@
+"""What stands between a model's linear layers, fused: norms, the gate of an MLP, the rotation of queries and keys.
+
+Each of them is a handful of PyTorch's operations, which read and write what they work on again and again and keep much
+of it for the backward. Here each is one operation with a backward of its own. A compiler fuses them itself, and is let.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.dtypes import FLOATS
+from lora_core.layers.as_written import runs_as_written
+from lora_core.layers.fused import Fused
+from lora_core.ops.checks import is_transformed
+from lora_core.ops.ready import TENSORS
+from lora_core.ops.rms_norm import rms_norm
+from lora_core.ops.rotary import rotary
+from lora_core.ops.swiglu import swiglu
+
+# what the attention of transformers' models calls
+ROTATION = "apply_rotary_pos_emb"
+
+
+class Elementwise(Fused):
+    """A module that computes nothing of a linear layer itself."""
+
+
+class FusedRMSNorm(Elementwise):
+    """An RMS norm with a weight for each column, as torch.nn.RMSNorm and transformers' Llama have it."""
+
+    def alone(self: Any, x: Tensor) -> Tensor | None:
+        return rms_norm(x, self.weight, _epsilon(self, x)) if _fit(x, self.weight) and x.dim() else None
+
+
+class FusedGatedMLP(Elementwise):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)), as in transformers' Llama; the three layers are called as ever."""
+
+    def alone(self: Any, x: Tensor) -> Tensor | None:
+        if _in_a_graph() or not is_silu(self.act_fn):
+            return None
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        fit = _fit(gate, up) and gate.shape == up.shape
+        y: Tensor = self.down_proj(swiglu(gate, up) if fit else self.act_fn(gate) * up)
+        return y
+
+
+class FusedRotation(Elementwise):
+    """An attention whose forward rotates queries and keys by apply_rotary_pos_emb, as transformers' Llama has it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = type(self)
+        if not isinstance(self, Fused):
+            # bound while the module was fused, and called after unfuse
+            return kind.forward(self, *args, **kwargs)
+        if "rotating" not in vars(kind):
+            kind.rotating = staticmethod(_rotating(kind.fused_from.forward))
+        run = kind.fused_from.forward if _in_a_graph() else kind.rotating
+        return run(self, *args, **kwargs)
+
+
+def is_silu(module: Any) -> bool:
+    """Say whether calling this module means silu and nothing else."""
+    silu = isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation"
+    return silu and runs_as_written(module, type(module).forward)
+
+
+def _epsilon(norm: Any, x: Tensor) -> float:
+    eps = norm.eps if isinstance(norm, nn.RMSNorm) else norm.variance_epsilon
+    return torch.finfo(x.dtype).eps if eps is None else float(eps)
+
+
+def _rotating(forward: Any) -> Callable[..., Any]:
+    """Return a forward that calls the operation where it called ROTATION; no other model sees any of it."""
+    own = forward.__globals__[ROTATION]
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if rest or options or not _fit(q, k, cos, sin) or not (_turns(q, cos, sin) and _turns(k, cos, sin)):
+            found: tuple[Tensor, Tensor] = own(q, k, cos, sin, *rest, **options)
+            return found
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    names = {**forward.__globals__, ROTATION: rotated}
+    made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+def _turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Say whether the operation takes heads [B, H, T, D] and these angles."""
+    if x.dim() != 4 or x.shape[-1] % 2 or cos.requires_grad or sin.requires_grad:
+        return False
+    b, _, t, d = x.shape
+    return cos.shape == sin.shape and cos.shape in ((b, t, d), (1, t, d))
+
+
+def _fit(*tensors: Any) -> bool:
+    """Say whether an operation takes these as they are, and it runs now, not in a graph."""
+    if _in_a_graph() or not TENSORS.issuperset(map(type, tensors)):
+        return False
+    dtype, device = tensors[0].dtype, tensors[0].device
+    return dtype in FLOATS and all(
+        t.dtype == dtype and t.device == device and t.layout == torch.strided and not t.is_nested for t in tensors
+    )
+
+
+def _in_a_graph() -> bool:
+    """Say whether a compiler or a tracer looks on, or a transform, for which a formula of PyTorch's is better."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()

@@ -17,7 +17,7 @@ from lora_core.layers.fused import Fused
 from lora_core.ops.checks import is_transformed
 from lora_core.ops.ready import TENSORS
 from lora_core.ops.rms_norm import rms_norm
-from lora_core.ops.rotary import rotary
+from lora_core.ops.rotary import are_heads, rotary
 from lora_core.ops.swiglu import swiglu
 
 # what the attention of transformers' models calls
@@ -77,23 +77,16 @@ def _rotating(forward: Any) -> Callable[..., Any]:
     own = forward.__globals__[ROTATION]
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        if rest or options or not _fit(q, k, cos, sin) or not (_turns(q, cos, sin) and _turns(k, cos, sin)):
-            found: tuple[Tensor, Tensor] = own(q, k, cos, sin, *rest, **options)
-            return found
-        return rotary(q, cos, sin), rotary(k, cos, sin)
+        plain = not rest and not options and _fit(q, k, cos, sin) and not (cos.requires_grad or sin.requires_grad)
+        if plain and are_heads(q, cos, sin) and are_heads(k, cos, sin):
+            return rotary(q, cos, sin), rotary(k, cos, sin)
+        found: tuple[Tensor, Tensor] = own(q, k, cos, sin, *rest, **options)
+        return found
 
     names = {**forward.__globals__, ROTATION: rotated}
     made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
-
-
-def _turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Say whether the operation takes heads [B, H, T, D] and these angles."""
-    if x.dim() != 4 or x.shape[-1] % 2 or cos.requires_grad or sin.requires_grad:
-        return False
-    b, _, t, d = x.shape
-    return cos.shape == sin.shape and cos.shape in ((b, t, d), (1, t, d))
 
 
 def _fit(*tensors: Any) -> bool:

@@ -45,6 +45,18 @@ def _backward(ctx, d_y: Tensor):  # type: ignore[no-untyped-def]
 _run = differentiable(op, _save, _backward)
 
 
+def are_heads(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Say whether rotary takes tensors of these shapes."""
+    return (
+        x.dim() == 4
+        and x.shape[3] % 2 == 0
+        and cos.dim() == 3
+        and cos.shape == sin.shape
+        and cos.shape[1:] == x.shape[2:]
+        and (cos.shape[0] == 1 or cos.shape[0] == x.shape[0])
+    )
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x with both halves of every head rotated by the angles of its position, as Llama's attention does.
 
@@ -65,8 +77,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     plain = alike(x, cos, sin)
     if not plain:
         check_alike("rotary", {"x": x, "cos": cos, "sin": sin})
-    b, _, t, d = x.shape if x.dim() == 4 else (0,) * 4
-    if x.dim() != 4 or d % 2 or cos.shape != sin.shape or cos.shape not in ((b, t, d), (1, t, d)):
+    if not are_heads(x, cos, sin):
         raise ShapeError(
             "rotary: want x [B, H, T, D], D even, and cos and sin [B, T, D] or [1, T, D]; got "
             f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"

@@ -41,14 +41,14 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     flat = _wide(x).reshape(-1, x.shape[-1])
     r = torch.rsqrt(flat.square().mean(1) + eps)
     y = (flat * r[:, None] * _wide(weight)).to(x.dtype)
-    return y.view(x.shape), r
+    return y.contiguous().view(x.shape), r
 
 
 def backward(d_y: Tensor, x: Tensor, weight: Tensor, r: Tensor, need_weight: bool) -> tuple[Tensor, Tensor | None]:
     """Return dL/dx, and dL/dw where it is needed.
 
     Args:
-        d_y: dL/dy, shape and dtype of x.
+        d_y: dL/dy, shape and dtype of x, as is the gradient, which is contiguous.
         x: shape [..., K].
         weight: w, shape [K].
         r: as the forward returned it, shape [M].
@@ -60,7 +60,7 @@ def backward(d_y: Tensor, x: Tensor, weight: Tensor, r: Tensor, need_weight: boo
     n = flat * row
     d_x = row * (h - n * (h * n).mean(1, keepdim=True))
     d_weight = (g * n).sum(0).to(weight.dtype) if need_weight else None
-    return d_x.to(x.dtype).view(x.shape), d_weight
+    return d_x.to(x.dtype).contiguous().view(x.shape), d_weight
 
 
 def _wide(t: Tensor) -> Tensor:

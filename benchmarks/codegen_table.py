@@ -52,6 +52,7 @@ SAMPLE = {
         "bf16 bf16 32x64 loose dropout",
     ),
     "split_sum": ("bf16 added",),
+    "swiglu": ("bf16", "bf16 backward", "fp32 odd"),
 }
 # the matrix instructions of each architecture, by the first word of their names
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA")

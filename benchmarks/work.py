@@ -27,6 +27,8 @@ TOKENS = {
     "nf4_matmul": {16: ONE, 64: SOME},
     "shrink": {16: ONE, 32: MANY, 64: MANY},
 }
+# kernels that are predicted for a step of training alone
+OF_MANY = ("row_sum", "swiglu")
 # rows of a batch of which each has an adapter of its own
 ADAPTERS = 64
 
@@ -63,7 +65,7 @@ def shapes_of(kernel: str, variant: Any) -> list[Shape]:
     more: Shape = {}
     if kernel in TOKENS:
         more["M"] = TOKENS[kernel][variant.constants["BLOCK_M"]]
-    elif kernel == "row_sum":
+    elif kernel in OF_MANY:
         more["M"] = MANY
     elif kernel.startswith("gather_"):
         more |= {"M": ADAPTERS, "G": ADAPTERS}
@@ -181,6 +183,12 @@ def _dora_norm(variant: Any, shape: Shape) -> Work:
     return Work(weight + SIZE[low] * r * (n + k) + FLOAT32 * n, ((low, n * k * r), ("fp32", n * k)))
 
 
+def _swiglu(variant: Any, shape: Shape) -> Work:
+    """y [M, N] of two operands, or two gradients of three: 3 or 5 e M N."""
+    words, n = variant.name.split(), shape["M"] * shape["N"]
+    return Work(SIZE[words[0]] * n * (5 if "backward" in words else 3), elements=n)
+
+
 WORK: dict[str, Callable[[Any, Shape], Work]] = {
     "absmax_dequantize": _scales,
     "absmax_quantize": _scales,
@@ -195,4 +203,5 @@ WORK: dict[str, Callable[[Any, Shape], Work]] = {
     "nf4_quantize": _whole_weight,
     "row_sum": _row_sum,
     "shrink": _shrink,
+    "swiglu": _swiglu,
 }

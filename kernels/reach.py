@@ -53,6 +53,24 @@ def left_to_reference(operation: str, tokens: Tensor, *matrices: Tensor, sides: 
     return True
 
 
+def past_reach(operation: str, like: Tensor, *counts: int) -> bool:
+    """Say whether the reference has to take an operation without products of matrices, and say at level DEBUG why.
+
+    Args:
+        operation: its name.
+        like: an operand, of which the dtype counts.
+        counts: sizes, and programs, that a kernel counts in 32 bits.
+    """
+    if like.dtype == torch.float64:
+        why = "float64"
+    elif max(counts, default=0) > LARGEST:
+        why = f"a count of more than {LARGEST}"
+    else:
+        return False
+    log_launch(operation, f"{why}, reference")
+    return True
+
+
 @functools.cache
 def _multiplies_halves(device: torch.device) -> bool:
     """Say whether Triton uses this device's tensor cores; the interpreter has no use for any."""

@@ -31,6 +31,7 @@ from lora_core.kernels import (
     nf4_dequantize,
     nf4_lora_linear,
     nf4_quantize,
+    swiglu,
 )
 from lora_core.kernels.crossover import PATHS
 from lora_core.ops.packed import Packed, flatten
@@ -58,6 +59,7 @@ def main() -> int:
         dora_norm.launch_dora_norm(weight, lora_a, lora_b, 0.5)
         dora_norm.launch_nf4_dora_norm(*w, dtype, lora_a, lora_b, 0.5)
         groups(x, d_y, lora_a, lora_b)
+        gates(dtype, m, n)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")
@@ -79,7 +81,7 @@ def dense_layers(x, weight, bias, adapter, d_y, path) -> None:
     y, hidden = lora_linear.launch_lora_linear(x, weight, bias, *adapter, path)
     lora_a, lora_b, *rest = adapter
     needs = (True,) * 5
-    lora_linear.launch_lora_linear_backward(d_y, hidden, x, weight, lora_a, lora_b, hidden, *rest, needs, path)
+    lora_linear.launch_lora_linear_backward(d_y, x, weight, lora_a, lora_b, hidden, *rest, needs, path)
 
 
 def packed_layers(x, w, bias, adapter, d_y, path) -> None:
@@ -107,6 +109,13 @@ def groups(x, d_y, lora_a, lora_b) -> None:
     grouped_lora.launch_grouped_lora_backward(
         d_y, x, lora_a, lora_b, ranks, adapter, scaling, hidden, (True, True, True)
     )
+
+
+def gates(dtype, m, n) -> None:
+    # contiguous, and the halves of one product
+    for columns in (n, 1024 + n):
+        gate, up = torch.randn(m, 2 * columns, device=DEVICE).to(dtype).chunk(2, -1)
+        swiglu.launch_swiglu_backward(swiglu.launch_swiglu(gate, up), gate, up)
 
 
 if __name__ == "__main__":

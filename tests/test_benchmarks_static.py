@@ -161,6 +161,11 @@ def test_work_of_norms_is_a_weight_and_its_adapter():
     assert packed.moved == N * K / 2 + N * K / 32 * (1 + 4 / 256) + 2 * 64 * (N + K) + 4 * N
 
 
+def test_work_of_a_gate_is_its_operands_and_results_once():
+    assert of("swiglu", "bf16", M=4096) == work.Work(2 * 3 * 4096 * N, elements=4096 * N)
+    assert of("swiglu", "fp32 backward odd", M=4096) == work.Work(4 * 5 * 4096 * N, elements=4096 * N)
+
+
 def test_work_has_sizes_of_every_sampled_configuration_but_of_split_sum():
     for kernel, names in SAMPLE.items():
         for name in names:
@@ -260,7 +265,7 @@ def test_static_suite_rewrites_the_documentation_for_the_committed_folder_alone(
     assert page.read_text() == before and not committed.exists() and not (tmp_path / "predictions.jsonl").exists()
     for folder in (committed, tmp_path):
         assert static.main(["--results", str(folder)], "it") == 0
-        assert page.read_text() != before and len((committed / "predictions.jsonl").read_text().splitlines()) == 14
+        assert page.read_text() != before and len((committed / "predictions.jsonl").read_text().splitlines()) == 15
         assert not (tmp_path / "predictions.jsonl").exists()
         page.write_text(before)
 

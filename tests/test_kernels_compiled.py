@@ -46,7 +46,7 @@ def recorded(form, grid):
 
     def launch(*args, **kwargs):
         _, specialization, options = binders[kernel](*args, **kwargs)
-        file = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        file = kernel.fn.__module__.rpartition(".")[2]
         keys.setdefault((file, use), set()).add(str((specialization, sorted(options.items()))))
 
     return launch
@@ -57,7 +57,7 @@ processors = importlib.import_module("lora_core.kernels.processors")
 processors.processors = lambda device: 132
 files = (
     "lora_linear", "nf4_lora_linear", "grouped_lora", "nf4_quantize", "nf4_dequantize", "absmax_quantize",
-    "absmax_dequantize", "dora_norm",
+    "absmax_dequantize", "dora_norm", "swiglu",
 )
 kernels = [importlib.import_module(f"lora_core.kernels.{file}") for file in files]
 launches = {name: getattr(k, name) for k in kernels for name in vars(k) if name.startswith("launch_")}
@@ -67,6 +67,7 @@ many = [*range(1, 140), *range(140, 20000, 977), *(2**i + d for i in range(7, 14
 seed, weight = torch.tensor([5]), torch.randn(N, K).bfloat16()
 codes, absmax = torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.ones(N * K // 64)
 packed = (codes, absmax, None, None, (N, K), 64, 256)
+gates = torch.zeros(2, 20000, N, dtype=torch.bfloat16)
 x_all, d_all = torch.zeros(20000, K, dtype=torch.bfloat16), torch.zeros(20000, N, dtype=torch.bfloat16)
 for r, m in itertools.product((1, 16, 100), many):
     a, b = torch.zeros(r, K, dtype=torch.bfloat16), torch.zeros(N, r, dtype=torch.bfloat16)
@@ -87,6 +88,12 @@ for r, m in itertools.product((1, 16, 100), many):
     launches["launch_grouped_lora"](x, d_y, a, b, ranks, adapter, scaling)
     use = f"grouped backward r={r}"
     launches["launch_grouped_lora_backward"](d_y, x, a, b, ranks, adapter, scaling, widest, (True,) * 3)
+for m in many:
+    gate, up = gates[:, :m]
+    use = "forward"
+    launches["launch_swiglu"](gate, up)
+    use = "backward"
+    launches["launch_swiglu_backward"](gate, gate, up)
 use = "weight"
 for n in (N, 2 * N, 7 * N):
     w = torch.zeros(n, K)

@@ -19,7 +19,8 @@ from lora_core.kernels.lora_linear import launch_lora_linear, launch_lora_linear
 from lora_core.kernels.lora_linears import launch_lora_linears, launch_lora_linears_backward
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
-from lora_core.kernels.reach import LARGEST, LARGEST_SIDE, left_to_reference, near
+from lora_core.kernels.reach import LARGEST, LARGEST_SIDE, left_to_reference, near, past_reach
+from lora_core.kernels.swiglu import launch_swiglu, launch_swiglu_backward
 from lora_core.ops.packed import Packed, flatten
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +34,10 @@ SHAPES = {
     "d_y": (M, N),
     "hidden": (M, R),
     "base": (M, N),
+    # rows long enough to be read where they lie
+    "d_mlp": (5, 1040),
+    "gate": (5, 1040),
+    "up": (5, 1040),
 }
 RANKS = [3, 2]
 
@@ -94,6 +99,14 @@ def grouped_backward(o: dict[str, Tensor]) -> list[Tensor]:
     return [*launch_grouped_lora_backward(o["d_y"], o["x"], *rest, (True, True, True))]
 
 
+def gated(o: dict[str, Tensor]) -> list[Tensor]:
+    return [launch_swiglu(o["gate"], o["up"])]
+
+
+def gated_backward(o: dict[str, Tensor]) -> list[Tensor]:
+    return [*launch_swiglu_backward(o["d_mlp"], o["gate"], o["up"])]
+
+
 def operands_of(shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     operands = {own: torch.randn(*shape, device=DEVICE).to(torch.bfloat16) for own, shape in shapes.items()}
     operands |= {f"close {own}": value for own, value in operands.items()}
@@ -115,6 +128,8 @@ CASES = {
     packed_dora: ("lora_a", "lora_b"),
     grouped: ("x", "base", "lora_a", "lora_b"),
     grouped_backward: ("d_y", "x", "lora_a", "lora_b"),
+    gated: ("gate", "up"),
+    gated_backward: ("d_mlp", "gate", "up"),
 }
 
 
@@ -143,10 +158,13 @@ def test_kernels_reach_elements_two_to_the_31_apart(run, name, along):
     ids=lambda v: getattr(v, "__name__", v),
 )
 def test_what_lies_farther_apart_is_copied_first(run, name, apart, monkeypatch):
-    """Operands of two rows, 2^30 elements apart and more than 2^31: the launches and bits of the rows side by side."""
+    """Operands of two rows, 2^30 elements apart and more than 2^31: the launches and bits of the rows side by side.
+
+    Where strides are counted in 64 bits nothing is copied.
+    """
     monkeypatch.setitem(globals(), "RANKS", [1, 1])
     two = {"x": (2, K), "weight": (2, K), "lora_a": (2, K), "lora_b": (2, 2), "d_y": (2, 2), "hidden": (2, 2)}
-    operands = operands_of(two | {"base": (2, 2)})
+    operands = operands_of(two | {"base": (2, 2)} | dict.fromkeys(("d_mlp", "gate", "up"), (2, 1040)))
     assert all(
         torch.equal(a, b)
         for a, b in zip(run(operands), run(operands | {name: spread(operands[name], apart, 0)}), strict=True)
@@ -196,6 +214,13 @@ def test_sizes_beyond_reach_are_left_to_the_reference(tokens, side, sides, said,
     with caplog.at_level("DEBUG", "lora_core.kernels"):
         assert left_to_reference("lora_linear", x, w, sides=sides) == (said is not None)
     assert caplog.messages == ([] if said is None else [f"lora_linear: {said}"])
+
+
+def test_counts_beyond_reach_are_left_to_the_reference_where_nothing_is_multiplied(caplog):
+    with caplog.at_level("DEBUG", "lora_core.kernels"):
+        assert not past_reach("rotary", torch.empty(1, dtype=torch.float16), LARGEST, 1)
+        assert past_reach("rotary", torch.empty(1), 1, LARGEST + 1)
+    assert caplog.messages == [f"rotary: a count of more than {LARGEST}, reference"]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ SAMPLE = {
         "fp32 fp32 16 nested elements forward",
     ),
     "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
+    "rotary": ("bf16 64", "bf16 64 backward", "fp32 32 loose"),
     "row_sum": (
         "bf16 bf16 rank 16 bias hidden split",
         "bf16 fp32 rank 16 transposed dropout",

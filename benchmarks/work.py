@@ -28,7 +28,7 @@ TOKENS = {
     "shrink": {16: ONE, 32: MANY, 64: MANY},
 }
 # kernels that are predicted for a step of training alone
-OF_MANY = ("row_sum", "swiglu")
+OF_MANY = ("rotary", "row_sum", "swiglu")
 # rows of a batch of which each has an adapter of its own
 ADAPTERS = 64
 
@@ -183,6 +183,12 @@ def _dora_norm(variant: Any, shape: Shape) -> Work:
     return Work(weight + SIZE[low] * r * (n + k) + FLOAT32 * n, ((low, n * k * r), ("fp32", n * k)))
 
 
+def _rotary(variant: Any, shape: Shape) -> Work:
+    """y [M, N] of x, N / D heads of D elements, and cosines and sines [M, D]: 2 e M (N + D)."""
+    head = 2 * variant.constants["BLOCK_D"]
+    return Work(SIZE[variant.name.split()[0]] * 2 * shape["M"] * (shape["N"] + head))
+
+
 def _swiglu(variant: Any, shape: Shape) -> Work:
     """y [M, N] of two operands, or two gradients of three: 3 or 5 e M N."""
     words, n = variant.name.split(), shape["M"] * shape["N"]
@@ -201,6 +207,7 @@ WORK: dict[str, Callable[[Any, Shape], Work]] = {
     "nf4_dequantize": _whole_weight,
     "nf4_matmul": _nf4_matmul,
     "nf4_quantize": _whole_weight,
+    "rotary": _rotary,
     "row_sum": _row_sum,
     "shrink": _shrink,
     "swiglu": _swiglu,

@@ -31,6 +31,7 @@ from lora_core.kernels import (
     nf4_dequantize,
     nf4_lora_linear,
     nf4_quantize,
+    rotary,
     swiglu,
 )
 from lora_core.kernels.crossover import PATHS
@@ -60,6 +61,7 @@ def main() -> int:
         dora_norm.launch_nf4_dora_norm(*w, dtype, lora_a, lora_b, 0.5)
         groups(x, d_y, lora_a, lora_b)
         gates(dtype, m, n)
+        heads(dtype, m, n, k)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")
@@ -116,6 +118,14 @@ def gates(dtype, m, n) -> None:
     for columns in (n, 1024 + n):
         gate, up = torch.randn(m, 2 * columns, device=DEVICE).to(dtype).chunk(2, -1)
         swiglu.launch_swiglu_backward(swiglu.launch_swiglu(gate, up), gate, up)
+
+
+def heads(dtype, m, n, k) -> None:
+    # token by token, and head by head
+    x = torch.randn(2, m, n, 2 * k, device=DEVICE).to(dtype).transpose(1, 2)
+    cos, sin = torch.randn(2, 1, m, 2 * k, device=DEVICE).to(dtype)
+    y = rotary.launch_rotary(x, cos, sin)
+    rotary.launch_rotary_backward(y.contiguous(), cos.expand(2, m, 2 * k), sin.expand(2, m, 2 * k))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ processors = importlib.import_module("lora_core.kernels.processors")
 processors.processors = lambda device: 132
 files = (
     "lora_linear", "nf4_lora_linear", "grouped_lora", "nf4_quantize", "nf4_dequantize", "absmax_quantize",
-    "absmax_dequantize", "dora_norm", "swiglu",
+    "absmax_dequantize", "dora_norm", "rotary", "swiglu",
 )
 kernels = [importlib.import_module(f"lora_core.kernels.{file}") for file in files]
 launches = {name: getattr(k, name) for k in kernels for name in vars(k) if name.startswith("launch_")}
@@ -67,6 +67,7 @@ many = [*range(1, 140), *range(140, 20000, 977), *(2**i + d for i in range(7, 14
 seed, weight = torch.tensor([5]), torch.randn(N, K).bfloat16()
 codes, absmax = torch.zeros(N * K // 2, 1, dtype=torch.uint8), torch.ones(N * K // 64)
 packed = (codes, absmax, None, None, (N, K), 64, 256)
+queries, angles = torch.zeros(1, 20000, 8, 128).bfloat16(), torch.zeros(1, 20000, 128).bfloat16()
 gates = torch.zeros(2, 20000, N, dtype=torch.bfloat16)
 x_all, d_all = torch.zeros(20000, K, dtype=torch.bfloat16), torch.zeros(20000, N, dtype=torch.bfloat16)
 for r, m in itertools.product((1, 16, 100), many):
@@ -90,9 +91,12 @@ for r, m in itertools.product((1, 16, 100), many):
     launches["launch_grouped_lora_backward"](d_y, x, a, b, ranks, adapter, scaling, widest, (True,) * 3)
 for m in many:
     gate, up = gates[:, :m]
+    x, of_tokens = queries[:, :m].transpose(1, 2), angles[:, :m]
     use = "forward"
+    launches["launch_rotary"](x, of_tokens, of_tokens)
     launches["launch_swiglu"](gate, up)
     use = "backward"
+    launches["launch_rotary_backward"](x, of_tokens, of_tokens)
     launches["launch_swiglu_backward"](gate, gate, up)
 use = "weight"
 for n in (N, 2 * N, 7 * N):

@@ -30,6 +30,7 @@ files = {
     "nf4_lora_linear": {"op": "launch_nf4_lora_linear", "backward_op": "launch_nf4_lora_linear_backward"},
     "dora_norm": {"op": "launch_dora_norm", "nf4_op": "launch_nf4_dora_norm"},
     "grouped_lora": {"op": "launch_grouped_lora", "backward_op": "launch_grouped_lora_backward"},
+    "rotary": {"op": "launch_rotary", "backward_op": "launch_rotary_backward"},
     "swiglu": {"op": "launch_swiglu", "backward_op": "launch_swiglu_backward"},
 }
 from lora_core.ops.eager import register
@@ -58,6 +59,7 @@ import itertools
 from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linears import lora_linears
+from lora_core.ops.rotary import rotary
 from lora_core.ops.swiglu import swiglu
 
 make = lambda *shape: torch.randn(*shape).to(device)
@@ -86,6 +88,8 @@ for dtype, needs in itertools.product((torch.float32, torch.float64), itertools.
         differentiate("grouped_lora", dtype, own, grouped, x, a, b)
         several = lambda x, a, b: sum(lora_linears(x, [Layer(weight, None, a, b, 0.5)] * 2))
         differentiate("lora_linears", dtype, own, several, x, a, b)
+    if needs == (True, False, False, False):
+        differentiate("rotary", dtype, needs[:3], rotary, make(2, 3, 5, 8), make(2, 5, 8), make(2, 5, 8))
     if needs[:2] == (False, False):
         differentiate("swiglu", dtype, needs[2:], swiglu, make(6, 8), make(6, 8))
 print("sound")
@@ -117,6 +121,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     torch.library.opcheck(torch.ops.lora_core.nf4_dora_norm, (*packed, dtype, *plain, 0.5))
     gate, up = (make(2, 3, 40).to(dtype).requires_grad_() for _ in range(2))
     torch.library.opcheck(torch.ops.lora_core.swiglu, (gate, up))
+    angles = (make(1, 3, 8).to(dtype), make(1, 3, 8).to(dtype))
+    torch.library.opcheck(torch.ops.lora_core.rotary, (make(2, 5, 3, 8).to(dtype).requires_grad_(), *angles))
 torch.library.opcheck(torch.ops.lora_core.nf4_dequantize, (*packed[:5], torch.bfloat16, 64))
 torch.library.opcheck(torch.ops.lora_core.nf4_quantize, (make(9, 40), 64))
 missing = {f"{file}.{op}" for file, ops in files.items() for op in ops} - launched
@@ -152,7 +158,7 @@ def asked():
 torch.cuda.is_available = torch.cuda.device_count = asked
 import lora_core as lc
 from lora_core import backends
-dense = ("lora_linear", "lora_linear_backward", "dora_norm", "swiglu", "swiglu_backward")
+dense = ("lora_linear", "lora_linear_backward", "dora_norm", "rotary", "rotary_backward", "swiglu")
 for name in (*dense, "nf4_dequantize", "nf4_dora_norm", "grouped_lora"):
     file = "dora_norm" if name == "nf4_dora_norm" else name.removesuffix("_backward")
     assert backends.implementation(name, "cuda") == f"lora_core.kernels.{file}"

@@ -20,6 +20,7 @@ from lora_core.kernels.lora_linears import launch_lora_linears, launch_lora_line
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
 from lora_core.kernels.reach import LARGEST, LARGEST_SIDE, left_to_reference, near, past_reach
+from lora_core.kernels.rotary import launch_rotary, launch_rotary_backward
 from lora_core.kernels.swiglu import launch_swiglu, launch_swiglu_backward
 from lora_core.ops.packed import Packed, flatten
 
@@ -34,6 +35,10 @@ SHAPES = {
     "d_y": (M, N),
     "hidden": (M, R),
     "base": (M, N),
+    # of M tokens, one head each
+    "query": (M, 64),
+    "cos": (M, 64),
+    "sin": (M, 64),
     # rows long enough to be read where they lie
     "d_mlp": (5, 1040),
     "gate": (5, 1040),
@@ -107,6 +112,22 @@ def gated_backward(o: dict[str, Tensor]) -> list[Tensor]:
     return [*launch_swiglu_backward(o["d_mlp"], o["gate"], o["up"])]
 
 
+def tokens_of(o: dict[str, Tensor]) -> list[Tensor]:
+    """One batch: x [1, 1, T, D], cos and sin [1, T, D]."""
+    return [o["query"][None, None], o["cos"][None], o["sin"][None]]
+
+
+def rotated(o: dict[str, Tensor]) -> list[Tensor]:
+    return [launch_rotary(*tokens_of(o)), launch_rotary(*(t.transpose(0, -2) for t in tokens_of(o)))]
+
+
+def rotated_backward(o: dict[str, Tensor]) -> list[Tensor]:
+    return [
+        launch_rotary_backward(*tokens_of(o)),
+        launch_rotary_backward(o["query"][None, :, None], *(o[n][None, :1] for n in ("cos", "sin"))),
+    ]
+
+
 def operands_of(shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     operands = {own: torch.randn(*shape, device=DEVICE).to(torch.bfloat16) for own, shape in shapes.items()}
     operands |= {f"close {own}": value for own, value in operands.items()}
@@ -128,6 +149,8 @@ CASES = {
     packed_dora: ("lora_a", "lora_b"),
     grouped: ("x", "base", "lora_a", "lora_b"),
     grouped_backward: ("d_y", "x", "lora_a", "lora_b"),
+    rotated: ("query", "cos", "sin"),
+    rotated_backward: ("query", "cos", "sin"),
     gated: ("gate", "up"),
     gated_backward: ("d_mlp", "gate", "up"),
 }
@@ -164,7 +187,12 @@ def test_what_lies_farther_apart_is_copied_first(run, name, apart, monkeypatch):
     """
     monkeypatch.setitem(globals(), "RANKS", [1, 1])
     two = {"x": (2, K), "weight": (2, K), "lora_a": (2, K), "lora_b": (2, 2), "d_y": (2, 2), "hidden": (2, 2)}
-    operands = operands_of(two | {"base": (2, 2)} | dict.fromkeys(("d_mlp", "gate", "up"), (2, 1040)))
+    operands = operands_of(
+        two
+        | {"base": (2, 2)}
+        | dict.fromkeys(("d_mlp", "gate", "up"), (2, 1040))
+        | dict.fromkeys(("query", "cos", "sin"), (2, 64))
+    )
     assert all(
         torch.equal(a, b)
         for a, b in zip(run(operands), run(operands | {name: spread(operands[name], apart, 0)}), strict=True)

@@ -22,6 +22,7 @@ from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
 from lora_core.kernels.nf4_matmul import launch_nf4_matmul
 from lora_core.kernels.nf4_quantize import launch_nf4_quantize
+from lora_core.kernels.rotary import launch_rotary, launch_rotary_backward
 from lora_core.kernels.swiglu import launch_swiglu, launch_swiglu_backward
 from lora_core.kernels.variant import DTYPE_PAIRS
 from lora_core.ops.packed import Packed, flatten
@@ -109,6 +110,10 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
         launch_nf4_quantize(weight, packed[5])
         sums = launch_grouped_lora(x, choose((None, d_y)), *grouped)[1]
         launch_grouped_lora_backward(d_y, x, *grouped, sums, needs[:3])
+        heads = o.matrix(m, 2 * k * 3, dtype).unflatten(1, (3, 2 * k)).transpose(0, 1)[None]
+        angles = [o.matrix(m, 2 * k, dtype)[None] for _ in range(2)]
+        launch_rotary(heads, *angles)
+        launch_rotary_backward(heads, *angles)
         # as they are, and long enough to be read where they lie
         columns = choose((n, 1024 + n))
         d_mlp, gate, up = (o.matrix(m, columns, dtype) for _ in range(3))

@@ -39,6 +39,7 @@ SAMPLE = {
         "fp32 fp32 16 nested elements forward",
     ),
     "nf4_quantize": ("bf16 64 words", "fp32 4096 bytes"),
+    "rms_norm": ("bf16 4096", "bf16 4096 backward weight", "fp32 8192 of more", "fp16 1024 backward loose"),
     "rotary": ("bf16 64", "bf16 64 backward", "fp32 32 loose"),
     "row_sum": (
         "bf16 bf16 rank 16 bias hidden split",

@@ -32,6 +32,7 @@ KERNELS_OF = {
     "lora_dropout": LINEAR,
     "nf4_lora_linear": ("nf4_matmul", "nf4_dequantize", "nf4_columns", *LINEAR),
     "dora_norm": ("dora_norm", "split_sum"),
+    "rms_norm": ("rms_norm", "split_sum"),
     "grouped_lora": ("gather_expand", "gather_gradient", "gather_shrink"),
 }
 

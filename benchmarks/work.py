@@ -28,7 +28,7 @@ TOKENS = {
     "shrink": {16: ONE, 32: MANY, 64: MANY},
 }
 # kernels that are predicted for a step of training alone
-OF_MANY = ("rotary", "row_sum", "swiglu")
+OF_MANY = ("rms_norm", "rotary", "row_sum", "swiglu")
 # rows of a batch of which each has an adapter of its own
 ADAPTERS = 64
 
@@ -183,6 +183,14 @@ def _dora_norm(variant: Any, shape: Shape) -> Work:
     return Work(weight + SIZE[low] * r * (n + k) + FLOAT32 * n, ((low, n * k * r), ("fp32", n * k)))
 
 
+def _rms_norm(variant: Any, shape: Shape) -> Work:
+    """y [M, K] of x, or dL/dx of dL/dy and x: e M K of each; w, r [M] in float32, and a part of dL/dw."""
+    words = variant.name.split()
+    m, k, e = shape["M"], shape["K"], SIZE[words[0]]
+    part = FLOAT32 * k if "weight" in words else 0
+    return Work(e * k * (m * (3 if "backward" in words else 2) + 1) + FLOAT32 * m + part)
+
+
 def _rotary(variant: Any, shape: Shape) -> Work:
     """y [M, N] of x, N / D heads of D elements, and cosines and sines [M, D]: 2 e M (N + D)."""
     head = 2 * variant.constants["BLOCK_D"]
@@ -207,6 +215,7 @@ WORK: dict[str, Callable[[Any, Shape], Work]] = {
     "nf4_dequantize": _whole_weight,
     "nf4_matmul": _nf4_matmul,
     "nf4_quantize": _whole_weight,
+    "rms_norm": _rms_norm,
     "rotary": _rotary,
     "row_sum": _row_sum,
     "shrink": _shrink,

@@ -5,6 +5,8 @@ reference and strides are copied away, which leaves room to step past an end. A 
 65535, in programs of 16 ranks at least: larger sides go to the reference, too. How many elements there are, and where
 they lie, is counted in 64 bits.
 
+Operations without products of matrices have programs in one dimension alone: only more than 2^30 of them go there.
+
 Before compute capability 8.0 Triton multiplies half precision without tensor cores, and tiles made for them spill their
 sums: a library's products are faster there.
 """

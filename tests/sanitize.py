@@ -31,6 +31,7 @@ from lora_core.kernels import (
     nf4_dequantize,
     nf4_lora_linear,
     nf4_quantize,
+    rms_norm,
     rotary,
     swiglu,
 )
@@ -60,6 +61,8 @@ def main() -> int:
         dora_norm.launch_dora_norm(weight, lora_a, lora_b, 0.5)
         dora_norm.launch_nf4_dora_norm(*w, dtype, lora_a, lora_b, 0.5)
         groups(x, d_y, lora_a, lora_b)
+        y, root = rms_norm.launch_rms_norm(x, weight[0], 1e-6)
+        rms_norm.launch_rms_norm_backward(y, x, weight[0], root, True)
         gates(dtype, m, n)
         heads(dtype, m, n, k)
     if DEVICE == "cuda":

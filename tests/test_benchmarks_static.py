@@ -171,6 +171,12 @@ def test_work_of_a_rotation_is_heads_twice_and_angles_once():
     assert of("rotary", "fp32 32 loose", M=4096).moved == 4 * 4096 * (2 * N + 2 * 64)
 
 
+def test_work_of_normalised_rows_is_each_once():
+    assert of("rms_norm", "bf16 4096", M=4096) == work.Work(2 * (2 * 4096 * K + K) + 4 * 4096)
+    back = of("rms_norm", "bf16 4096 backward weight", M=4096)
+    assert back.moved == 2 * (3 * 4096 * K + K) + 4 * (4096 + K)
+
+
 def test_work_has_sizes_of_every_sampled_configuration_but_of_split_sum():
     for kernel, names in SAMPLE.items():
         for name in names:
@@ -270,7 +276,7 @@ def test_static_suite_rewrites_the_documentation_for_the_committed_folder_alone(
     assert page.read_text() == before and not committed.exists() and not (tmp_path / "predictions.jsonl").exists()
     for folder in (committed, tmp_path):
         assert static.main(["--results", str(folder)], "it") == 0
-        assert page.read_text() != before and len((committed / "predictions.jsonl").read_text().splitlines()) == 16
+        assert page.read_text() != before and len((committed / "predictions.jsonl").read_text().splitlines()) == 17
         assert not (tmp_path / "predictions.jsonl").exists()
         page.write_text(before)
 

@@ -22,13 +22,14 @@ LEANEST = {"nf4_dequantize": 6.5, "nf4_columns": 6.5}
 # streaming kernels, 16 bytes an access: nf4_dequantize makes 64 elements a thread in bfloat16 from 32 bytes of codes,
 # nf4_columns 128 from 64, nf4_quantize 32 elements' codes, absmax_dequantize 16 scales (looking levels up one by one);
 # absmax_quantize has 4 scales a thread, whose codes are 4 bytes; swiglu makes 8 elements from 8 of each operand,
-# rotary 8 pairs, whose cosines and sines come one by one for a thread and are handed on
+# rms_norm 16 from 16 of each, rotary 8 pairs, whose cosines and sines come one by one for a thread and are handed on
 WIDE = {
     "nf4_dequantize": {"LDG.128": 2, "STG.128": 8},
     "nf4_columns": {"LDG.128": 4, "STG.128": 16},
     "nf4_quantize": {"LDG.128": 4, "STG.128": 1},
     "absmax_dequantize": {"LDG.128": 1, "STG.128": 4},
     "absmax_quantize": {"LDG.128": 5, "STG.128": 1},
+    "rms_norm": {"LDG.128": 4, "STG.128": 2},
     "rotary": {"LDG.128": 2, "STG.128": 2},
     "split_sum": {"LDG.128": 17, "STG.128": 1},
     "swiglu": {"LDG.128": 2, "STG.128": 1},

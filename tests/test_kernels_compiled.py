@@ -57,7 +57,7 @@ processors = importlib.import_module("lora_core.kernels.processors")
 processors.processors = lambda device: 132
 files = (
     "lora_linear", "nf4_lora_linear", "grouped_lora", "nf4_quantize", "nf4_dequantize", "absmax_quantize",
-    "absmax_dequantize", "dora_norm", "rotary", "swiglu",
+    "absmax_dequantize", "dora_norm", "rms_norm", "rotary", "swiglu",
 )
 kernels = [importlib.import_module(f"lora_core.kernels.{file}") for file in files]
 launches = {name: getattr(k, name) for k in kernels for name in vars(k) if name.startswith("launch_")}
@@ -93,9 +93,11 @@ for m in many:
     gate, up = gates[:, :m]
     x, of_tokens = queries[:, :m].transpose(1, 2), angles[:, :m]
     use = "forward"
+    launches["launch_rms_norm"](x_all[:m], weight[0], 1e-6)
     launches["launch_rotary"](x, of_tokens, of_tokens)
     launches["launch_swiglu"](gate, up)
     use = "backward"
+    launches["launch_rms_norm_backward"](x_all[:m], x_all[:m], weight[0], torch.zeros(m), True)
     launches["launch_rotary_backward"](x, of_tokens, of_tokens)
     launches["launch_swiglu_backward"](gate, gate, up)
 use = "weight"

@@ -30,6 +30,7 @@ files = {
     "nf4_lora_linear": {"op": "launch_nf4_lora_linear", "backward_op": "launch_nf4_lora_linear_backward"},
     "dora_norm": {"op": "launch_dora_norm", "nf4_op": "launch_nf4_dora_norm"},
     "grouped_lora": {"op": "launch_grouped_lora", "backward_op": "launch_grouped_lora_backward"},
+    "rms_norm": {"op": "launch_rms_norm", "backward_op": "launch_rms_norm_backward"},
     "rotary": {"op": "launch_rotary", "backward_op": "launch_rotary_backward"},
     "swiglu": {"op": "launch_swiglu", "backward_op": "launch_swiglu_backward"},
 }
@@ -59,6 +60,7 @@ import itertools
 from lora_core.ops.grouped_lora import grouped_lora
 from lora_core.ops.layer import Layer
 from lora_core.ops.lora_linears import lora_linears
+from lora_core.ops.rms_norm import rms_norm
 from lora_core.ops.rotary import rotary
 from lora_core.ops.swiglu import swiglu
 
@@ -91,6 +93,8 @@ for dtype, needs in itertools.product((torch.float32, torch.float64), itertools.
     if needs == (True, False, False, False):
         differentiate("rotary", dtype, needs[:3], rotary, make(2, 3, 5, 8), make(2, 5, 8), make(2, 5, 8))
     if needs[:2] == (False, False):
+        norm = lambda x, weight: rms_norm(x, weight, 1e-6)
+        differentiate("rms_norm", dtype, needs[2:], norm, make(6, 8), make(8))
         differentiate("swiglu", dtype, needs[2:], swiglu, make(6, 8), make(6, 8))
 print("sound")
 """
@@ -121,6 +125,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     torch.library.opcheck(torch.ops.lora_core.nf4_dora_norm, (*packed, dtype, *plain, 0.5))
     gate, up = (make(2, 3, 40).to(dtype).requires_grad_() for _ in range(2))
     torch.library.opcheck(torch.ops.lora_core.swiglu, (gate, up))
+    torch.library.opcheck(torch.ops.lora_core.rms_norm, (gate, make(40).to(dtype).requires_grad_(), 1e-6))
     angles = (make(1, 3, 8).to(dtype), make(1, 3, 8).to(dtype))
     torch.library.opcheck(torch.ops.lora_core.rotary, (make(2, 5, 3, 8).to(dtype).requires_grad_(), *angles))
 torch.library.opcheck(torch.ops.lora_core.nf4_dequantize, (*packed[:5], torch.bfloat16, 64))
@@ -158,7 +163,7 @@ def asked():
 torch.cuda.is_available = torch.cuda.device_count = asked
 import lora_core as lc
 from lora_core import backends
-dense = ("lora_linear", "lora_linear_backward", "dora_norm", "rotary", "rotary_backward", "swiglu")
+dense = ("lora_linear", "lora_linear_backward", "dora_norm", "rms_norm", "rotary", "rotary_backward", "swiglu")
 for name in (*dense, "nf4_dequantize", "nf4_dora_norm", "grouped_lora"):
     file = "dora_norm" if name == "nf4_dora_norm" else name.removesuffix("_backward")
     assert backends.implementation(name, "cuda") == f"lora_core.kernels.{file}"

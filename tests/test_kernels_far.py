@@ -20,6 +20,7 @@ from lora_core.kernels.lora_linears import launch_lora_linears, launch_lora_line
 from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
 from lora_core.kernels.reach import LARGEST, LARGEST_SIDE, left_to_reference, near, past_reach
+from lora_core.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
 from lora_core.kernels.rotary import launch_rotary, launch_rotary_backward
 from lora_core.kernels.swiglu import launch_swiglu, launch_swiglu_backward
 from lora_core.ops.packed import Packed, flatten
@@ -35,6 +36,7 @@ SHAPES = {
     "d_y": (M, N),
     "hidden": (M, R),
     "base": (M, N),
+    "d_norm": (M, K),
     # of M tokens, one head each
     "query": (M, 64),
     "cos": (M, 64),
@@ -112,6 +114,15 @@ def gated_backward(o: dict[str, Tensor]) -> list[Tensor]:
     return [*launch_swiglu_backward(o["d_mlp"], o["gate"], o["up"])]
 
 
+def normed(o: dict[str, Tensor]) -> list[Tensor]:
+    return [*launch_rms_norm(o["x"], o["close x"][0], 1e-6)]
+
+
+def normed_backward(o: dict[str, Tensor]) -> list[Tensor]:
+    r = torch.ones(len(o["x"]), device=DEVICE)
+    return [*launch_rms_norm_backward(o["d_norm"], o["x"], o["close x"][0], r, True)]
+
+
 def tokens_of(o: dict[str, Tensor]) -> list[Tensor]:
     """One batch: x [1, 1, T, D], cos and sin [1, T, D]."""
     return [o["query"][None, None], o["cos"][None], o["sin"][None]]
@@ -149,6 +160,8 @@ CASES = {
     packed_dora: ("lora_a", "lora_b"),
     grouped: ("x", "base", "lora_a", "lora_b"),
     grouped_backward: ("d_y", "x", "lora_a", "lora_b"),
+    normed: ("x",),
+    normed_backward: ("d_norm", "x"),
     rotated: ("query", "cos", "sin"),
     rotated_backward: ("query", "cos", "sin"),
     gated: ("gate", "up"),
@@ -186,7 +199,15 @@ def test_what_lies_farther_apart_is_copied_first(run, name, apart, monkeypatch):
     Where strides are counted in 64 bits nothing is copied.
     """
     monkeypatch.setitem(globals(), "RANKS", [1, 1])
-    two = {"x": (2, K), "weight": (2, K), "lora_a": (2, K), "lora_b": (2, 2), "d_y": (2, 2), "hidden": (2, 2)}
+    two = {
+        "x": (2, K),
+        "d_norm": (2, K),
+        "weight": (2, K),
+        "lora_a": (2, K),
+        "lora_b": (2, 2),
+        "d_y": (2, 2),
+        "hidden": (2, 2),
+    }
     operands = operands_of(
         two
         | {"base": (2, 2)}

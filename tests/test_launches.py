@@ -22,6 +22,7 @@ from lora_core.kernels.nf4_dequantize import launch_nf4_dequantize
 from lora_core.kernels.nf4_lora_linear import launch_nf4_lora_linear, launch_nf4_lora_linear_backward
 from lora_core.kernels.nf4_matmul import launch_nf4_matmul
 from lora_core.kernels.nf4_quantize import launch_nf4_quantize
+from lora_core.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
 from lora_core.kernels.rotary import launch_rotary, launch_rotary_backward
 from lora_core.kernels.swiglu import launch_swiglu, launch_swiglu_backward
 from lora_core.kernels.variant import DTYPE_PAIRS
@@ -110,6 +111,9 @@ def test_operands_of_any_layout_are_launched_as_listed(seed):
         launch_nf4_quantize(weight, packed[5])
         sums = launch_grouped_lora(x, choose((None, d_y)), *grouped)[1]
         launch_grouped_lora_backward(d_y, x, *grouped, sums, needs[:3])
+        norm = o.begun(torch.zeros(k, dtype=dtype))
+        launch_rms_norm(x, norm, 1e-6)
+        launch_rms_norm_backward(o.matrix(m, k, dtype), x, norm, torch.ones(m), needs[0])
         heads = o.matrix(m, 2 * k * 3, dtype).unflatten(1, (3, 2 * k)).transpose(0, 1)[None]
         angles = [o.matrix(m, 2 * k, dtype)[None] for _ in range(2)]
         launch_rotary(heads, *angles)

@@ -17,7 +17,7 @@ from lora_core.doctor.report import self_check
 def test_doctor_finds_every_operation_sound(capsys):
     cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] and len(report["checks"]) == 14
+    assert report["healthy"] and len(report["checks"]) == 20
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
     assert (
@@ -30,6 +30,7 @@ def test_doctor_finds_every_operation_sound(capsys):
     [
         *("nf4_quantize", "nf4_dequantize", "absmax_quantize", "absmax_dequantize"),
         *("lora_linear", "nf4_lora_linear", "lora_linears", "dora_norm", "grouped_lora"),
+        *("rms_norm", "swiglu", "rotary"),
     ],
 )
 def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):

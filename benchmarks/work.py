@@ -184,11 +184,14 @@ def _dora_norm(variant: Any, shape: Shape) -> Work:
 
 
 def _rms_norm(variant: Any, shape: Shape) -> Work:
-    """y [M, K] of x, or dL/dx of dL/dy and x: e M K of each; w, r [M] in float32, and a part of dL/dw."""
+    """Rows as W leaves them: y [M, N] of x, or dL/dx of dL/dy and x: e M N of each; w, and 4 M bytes of r.
+
+    With "weight", a part of dL/dw too: 4 N bytes.
+    """
     words = variant.name.split()
-    m, k, e = shape["M"], shape["K"], SIZE[words[0]]
-    part = FLOAT32 * k if "weight" in words else 0
-    return Work(e * k * (m * (3 if "backward" in words else 2) + 1) + FLOAT32 * m + part)
+    m, n, e = shape["M"], shape["N"], SIZE[words[0]]
+    part = FLOAT32 * n if "weight" in words else 0
+    return Work(e * n * (m * (3 if "backward" in words else 2) + 1) + FLOAT32 * m + part)
 
 
 def _rotary(variant: Any, shape: Shape) -> Work:
@@ -198,8 +201,8 @@ def _rotary(variant: Any, shape: Shape) -> Work:
 
 
 def _swiglu(variant: Any, shape: Shape) -> Work:
-    """y [M, N] of two operands, or two gradients of three: 3 or 5 e M N."""
-    words, n = variant.name.split(), shape["M"] * shape["N"]
+    """What W is given: y [M, K] of two operands, or two gradients of three: 3 or 5 e M K."""
+    words, n = variant.name.split(), shape["M"] * shape["K"]
     return Work(SIZE[words[0]] * n * (5 if "backward" in words else 3), elements=n)
 
 

@@ -162,8 +162,8 @@ def test_work_of_norms_is_a_weight_and_its_adapter():
 
 
 def test_work_of_a_gate_is_its_operands_and_results_once():
-    assert of("swiglu", "bf16", M=4096) == work.Work(2 * 3 * 4096 * N, elements=4096 * N)
-    assert of("swiglu", "fp32 backward odd", M=4096) == work.Work(4 * 5 * 4096 * N, elements=4096 * N)
+    assert of("swiglu", "bf16", M=4096) == work.Work(2 * 3 * 4096 * K, elements=4096 * K)
+    assert of("swiglu", "fp32 backward odd", M=4096) == work.Work(4 * 5 * 4096 * K, elements=4096 * K)
 
 
 def test_work_of_a_rotation_is_heads_twice_and_angles_once():
@@ -172,9 +172,9 @@ def test_work_of_a_rotation_is_heads_twice_and_angles_once():
 
 
 def test_work_of_normalised_rows_is_each_once():
-    assert of("rms_norm", "bf16 4096", M=4096) == work.Work(2 * (2 * 4096 * K + K) + 4 * 4096)
+    assert of("rms_norm", "bf16 4096", M=4096) == work.Work(2 * (2 * 4096 * N + N) + 4 * 4096)
     back = of("rms_norm", "bf16 4096 backward weight", M=4096)
-    assert back.moved == 2 * (3 * 4096 * K + K) + 4 * (4096 + K)
+    assert back.moved == 2 * (3 * 4096 * N + N) + 4 * (4096 + N)
 
 
 def test_work_has_sizes_of_every_sampled_configuration_but_of_split_sum():

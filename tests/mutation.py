@@ -54,6 +54,7 @@ COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD, SIXTEEN, SHAR
 )
 REACH, CROSSOVER = "kernels/reach.py", "kernels/crossover.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
+NORM, ROTARY, GATE = "kernels/rms_norm.py", "kernels/rotary.py", "kernels/swiglu.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
 IN_ROUNDING = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_rounds_ties"
@@ -92,6 +93,9 @@ IN_NF4_COLUMNS = "test_kernels_nf4_lora_linear.py::test_nf4_backward_kernels_in_
 IN_NF4_ADDED = "test_kernels_nf4_lora_linear.py::test_nf4_input_gradient_is_added"
 IN_DORA = "test_kernels_dora_norm.py::test_dora_norm_kernel_matches"
 IN_NF4_DORA = "test_kernels_dora_norm.py::test_nf4_dora_norm_kernel_matches"
+IN_NORM = "test_kernels_rms_norm.py::test_rms_norm_kernels_match"
+IN_ROTARY = "test_kernels_rotary.py::test_rotary_kernel_matches"
+IN_GATE = "test_kernels_swiglu.py::test_swiglu_kernels_match"
 IN_GROUPED = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_match"
 IN_GROUPED_TILES = "test_kernels_grouped_lora.py::test_grouped_lora_kernels_walk_every_tile"
 IN_GROUPED_BACKWARD = "test_kernels_grouped_lora.py::test_grouped_lora_backward_kernels_match"
@@ -218,6 +222,18 @@ MUTATIONS = (
     Mutation(DECODE, "* PER_SCALE >> block_shift", "* 4 >> block_shift", IN_NF4_READING),
     Mutation(PANELS, "absmax=w.absmax.reshape(-1)[block:last]", "absmax=w.absmax[: last - block]", IN_PANELS),
     Mutation(PACKED, "up = (d_s, lora_a.T, 1 / (1 - dropout)", "up = (d_s, lora_a.T, 1 + dropout", IN_NF4_BACKWARD),
+    Mutation(NORM, "squares / K + eps", "squares / BLOCK_K + eps", IN_NORM),
+    Mutation(NORM, "(product / K)[:, None]", "product[:, None]", IN_NORM),
+    Mutation(NORM, "d_weight += g * n", "d_weight += h * n", IN_NORM),
+    Mutation(
+        NORM, "part.view(PARTS,", "part[:PARTS].view(PARTS,", "test_kernels_rms_norm.py::test_rms_norm_kernel_adds"
+    ),
+    Mutation(ROTARY, "x1 * c1 + x2 * s2, x2 * c2 - x1 * s1", "x1 * c1 + x2 * s1, x2 * c2 - x1 * s2", IN_ROTARY),
+    Mutation(ROTARY, "cos_ptr + b * stride_cb + t", "cos_ptr + t", IN_ROTARY),
+    Mutation(GATE, "gate * (1.0 - sigma)", "gate * sigma", IN_GATE),
+    Mutation(
+        GATE, "y_ptr + row * columns", "y_ptr + row * stride_gate", "test_kernels_swiglu.py::test_swiglu_kernels_read"
+    ),
     Mutation(DORA, "part = 2.0 * scaling", "part = scaling", IN_DORA),
     Mutation(DORA, "tl.program_id(1) == 0, squares", "tl.program_id(1) >= 0, squares", IN_DORA),
     Mutation(DORA, "round_to(w, w_ptr.dtype.element_ty)", "w * 1.01", IN_NF4_DORA),

@@ -64,7 +64,7 @@ def main() -> int:
         y, root = rms_norm.launch_rms_norm(x, weight[0], 1e-6)
         rms_norm.launch_rms_norm_backward(y, x, weight[0], root, True)
         gates(dtype, m, n)
-        heads(dtype, m, n, k)
+        heads(dtype, m, k)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")
@@ -123,9 +123,9 @@ def gates(dtype, m, n) -> None:
         swiglu.launch_swiglu_backward(swiglu.launch_swiglu(gate, up), gate, up)
 
 
-def heads(dtype, m, n, k) -> None:
+def heads(dtype, m, k) -> None:
     # token by token, and head by head
-    x = torch.randn(2, m, n, 2 * k, device=DEVICE).to(dtype).transpose(1, 2)
+    x = torch.randn(2, m, 3, 2 * k, device=DEVICE).to(dtype).transpose(1, 2)
     cos, sin = torch.randn(2, 1, m, 2 * k, device=DEVICE).to(dtype)
     y = rotary.launch_rotary(x, cos, sin)
     rotary.launch_rotary_backward(y.contiguous(), cos.expand(2, m, 2 * k), sin.expand(2, m, 2 * k))

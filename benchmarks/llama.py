@@ -104,6 +104,15 @@ def ours(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
     return model.train()
 
 
+def ours_elementwise(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
+    """Return the same with norms, gates and rotations fused, too."""
+    import lora_core as lc
+
+    model = ours(base, rank, start, four_bit)
+    lc.fuse(model, elementwise=True)
+    return model
+
+
 def pefts(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
     """Return a copy of the base with PEFT's adapters; on bitsandbytes' layers where it is to be in four bits."""
     import torch

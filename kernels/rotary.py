@@ -4,7 +4,7 @@
                                                  backward a = -s2, b = -s1
 
 A program rotates BLOCK_H heads of one token, by cosines and sines that it reads once. x may lie in any way, and mostly
-does token by token; y does always. Bound by memory: reads x and writes y once.
+does token by token; the gradient does always, and y head by head. Bound by memory: reads x and writes y once.
 
 Reference: lora_core/reference/rotary.py
 """
@@ -50,6 +50,9 @@ def _rotary_kernel(
     stride_sb,
     stride_st,
     stride_sd,
+    stride_yb,
+    stride_yh,
+    stride_yt,
     BACKWARD: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,7 +64,7 @@ def _rotary_kernel(
     b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
     x = x_ptr + b * stride_xb + t * stride_xt + head[:, None] * stride_xh
     cos, sin = cos_ptr + b * stride_cb + t * stride_ct, sin_ptr + b * stride_sb + t * stride_st
-    y = y_ptr + (token.to(tl.int64) * H + head[:, None]) * (2 * HALF)
+    y = y_ptr + b * stride_yb + t * stride_yt + head[:, None] * stride_yh
     for first in tl.range(0, HALF, BLOCK_D, num_stages=1):
         element = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
         ok = element < HALF
@@ -80,7 +83,7 @@ def _rotary_kernel(
         tl.store(y + element + HALF, round_to(y2, y_ptr.dtype.element_ty), mask=both_ok)
 
 
-_ROWS = ("stride_xb", "stride_xh", "stride_xt", "stride_cb", "stride_ct", "stride_sb", "stride_st")
+_ROWS = tuple(f"stride_{rows}" for rows in ("xb", "xh", "xt", "cb", "ct", "sb", "st", "yb", "yh", "yt"))
 # by whether all can be loaded 16 bytes at once
 _FORMS = {
     True: form(_rotary_kernel, ("stride_xd", "stride_cd", "stride_sd"), ("HALF", *_ROWS), addresses=True),
@@ -122,7 +125,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     programs = b * t * triton.cdiv(h, BLOCK_H)
     if past_reach(operation, x, programs, h, d):
         return reference.backward(x, cos, sin) if backward else reference.rotary(x, cos, sin)
-    y = x.new_empty((b, t, h, d))
+    y = x.new_empty((b, t, h, d)).transpose(1, 2) if backward else x.new_empty(x.shape)
     wide, block_d = _is_wide(x, cos, sin), least_that_holds(d // 2, BLOCK_D)
     log_launch(operation, "wide" if wide else "loose")
     if y.numel():
@@ -136,12 +139,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
                 t,
                 d // 2,
                 *(stride for operand in (x, cos, sin) for stride in (*_steps(operand), operand.stride(-1))),
+                *_steps(y),
                 BACKWARD=backward,
                 BLOCK_H=BLOCK_H,
                 BLOCK_D=block_d,
                 **_options(block_d),
             )
-    return y.transpose(1, 2)
+    return y
 
 
 @near

@@ -1,10 +1,10 @@
 """A training step of a small Llama: forward, loss, backward, AdamW. Full fine-tuning, LoRA and QLoRA.
 
-This library's adapters, fused, beside PEFT's, and on an NF4 base beside PEFT's on bitsandbytes' layers, each from one
-start. "frozen base" is what no adapter can be faster than by the same products: forward, loss and the gradients that
-adapters are given, without one. Full fine-tuning is PyTorch's, for scale: with its AdamW, and with bitsandbytes', which
-keeps moments in 8 bits. bfloat16 on a GPU, float32 on a CPU. A shape's K is the hidden size, M the tokens of a step, R
-the rank.
+This library's adapters, fused with what stands between the layers ("lora_core") and alone ("lora_core layers"), beside
+PEFT's, and on an NF4 base beside PEFT's on bitsandbytes' layers, each from one start. "frozen base" is what no adapter
+can be faster than by the same operations: forward, loss and the gradients that adapters are given, without one. Full
+fine-tuning is PyTorch's, for scale: with its AdamW, and with bitsandbytes', which keeps moments in 8 bits. bfloat16 on
+a GPU, float32 on a CPU. A shape's K is the hidden size, M the tokens of a step, R the rank.
 """
 
 import copy
@@ -44,7 +44,11 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     for four_bit in (False, True) if four_bits else (False,):
         peer, needs = llama.peer_of(four_bit)
         rest = (shape["R"], start, four_bit)
-        builders = {"lora_core": partial(_build, llama.ours, rest), peer: partial(_build, llama.pefts, rest)}
+        builders = {
+            "lora_core": partial(_build, llama.ours_elementwise, rest),
+            "lora_core layers": partial(_build, llama.ours, rest),
+            peer: partial(_build, llama.pefts, rest),
+        }
         note = "QLoRA, double quantised" if four_bit else "LoRA"
         works: dict[str, Work] = {
             name: Work(partial(build, base), tokens, needs if name == peer else ()) for name, build in builders.items()

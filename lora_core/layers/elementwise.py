@@ -32,7 +32,8 @@ class FusedRMSNorm(Elementwise):
     """An RMS norm with a weight for each column, as torch.nn.RMSNorm and transformers' Llama have it."""
 
     def alone(self: Any, x: Tensor) -> Tensor | None:
-        return rms_norm(x, self.weight, _epsilon(self, x)) if _fit(x, self.weight) and x.dim() else None
+        fit = _fit(x, self.weight) and x.shape[-1:] == self.weight.shape
+        return rms_norm(x, self.weight, _epsilon(self, x)) if fit else None
 
 
 class FusedGatedMLP(Elementwise):

@@ -1,0 +1,369 @@
+"""fuse(elementwise=True): norms, gates and rotations between a model's layers, the same results, the same objects."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from fusible import MARKS
+from models import randomise
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import lora_core as lc
+from lora_core.adapt import elementwise
+from lora_core.layers import elementwise as layers
+from lora_core.layers.elementwise import Elementwise, FusedGatedMLP, FusedRMSNorm, FusedRotation
+from lora_core.layers.fused import Fused
+
+pytestmark = MARKS
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
+
+
+def model_of(family="Llama", seed=0, **fields):
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **fields})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        # a weight of ones hides itself
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+    return model
+
+
+def adapted(model, rank=4):
+    lc.add_adapter(model, lc.LoraConfig(r=rank, target_modules="all-linear"))
+    randomise(model)
+    return model
+
+
+TOKENS = torch.arange(1, 25).view(2, 12)
+
+
+def results(model, **given):
+    """Logits, loss and every gradient of what is trained."""
+    model.zero_grad()
+    made = model(input_ids=TOKENS, labels=TOKENS, use_cache=False, **given)
+    made.loss.backward()
+    return [made.logits.detach(), made.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(got, want, rtol=1e-4, atol=1e-5):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def distance(made, truth):
+    """How far results are from float64, on average, relative to their norm."""
+    # but for the loss: the error of one number says nothing
+    pairs = [(m.double(), t) for m, t in zip(made, truth, strict=True) if t.dim()]
+    return sum(((m - t).norm() / t.norm()).item() for m, t in pairs) / len(pairs)
+
+
+def kinds(model, kind):
+    return [name for name, m in model.named_modules() if isinstance(m, kind)]
+
+
+def calls_of(monkeypatch):
+    """Count what the operations are called for."""
+    seen = []
+    for name in ("rms_norm", "swiglu", "rotary"):
+        run = getattr(layers, name)
+        monkeypatch.setattr(layers, name, lambda *args, name=name, run=run: seen.append(name) or run(*args))
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_results_by_fewer_operations(family, monkeypatch):
+    model = adapted(model_of(family))
+    want = results(model)
+    report = lc.fuse(model, elementwise=True)
+    # of two layers, with two norms each and the last one; Qwen3 has one for queries and one for keys besides
+    norms = 5 + 4 * (family == "Qwen3")
+    assert len(kinds(model, FusedRMSNorm)) == norms
+    assert len(kinds(model, FusedGatedMLP)) == len(kinds(model, FusedRotation)) == 2
+    assert report.elementwise == kinds(model, Elementwise)
+    assert len(report.shared) == 4
+    assert f"{norms + 4} norms, gates and rotations" in str(report)
+    seen = calls_of(monkeypatch)
+    assert_same(results(model), want)
+    assert {name: seen.count(name) for name in seen} == {"rms_norm": norms, "swiglu": 2, "rotary": 4}
+
+
+def test_without_being_asked_for_nothing_between_the_layers_changes():
+    model = adapted(model_of())
+    report = lc.fuse(model)
+    assert report.elementwise == [] and not kinds(model, Elementwise) and "norms" not in str(report)
+
+
+def test_keeps_objects_and_names_and_unfuse_gives_classes_back():
+    model = adapted(model_of())
+    want = results(model)
+    modules, state = dict(model.named_modules()), model.state_dict()
+    classes = {name: type(m) for name, m in modules.items()}
+    lc.fuse(model, elementwise=True)
+    assert dict(model.named_modules()) == modules and list(model.state_dict()) == list(state)
+    assert all(isinstance(m, classes[name]) for name, m in modules.items())
+    again = lc.fuse(model, elementwise=True)
+    assert again.elementwise == [] and {again.skipped[n] for n in kinds(model, Elementwise)} == {"it is fused already"}
+    bound = model.model.norm.forward
+    attention = model.model.layers[0].self_attn.forward
+    lc.unfuse(model)
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    # what was bound while they were fused runs their own forwards
+    assert bound(torch.ones(1, 32)).shape == (1, 32)
+    assert attention.__self__ is model.model.layers[0].self_attn
+    got = results(model)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_layers_that_are_adapted_later_share_what_they_read():
+    model = model_of()
+    lc.fuse(model, elementwise=True)
+    adapted(model)
+    want = results(model)
+    report = lc.fuse(model)
+    assert len(report.shared) == 4 and len(report.swapped) == 14
+    assert_same(results(model), want)
+
+
+def test_copies_and_pickles_are_fused_and_on_their_own():
+    model = adapted(model_of())
+    lc.fuse(model, elementwise=True)
+    want = results(model)
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    for other in (copy.deepcopy(model), torch.load(kept, weights_only=False)):
+        assert kinds(other, Elementwise) == kinds(model, Elementwise)
+        with torch.no_grad():
+            other.model.norm.weight.zero_()
+        assert not results(other)[0].any()
+        assert_same(results(model), want, 0, 0)
+        assert not kinds(lc.unfuse(other), Fused)
+    assert kinds(model, Elementwise)
+
+
+def test_bfloat16_is_rounded_less_often():
+    """On average over models: by chance one may come out further from float64."""
+    before = after = 0.0
+    for seed in range(6):
+        model = adapted(model_of(seed=seed)).bfloat16()
+        truth = results(copy.deepcopy(model).double())
+        before += distance(results(model), truth)
+        lc.fuse(model, elementwise=True)
+        made = results(model)
+        assert {m.dtype for m in made if m.dim()} == {torch.bfloat16}
+        after += distance(made, truth)
+    assert 0 < after <= 1.1 * before
+
+
+def test_float64_stays_float64(monkeypatch):
+    model = adapted(model_of()).double()
+    want = results(model)
+    lc.fuse(model, elementwise=True)
+    seen = calls_of(monkeypatch)
+    # transformers' own norm is float32 in any case
+    assert_same(results(model), want, 1e-4, 1e-6)
+    assert set(seen) == {"rms_norm", "swiglu", "rotary"}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing(reentrant):
+    model = adapted(model_of()).train()
+    want = results(model)
+    lc.fuse(model, elementwise=True)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(results(model), want)
+
+
+def test_under_autocast_mixed_dtypes_are_left_to_the_model(monkeypatch):
+    model = adapted(model_of())
+    with torch.autocast("cpu", torch.bfloat16):
+        want = results(model)
+        lc.fuse(model, elementwise=True)
+        seen = calls_of(monkeypatch)
+        got = results(model)
+    # queries are bfloat16, cosines float32
+    assert set(seen) == {"rms_norm", "swiglu"}
+    assert [m.dtype for m in got] == [m.dtype for m in want]
+    # of bfloat16's products, whose roundings a last bit of float32 may turn
+    assert distance(got, [m.double() for m in want]) < 0.05
+
+
+def test_norms_that_are_trained_get_their_gradients():
+    model = model_of()
+    want = results(model)
+    lc.fuse(model, elementwise=True)
+    got = results(model)
+    assert len(got) == 2 + len(list(model.parameters()))
+    assert_same(got, want)
+
+
+def test_generates_the_same_tokens_with_a_cache():
+    model = adapted(model_of())
+    given = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 8, "do_sample": False}
+    want = model.generate(**given)
+    lc.fuse(model, elementwise=True)
+    assert torch.equal(model.generate(**given), want)
+
+
+def test_peft_models_and_its_verbs():
+    config = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model_of(), config)
+    randomise(model)
+    want = results(model)
+    report = lc.fuse(model, elementwise=True)
+    # each norm that is trained, and its original beside it
+    assert len([n for n in report.elementwise if "norm" in n]) == 10
+    assert_same(results(model), want)
+    with model.disable_adapter():
+        assert model(input_ids=TOKENS).logits.isfinite().all()
+    merged = model.merge_and_unload()
+    assert kinds(merged, FusedGatedMLP)
+    torch.testing.assert_close(merged(input_ids=TOKENS).logits, want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_every_module_are_called_with_what_it_gets():
+    model = adapted(model_of())
+    lc.fuse(model, elementwise=True)
+    seen = []
+    names = ["mlp", "mlp.gate_proj", "mlp.down_proj", "self_attn", "self_attn.q_proj", "input_layernorm"]
+    for name in names:
+        layer = model.model.layers[0].get_submodule(name)
+        layer.register_forward_hook(lambda m, given, made, name=name: seen.append(name))
+    results(model)
+    assert sorted(seen) == sorted(names)
+
+
+@pytest.mark.parametrize("what", ["another activation", "a hook on it", "a hook that changes it"])
+def test_a_gate_that_became_another_one_is_called(what):
+    model = adapted(model_of())
+    lc.fuse(model, elementwise=True)
+    fused, own = model.model.layers[0].mlp, copy.deepcopy(model).model.layers[0].mlp
+    lc.unfuse(own)
+    for mlp in (fused, own):
+        if what == "another activation":
+            mlp.act_fn = nn.GELU()
+        else:
+            mlp.act_fn.register_forward_hook(lambda m, x, y: 2 * y if "changes" in what else None)
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(fused(x), own(x))
+
+
+def test_a_compiler_sees_the_model_as_it_was(monkeypatch):
+    model = adapted(model_of())
+    want = model(input_ids=TOKENS, use_cache=False).logits
+    lc.fuse(model, elementwise=True)
+    seen = calls_of(monkeypatch)
+    # tracing stops where transformers makes its mask, but nowhere in a layer
+    compiled = torch.compile(model.model.layers[0].mlp, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(compiled(x), model.model.layers[0].mlp(x))
+    assert seen == ["swiglu"]
+    whole = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(whole(input_ids=TOKENS, use_cache=False).logits, want, rtol=1e-4, atol=1e-5)
+    assert "rms_norm" not in seen and "rotary" not in seen
+
+
+def test_other_models_of_the_process_rotate_as_before(monkeypatch):
+    fused, other = adapted(model_of()), adapted(model_of())
+    lc.fuse(fused, elementwise=True)
+    seen = calls_of(monkeypatch)
+    results(other)
+    assert seen == [] and modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
+
+
+def test_what_is_written_otherwise_is_left_and_said():
+    gemma = model_of("Gemma", head_dim=8)
+    report = lc.fuse(gemma, elementwise=True)
+    said = {name: reason for name, reason in report.skipped.items() if "proj" not in name and name != "lm_head"}
+    assert said["model.norm"] == "GemmaRMSNorm is written otherwise than in transformers' Llama"
+    assert said["model.layers.0.mlp"].startswith("its gate is GELUTanh")
+    # its rotation is Llama's
+    assert report.elementwise == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+def test_pytorchs_norm_of_a_model_of_ones_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.RMSNorm(12), nn.RMSNorm(12, eps=0.1), nn.RMSNorm((3, 12)), nn.RMSNorm(12, elementwise_affine=False)
+    )
+    x = torch.randn(2, 3, 12)
+    want = model(x)
+    report = lc.fuse(model, elementwise=True)
+    assert report.elementwise == ["0", "1"]
+    assert set(report.skipped.values()) == {"it has no weight, or normalises more than the last dimension"}
+    torch.testing.assert_close(model(x), want)
+    assert model[0].eps is None and model[1].eps == 0.1
+    # what the operation refuses, the module says as ever
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        model[0](torch.randn(2, 5))
+
+
+def test_a_forward_on_the_module_itself_is_left():
+    model = model_of()
+    norm, mlp, attention = model.model.norm, model.model.layers[0].mlp, model.model.layers[1].self_attn
+    for module in (norm, mlp, attention):
+        module.forward = lambda *args, forward=module.forward, **kwargs: forward(*args, **kwargs)
+    report = lc.fuse(model, elementwise=True)
+    for name in ("model.norm", "model.layers.0.mlp", "model.layers.1.self_attn"):
+        assert "patched on the module itself" in report.skipped[name]
+    assert len(report.elementwise) == 9 - 3
+
+
+def test_a_rotation_that_somebody_replaced_is_left(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+    model = model_of()
+    report = lc.fuse(model, elementwise=True)
+    assert "LlamaAttention is written otherwise" in report.skipped["model.layers.0.self_attn"]
+    assert not kinds(model, FusedRotation)
+
+
+def test_a_llama_that_computes_something_else_is_left(monkeypatch):
+    """Another version of transformers may mean another thing by the same names."""
+    monkeypatch.setattr(elementwise, "_llama", elementwise._llama.__wrapped__)
+    monkeypatch.setattr(elementwise, "_as_llama", elementwise._as_llama.__wrapped__)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: self.weight * x)
+    report = lc.fuse(model_of(), elementwise=True)
+    assert report.elementwise == []
+
+
+def test_without_transformers_there_is_pytorchs_norm():
+    script = (
+        "import sys, torch, lora_core as lc; from torch import nn\n"
+        "class OtherRMSNorm(nn.Module):\n"
+        "    weight, variance_epsilon = torch.ones(4), 1\n"
+        "    def forward(self, x): return x\n"
+        "report = lc.fuse(nn.Sequential(nn.RMSNorm(4), OtherRMSNorm()), elementwise=True)\n"
+        "print(report.elementwise, report.skipped, 'transformers' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip().startswith("['0'] {'1': \"OtherRMSNorm is written otherwise")
+    assert ran.stdout.strip().endswith("False")
+
+
+def test_fusing_draws_no_random_numbers():
+    model = model_of()
+    before = torch.get_rng_state()
+    elementwise._llama.cache_clear()
+    lc.fuse(model, elementwise=True)
+    assert torch.equal(torch.get_rng_state(), before)

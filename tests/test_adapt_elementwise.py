@@ -22,6 +22,13 @@ from lora_core.layers.fused import Fused
 
 pytestmark = MARKS
 
+
+@pytest.fixture(autouse=True)
+def _however_few(monkeypatch):
+    """Let the operations run on these small models."""
+    monkeypatch.setattr(layers, "FEW", 0)
+
+
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -142,6 +149,20 @@ def test_layers_that_are_adapted_later_share_what_they_read():
     report = lc.fuse(model)
     assert len(report.shared) == 4 and len(report.swapped) == 14
     assert_same(results(model), want)
+
+
+def test_few_elements_on_a_cpu_are_left_to_the_model(monkeypatch):
+    model = adapted(model_of())
+    lc.fuse(model, elementwise=True)
+    seen = calls_of(monkeypatch)
+    monkeypatch.setattr(layers, "FEW", TOKENS.numel() * SIZES["hidden_size"] + 1)
+    want = results(model)
+    # the gate is wider than that
+    assert seen == ["swiglu"] * 2
+    monkeypatch.setattr(layers, "FEW", TOKENS.numel() * SIZES["hidden_size"])
+    assert_same(results(model), want)
+    # queries have as many elements, keys of fewer heads go with them
+    assert {name: seen.count(name) for name in seen} == {"rms_norm": 5, "swiglu": 4, "rotary": 4}
 
 
 def test_copies_and_pickles_are_fused_and_on_their_own():

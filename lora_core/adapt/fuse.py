@@ -69,7 +69,8 @@ def fuse(model: nn.Module, share: bool = True, elementwise: bool = False) -> Fus
 
     With elementwise=True, what stands between the layers is fused as well: RMS norms, the gate of an MLP, the rotation
     of queries and keys, each by one operation that keeps its inputs alone for the backward. Taken are torch.nn.RMSNorm
-    and what is written word for word as in transformers' Llama; torch.compile, which fuses these itself, is let.
+    and what is written word for word as in transformers' Llama; torch.compile, which fuses these itself, is let. On a
+    CPU a few thousand elements, as of one token, are left to PyTorch's operations.
 
     Args:
         model: any module; layers already fused are left so.

@@ -52,9 +52,14 @@ def _candidate(module: Any) -> type[Elementwise] | str | None:
     return None
 
 
-@remembered
 def _as_llama(function: Any, name: str) -> bool:
     """Say whether a function does, word for word, what Llama's forward or function of this name does."""
+    # what is found without it would be remembered when it is there
+    return "transformers" in sys.modules and _repeats(function, name)
+
+
+@remembered
+def _repeats(function: Any, name: str) -> bool:
     llama = _llama()
     original = getattr(llama, name, None)
     return original is not None and _words(function) == _words(getattr(original, "forward", original)) is not None
@@ -71,9 +76,7 @@ def _words(function: Any) -> str | None:
 
 @functools.cache
 def _llama() -> Any:
-    """Return transformers' Llama if it is there and computes what the operations do, else None."""
-    if "transformers" not in sys.modules:
-        return None
+    """Return transformers' Llama if it computes what the operations do, else None."""
     try:
         llama = importlib.import_module("transformers.models.llama.modeling_llama")
         return llama if _computes_the_same(llama) else None

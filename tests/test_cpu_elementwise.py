@@ -142,3 +142,18 @@ def test_threads_give_the_same_bits_every_time():
         torch.set_num_threads(threads)
     for other in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("way", ["loops", "reference"])
+def test_the_dtype_that_new_tensors_have_by_default_is_nobodys(default, way):
+    x, d_y, weight = (values(n, torch.float32, 1.0, n).view(-1, 8) for n in (40, 48, 8))
+    torch.set_default_dtype(default)
+    try:
+        with by(way):
+            y, r = rms_norm.rms_norm(x, weight[0], 1e-6)
+            d_x, d_weight = rms_norm.rms_norm_backward(d_y[:5], x, weight[0], r, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    bounds.check_rms_norm(y, r, x, weight[0], 1e-6)
+    bounds.check_rms_norm_backward(d_x, d_weight, d_y[:5], x, weight[0], 1e-6)

@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if loops is None:
         return reference.forward(x, weight, eps)
     columns = len(weight)
-    y, r = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.numel() // columns)
+    y, r = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.numel() // columns, dtype=torch.float32)
     rows, out = (array(t.contiguous()).reshape(-1, columns) for t in (x, y))
     chunk = max(SHARED // columns, 1)
     share(loops.forward, len(rows), chunk, chunk, rows, array(weight.contiguous()), np.float32(eps), out, r.numpy())
@@ -35,7 +35,7 @@ def rms_norm_backward(
     d_x = torch.empty(x.shape, dtype=x.dtype)
     grads, rows, out = (array(t.contiguous()).reshape(-1, columns) for t in (d_y, x, d_x))
     chunk = max(SHARED // columns, 1)
-    parts = torch.zeros(-(-len(rows) // chunk) if need_weight else 0, columns)
+    parts = torch.zeros(-(-len(rows) // chunk) if need_weight else 0, columns, dtype=torch.float32)
     of_rows = array(weight.contiguous()), r.contiguous().numpy(), out, parts.numpy(), chunk
     share(loops.backward, len(rows), chunk, chunk, grads, rows, *of_rows)
     return d_x, parts.sum(0).to(weight.dtype) if need_weight else None

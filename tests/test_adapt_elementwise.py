@@ -1,6 +1,7 @@
 """fuse(elementwise=True): norms, gates and rotations between a model's layers, the same results, the same objects."""
 
 import copy
+import functools
 import io
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from fusible import MARKS
 from models import randomise
 from torch import nn
 from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import rotate_half
 
 import lora_core as lc
 from lora_core.adapt import elementwise
@@ -321,6 +323,69 @@ def test_what_is_written_otherwise_is_left_and_said():
     assert said["model.layers.0.mlp"].startswith("its gate is GELUTanh")
     # its rotation is Llama's
     assert report.elementwise == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+def test_a_rotation_of_the_same_words_that_turns_the_other_way_is_left():
+    """NanoChat's rotate_half is another one than Llama's, which the words of its rotation do not show."""
+    model = adapted(model_of("NanoChat"))
+    want = results(model)
+    report = lc.fuse(model, elementwise=True)
+    assert "NanoChatAttention is written otherwise" in report.skipped["model.layers.0.self_attn"]
+    assert_same(results(model), want)
+
+
+def other_default(q, k, cos, sin, unsqueeze_dim=2):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
+
+
+def test_a_rotation_of_the_same_words_with_another_default_is_left(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other_default)
+    report = lc.fuse(model_of(), elementwise=True)
+    assert "model.layers.0.self_attn" in report.skipped
+
+
+def doubled(forward):
+    @functools.wraps(forward)
+    def both(self, x):
+        return 2 * forward(self, x)
+
+    return both
+
+
+class DecoratedMLP(modeling_llama.LlamaMLP):
+    forward = doubled(modeling_llama.LlamaMLP.forward)
+
+
+class DecoratedRMSNorm(modeling_llama.LlamaRMSNorm):
+    forward = doubled(modeling_llama.LlamaRMSNorm.forward)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DecoratedRMSNorm(32), lambda: DecoratedMLP(transformers.LlamaConfig(**SIZES))]
+)
+def test_a_decorated_forward_is_left(make):
+    module, x = make(), torch.randn(2, 32)
+    want = module(x)
+    assert "Decorated" in lc.fuse(module, elementwise=True).skipped[""]
+    assert torch.equal(module(x), want)
+
+
+class OwnMethod(nn.Module):
+    def apply_rotary_pos_emb(self, x):
+        return 2 * x
+
+    def forward(self, x):
+        return self.apply_rotary_pos_emb(x)
+
+
+def test_a_method_that_is_called_as_the_rotation_is_left():
+    module = OwnMethod()
+    assert "OwnMethod is written otherwise" in lc.fuse(module, elementwise=True).skipped[""]
+    assert torch.equal(module(torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_pytorchs_norm_of_a_model_of_ones_own():

@@ -1,13 +1,16 @@
 """Which modules between a model's linear layers can be fused: those that compute what transformers' Llama does.
 
 Most of transformers' models were derived from it and repeat its norm, its MLP and its rotation word for word. So a
-module is recognised by its source. That Llama's computes what the operations do is asked of it once, with numbers.
+module is recognised by its source, and by that of what it calls. That Llama's computes what the operations do is asked
+of it once, with numbers.
 """
 
 import ast
 import functools
 import importlib
+import itertools
 import sys
+import types
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,41 +51,54 @@ def _candidate(module: Any) -> type[Elementwise] | str | None:
             return f"its gate is {type(module.act_fn).__name__}, of which no operation is made, or has hooks"
         return FusedGatedMLP if _as_llama(forward, "LlamaMLP") else other
     if ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        return FusedRotation if _as_llama(forward.__globals__.get(ROTATION), ROTATION) else other
+        # a method of this name, or one imported in the forward, is no function of the module
+        rotation = forward.__globals__.get(ROTATION)
+        return FusedRotation if rotation is not None and _as_llama(rotation, ROTATION) else other
     return None
 
 
 def _as_llama(function: Any, name: str) -> bool:
     """Say whether a function does, word for word, what Llama's forward or function of this name does."""
     # what is found without it would be remembered when it is there
-    return "transformers" in sys.modules and _repeats(function, name)
+    original = _llama().get(name) if "transformers" in sys.modules else None
+    return original is not None and _is_the_same(function, original)
 
 
-@remembered
-def _repeats(function: Any, name: str) -> bool:
-    llama = _llama()
-    original = getattr(llama, name, None)
-    return original is not None and _words(function) == _words(getattr(original, "forward", original)) is not None
+def _is_the_same(function: Any, original: Any) -> bool:
+    """Say whether a function says what the original does, and means the same by each name of its module."""
+    if function is original:
+        return True
+    if not all(isinstance(f, types.FunctionType) and f.__closure__ is None for f in (function, original)):
+        return False
+    if (words := _words(function)) is None or words != _words(original):
+        return False
+    named = ([f.__globals__.get(name) for name in original.__code__.co_names] for f in (function, original))
+    return all(itertools.starmap(_is_the_same, zip(*named, strict=True)))
 
 
 def _words(function: Any) -> str | None:
-    """Return what a function takes and does, without annotations and docstring; None where it cannot be read."""
-    found = source_of(function)
+    """Return what a function takes and does, without annotations and docstring; None where it cannot be read.
+
+    Nor can it where a decorator wraps it, which may do anything.
+    """
+    found = None if hasattr(function, "__wrapped__") else source_of(function)
     if found is None:
         return None
     body = found.body[1:] if ast.get_docstring(found) is not None else found.body
-    return " ".join([*(a.arg for a in found.args.args), *map(ast.dump, body)])
+    return " ".join([*(a.arg for a in found.args.args), repr(function.__defaults__), *map(ast.dump, body)])
 
 
 @functools.cache
-def _llama() -> Any:
-    """Return transformers' Llama if it computes what the operations do, else None."""
+def _llama() -> dict[str, Any]:
+    """Return the forwards and the rotation of transformers' Llama that compute what the operations do, by name."""
     try:
         llama = importlib.import_module("transformers.models.llama.modeling_llama")
-        return llama if _computes_the_same(llama) else None
-    except (ImportError, AttributeError, TypeError):
+        found = {name: getattr(llama, name).forward for name in ("LlamaRMSNorm", "LlamaMLP")}
+        found[ROTATION] = getattr(llama, ROTATION)
+        return found if _computes_the_same(llama) else {}
+    except (ImportError, AttributeError, TypeError, RuntimeError):
         # another version of transformers
-        return None
+        return {}
 
 
 def _computes_the_same(llama: Any) -> bool:

@@ -405,6 +405,64 @@ def test_pytorchs_norm_of_a_model_of_ones_own():
         model[0](torch.randn(2, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_pytorchs_norm_chooses_what_it_adds(dtype):
+    """In half precision that is not the dtype's own epsilon."""
+    norm, x = nn.RMSNorm(12).to(dtype), (1e-3 * torch.arange(1, 37)).sin().view(3, 12).mul(1e-2).to(dtype)
+    want = norm(x)
+    lc.fuse(norm, elementwise=True)
+    torch.testing.assert_close(norm(x), want)
+
+
+@pytest.mark.parametrize("eps", [torch.full((12,), 0.1), torch.full((3, 1), 0.5), -1e-9, float("inf")])
+def test_a_norm_that_adds_what_no_operation_takes(eps):
+    norm, x = modeling_llama.LlamaRMSNorm(12), torch.arange(36.0).view(3, 12)
+    norm.variance_epsilon = eps
+    want = norm(x)
+    lc.fuse(norm, elementwise=True)
+    assert torch.equal(norm(x), want)
+
+
+def test_a_norm_that_learns_what_it_adds():
+    norm, x = modeling_llama.LlamaRMSNorm(12), torch.arange(36.0).view(3, 12)
+    norm.variance_epsilon = torch.tensor(0.1, requires_grad=True)
+    lc.fuse(norm, elementwise=True)
+    norm(x).square().sum().backward()
+    assert norm.variance_epsilon.grad < 0
+
+
+class Steeper(nn.SiLU):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SiLUActivation(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(3 * x)
+
+
+@pytest.mark.parametrize("act", [Steeper, SiLUActivation])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_gate_that_is_silu_by_name_or_descent_alone(act, later):
+    mlp, x = modeling_llama.LlamaMLP(transformers.LlamaConfig(**SIZES)), torch.randn(2, 32)
+    own = copy.deepcopy(mlp)
+    own.act_fn = act()
+    if later:
+        lc.fuse(mlp, elementwise=True)
+    mlp.act_fn = act()
+    assert lc.fuse(mlp, elementwise=True).elementwise == []
+    torch.testing.assert_close(mlp(x), own(x))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.SiLU(inplace=True), transformers.activations.SiLUActivation()])
+def test_a_gate_that_is_silu(act):
+    mlp, x = modeling_llama.LlamaMLP(transformers.LlamaConfig(**SIZES)), torch.randn(2, 32)
+    mlp.act_fn = act
+    want = mlp(x)
+    assert lc.fuse(mlp, elementwise=True).elementwise == [""]
+    torch.testing.assert_close(mlp(x), want)
+
+
 def test_a_forward_on_the_module_itself_is_left():
     model = model_of()
     norm, mlp, attention = model.model.norm, model.model.layers[0].mlp, model.model.layers[1].self_attn

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_core.dtypes import FLOATS
 from lora_core.layers.as_written import runs_as_written
 from lora_core.layers.fused import Fused
-from lora_core.ops.checks import is_transformed
+from lora_core.ops.checks import LARGEST, is_transformed
 from lora_core.ops.ready import TENSORS
 from lora_core.ops.rms_norm import rms_norm
 from lora_core.ops.rotary import are_heads, rotary
@@ -26,6 +26,8 @@ from lora_core.ops.swiglu import swiglu
 FEW = 2**15
 # what the attention of transformers' models calls
 ROTATION = "apply_rotary_pos_emb"
+# a forward that computes nn.SiLU's formula in other words, by module and name
+SILU_TOO = ("transformers.activations", "SiLUActivation.forward")
 
 
 class Elementwise(Fused):
@@ -36,8 +38,9 @@ class FusedRMSNorm(Elementwise):
     """An RMS norm with a weight for each column, as torch.nn.RMSNorm and transformers' Llama have it."""
 
     def alone(self: Any, x: Tensor) -> Tensor | None:
-        fit = _fit(x, self.weight) and x.shape[-1:] == self.weight.shape
-        return rms_norm(x, self.weight, _epsilon(self, x)) if fit else None
+        fit = _fit(x, self.weight) and x.shape[-1:] == self.weight.shape != (0,)
+        eps = _epsilon(self, x) if fit else None
+        return None if eps is None else rms_norm(x, self.weight, eps)
 
 
 class FusedGatedMLP(Elementwise):
@@ -68,13 +71,20 @@ class FusedRotation(Elementwise):
 
 def is_silu(module: Any) -> bool:
     """Say whether calling this module means silu and nothing else."""
-    silu = isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation"
-    return silu and runs_as_written(module, type(module).forward)
+    if not isinstance(module, nn.Module):
+        return False
+    forward: Any = type(module).forward
+    silu = forward is nn.SiLU.forward or (forward.__module__, forward.__qualname__) == SILU_TOO
+    return silu and runs_as_written(module, forward)
 
 
-def _epsilon(norm: Any, x: Tensor) -> float:
+def _epsilon(norm: Any, x: Tensor) -> float | None:
+    """Return what a norm adds to the mean square, None where the operation does not take it or PyTorch chooses it."""
     eps = norm.eps if isinstance(norm, nn.RMSNorm) else norm.variance_epsilon
-    return torch.finfo(x.dtype).eps if eps is None else float(eps)
+    if eps is None and isinstance(norm, nn.RMSNorm) and x.dtype in (torch.float32, torch.float64):
+        # in half precision it is not that of the dtype
+        return torch.finfo(x.dtype).eps
+    return eps if isinstance(eps, (int, float)) and 0 <= eps <= LARGEST else None
 
 
 def _rotating(forward: Any) -> Callable[..., Any]:

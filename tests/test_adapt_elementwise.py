@@ -315,6 +315,34 @@ def test_other_models_of_the_process_rotate_as_before(monkeypatch):
     assert seen == [] and modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
 
 
+def test_what_a_module_calls_may_be_replaced_later(monkeypatch):
+    model = model_of(attn_implementation="eager")
+    lc.fuse(model, elementwise=True)
+    results(model)
+    seen, attend, rotate = [], modeling_llama.eager_attention_forward, modeling_llama.apply_rotary_pos_emb
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            modeling_llama, "eager_attention_forward", lambda *a, **k: seen.append("attention") or attend(*a, **k)
+        )
+        results(model)
+        assert seen == ["attention"] * 2
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda *a: seen.append("rotation") or rotate(*a))
+        called = calls_of(patch)
+        results(model)
+        assert seen.count("rotation") == 2 and "rotary" not in called
+    called = calls_of(monkeypatch)
+    results(model)
+    assert called.count("rotary") == 4
+
+
+def test_a_parametrized_norm_is_left():
+    norm = modeling_llama.LlamaRMSNorm(12)
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    assert "parametrized" in lc.fuse(norm, elementwise=True).skipped[""]
+    nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert lc.fuse(norm, elementwise=True).elementwise == [""]
+
+
 def test_what_is_written_otherwise_is_left_and_said():
     gemma = model_of("Gemma", head_dim=8)
     report = lc.fuse(gemma, elementwise=True)

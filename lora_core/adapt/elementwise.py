@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_core.adapt.remembered import remembered
 from lora_core.adapt.source import source_of
@@ -35,6 +36,8 @@ def elementwise_class(module: nn.Module) -> type[Elementwise] | str | None:
     found = _candidate(module)
     if isinstance(found, type) and is_patched(module):
         return "its forward is patched on the module itself, as accelerate's hooks do: take the patch off first"
+    if isinstance(found, type) and is_parametrized(module):
+        return "it is parametrized, by a class of its own that has to be its first: take the parametrization off first"
     return found
 
 

@@ -58,15 +58,22 @@ class FusedGatedMLP(Elementwise):
 class FusedRotation(Elementwise):
     """An attention whose forward rotates queries and keys by apply_rotary_pos_emb, as transformers' Llama has it."""
 
+    rotation: Any
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        fused_from: Any = cls.fused_from
+        cls.rotation = staticmethod(fused_from.forward.__globals__[ROTATION])
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kind = type(self)
         if not isinstance(self, Fused):
             # bound while the module was fused, and called after unfuse
             return kind.forward(self, *args, **kwargs)
-        if "rotating" not in vars(kind):
-            kind.rotating = staticmethod(_rotating(kind.fused_from.forward))
-        run = kind.fused_from.forward if _in_a_graph() else kind.rotating
-        return run(self, *args, **kwargs)
+        forward = kind.fused_from.forward
+        # another one may have been put in its place
+        fused = not _in_a_graph() and forward.__globals__.get(ROTATION) is kind.rotation
+        return (_rotating(forward) if fused else forward)(self, *args, **kwargs)
 
 
 def is_silu(module: Any) -> bool:
@@ -88,7 +95,10 @@ def _epsilon(norm: Any, x: Tensor) -> float | None:
 
 
 def _rotating(forward: Any) -> Callable[..., Any]:
-    """Return a forward that calls the operation where it called ROTATION; no other model sees any of it."""
+    """Return a forward that calls the operation where it called ROTATION; no other model sees any of it.
+
+    Made at every call, in some microseconds, of what the names of its module mean by then.
+    """
     own = forward.__globals__[ROTATION]
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ ONE, HALF_OF_ONE, LOG2_E = np.float32(1), np.float32(0.5), np.float32(1.44269504
 # ln 2 as the sum of a number of few bits, whose products with whole numbers up to 128 are exact, and the rest
 LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.42860682030941723e-6)
 # exp(r) - 1 - r over r^2, where |r| <= ln 2 / 2: the series of exp to the degree whose rest is below 2^-26
-TERMS = tuple(np.float32(1 / n) for n in (40320, 5040, 720, 120, 24, 6, 2))
+TERMS = tuple(np.float32(1 / n) for n in (5040, 720, 120, 24, 6, 2))
 LEAST, MOST = np.float32(-87), np.float32(89)
 
 

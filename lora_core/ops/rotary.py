@@ -50,7 +50,6 @@ def are_heads(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         x.dim() == 4
         and x.shape[3] % 2 == 0
-        and cos.dim() == 3
         and cos.shape == sin.shape
         and cos.shape[1:] == x.shape[2:]
         and (cos.shape[0] == 1 or cos.shape[0] == x.shape[0])

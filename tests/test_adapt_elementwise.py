@@ -14,7 +14,7 @@ from fusible import MARKS
 from models import randomise
 from torch import nn
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import rotate_half
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
 
 import lora_core as lc
 from lora_core.adapt import elementwise
@@ -491,6 +491,193 @@ def test_a_gate_that_is_silu(act):
     torch.testing.assert_close(mlp(x), want)
 
 
+class Does(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        return self.run(x)
+
+
+class Marked(torch.Tensor):
+    """A tensor class of somebody else's."""
+
+
+def both_ways(module, *given, **options):
+    """What a module returns before it is fused and after; what operations were called for is asked apart."""
+    want = module(*given, **options)
+    assert lc.fuse(module, elementwise=True).elementwise == [""]
+    return want, module(*given, **options)
+
+
+OTHERWISE = {
+    "dtypes that differ": lambda t: t.bfloat16(),
+    "one column for all": lambda t: t[..., :1],
+    "a tensor class": lambda t: t.as_subclass(Marked),
+    "complex numbers": lambda t: t.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_gates_that_no_operation_takes_are_computed_as_ever(what, monkeypatch):
+    mlp = modeling_llama.LlamaMLP(transformers.LlamaConfig(**SIZES))
+    change = OTHERWISE[what]
+    mlp.gate_proj, mlp.down_proj = Does(change if "c" in what[:2] else lambda x: x), nn.Identity()
+    mlp.up_proj = Does(lambda x: change(2 + x.flip(0)))
+    seen = calls_of(monkeypatch)
+    want, got = both_ways(mlp, torch.randn(2, 5, 32))
+    assert type(got) is type(want) and got.dtype == want.dtype and torch.equal(got, want)
+    assert seen == []
+
+
+def test_gates_that_are_nested_are_computed_as_ever():
+    mlp = modeling_llama.LlamaMLP(transformers.LlamaConfig(**SIZES))
+    mlp.gate_proj = mlp.up_proj = mlp.down_proj = nn.Identity()
+    want, got = both_ways(mlp, torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)]))
+    assert all(map(torch.equal, got.unbind(), want.unbind()))
+
+
+def test_a_norm_of_another_dtype_is_computed_as_ever():
+    norm = modeling_llama.LlamaRMSNorm(32, eps=0.3)
+    x = torch.randn(3, 32)
+    want, got = both_ways(norm, x)
+    torch.testing.assert_close(got, want)
+    want = modeling_llama.LlamaRMSNorm.forward(norm, x.bfloat16())
+    assert want.dtype == torch.float32 and torch.equal(norm(x.bfloat16()), want)
+
+
+class Rotates(nn.Module):
+    """Rotates as an attention does; its forward has defaults of every kind, and a cell."""
+
+    def forward(self, q, k, cos, sin, factor=2.0, *rest, less=1.0, **options):
+        assert isinstance(self, __class__)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, *rest, **options)
+        return factor * q, factor * k - less
+
+
+def heads(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=g).to(dtype) for s in ((2, 3, 3, 8), (2, 1, 3, 8), (2, 3, 8), (2, 3, 8))]
+
+
+ROTATED_OTHERWISE = {
+    "by position": lambda q, k, cos, sin: ((q, k, cos, sin, 2.0, 2), {}),
+    "by name": lambda q, k, cos, sin: ((q, k, cos, sin), {"unsqueeze_dim": 2}),
+    "cosines of another dtype": lambda q, k, cos, sin: ((q, k, cos.double(), sin.double()), {}),
+    "queries of one sequence": lambda q, k, cos, sin: ((q[0], k, cos, sin), {}),
+    "keys of one sequence": lambda q, k, cos, sin: ((q, k[0], cos, sin), {}),
+    "cosines that are trained": lambda q, k, cos, sin: ((q, k, cos.requires_grad_(), sin), {}),
+    "sines that are trained": lambda q, k, cos, sin: ((q, k, cos, sin.requires_grad_()), {}),
+}
+
+
+@pytest.mark.parametrize("what", ROTATED_OTHERWISE)
+def test_rotations_that_no_operation_makes_are_made_as_ever(what, monkeypatch):
+    given, options = ROTATED_OTHERWISE[what](*heads())
+    seen = calls_of(monkeypatch)
+    want, got = both_ways(Rotates(), *given, **options)
+    assert all(map(torch.equal, got, want)) and seen == []
+
+
+def test_a_rotation_keeps_the_defaults_and_cells_of_its_forward(monkeypatch):
+    module = Rotates()
+    seen = calls_of(monkeypatch)
+    want, got = both_ways(module, *heads())
+    assert_same(got, want)
+    bound = module.forward
+    lc.unfuse(module)
+    # what was bound while it was fused runs its own forward
+    assert all(map(torch.equal, bound(*heads()), want)) and seen == ["rotary"] * 2
+
+
+def test_a_tracer_sees_the_norm_as_it_was():
+    norm, x = nn.RMSNorm(12), torch.randn(3, 12)
+    lc.fuse(norm, elementwise=True)
+    graph = str(torch.jit.trace(norm, x).inlined_graph)
+    assert "aten::rms_norm" in graph and "lora_core::" not in graph
+
+
+def test_a_transform_sees_the_gate_as_it_was(monkeypatch):
+    mlp = model_of().model.layers[0].mlp
+    lc.fuse(mlp, elementwise=True)
+    seen = calls_of(monkeypatch)
+    torch.func.grad(lambda x: mlp(x).sum())(torch.randn(2, 32))
+    assert seen == []
+
+
+class PlainNorm(nn.RMSNorm):
+    """A norm that is PyTorch's no more."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class GatedAlike(modeling_llama.LlamaMLP):
+    """Names of Llama's, and another formula."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+class NormOfOtherNames(nn.Module):
+    """Llama's norm, whose root is taken of something else."""
+
+    forward = modeling_llama.LlamaRMSNorm.forward
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+class SayingRMSNorm(modeling_llama.LlamaRMSNorm):
+    def forward(self, hidden_states):
+        """Llama's, word for word, with a docstring."""
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class OrderedRMSNorm(modeling_llama.LlamaRMSNorm):
+    # arguments that are called otherwise
+    def forward(self, input_dtype, hidden_states=None):
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+def test_what_is_recognised_and_what_is_not():
+    config = transformers.LlamaConfig(**SIZES)
+    some = nn.Module()
+    some.gate_proj = nn.Identity()
+    other_rms = type("OtherRMSNorm", (NormOfOtherNames,), {})()
+    gated, gelu = GatedAlike(config), modeling_llama.LlamaMLP(config)
+    gelu.act_fn = nn.GELU()
+    found = elementwise.elementwise_class
+    assert found(SayingRMSNorm(4)) is FusedRMSNorm
+    assert found(modeling_llama.LlamaMLP(config)) is FusedGatedMLP
+    assert found(Rotates()) is FusedRotation
+    patched = nn.Identity()
+    patched.forward = lambda x: x
+    assert found(some) is None and found(PlainNorm(4)) is None and found(patched) is None
+    for module in (other_rms, gated, OrderedRMSNorm(4)):
+        assert "is written otherwise" in found(module), module
+    assert "its gate is GELU" in found(gelu)
+
+
+def test_a_forward_that_hooks_left_behind_does_not_run_instead(monkeypatch):
+    norm = nn.RMSNorm(12)
+    norm.forward = norm.forward
+    lc.fuse(norm, elementwise=True)
+    seen = calls_of(monkeypatch)
+    norm(torch.randn(3, 12))
+    assert seen == ["rms_norm"] and "forward" not in vars(norm)
+
+
 def test_a_forward_on_the_module_itself_is_left():
     model = model_of()
     norm, mlp, attention = model.model.norm, model.model.layers[0].mlp, model.model.layers[1].self_attn
@@ -510,13 +697,27 @@ def test_a_rotation_that_somebody_replaced_is_left(monkeypatch):
     assert not kinds(model, FusedRotation)
 
 
-def test_a_llama_that_computes_something_else_is_left(monkeypatch):
+def fewer(q, k):
+    return q, k
+
+
+OTHER_LLAMAS = {
+    "another norm": (modeling_llama.LlamaRMSNorm, "forward", lambda self, x: self.weight * x),
+    "another gate": (modeling_llama.LlamaMLP, "forward", lambda self, x: self.up_proj(x)),
+    "another rotation": (modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k)),
+    "a rotation that takes something else": (modeling_llama, "apply_rotary_pos_emb", fewer),
+    "another name": (modeling_llama, "LlamaMLP", nn),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_LLAMAS)
+def test_a_llama_that_computes_something_else_is_left(what, monkeypatch):
     """Another version of transformers may mean another thing by the same names."""
+    model = model_of()
     monkeypatch.setattr(elementwise, "_llama", elementwise._llama.__wrapped__)
-    monkeypatch.setattr(elementwise, "_repeats", elementwise._repeats.__wrapped__)
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: self.weight * x)
-    report = lc.fuse(model_of(), elementwise=True)
-    assert report.elementwise == []
+    monkeypatch.setattr(*OTHER_LLAMAS[what])
+    assert elementwise._llama() == {}
+    assert lc.fuse(model, elementwise=True).elementwise == []
 
 
 def test_without_transformers_there_is_pytorchs_norm():

@@ -1,11 +1,11 @@
 """rms_norm: the kernels on a GPU or in the interpreter, forward and backward, within a bound of their roundings."""
 
+import elementwise_bounds as bounds
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, dtypes, laid_out, layouts, seeds, sizes, values
-from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.rms_norm import PARTS, TILES, launch_rms_norm, launch_rms_norm_backward
 from lora_core.reference import rms_norm as reference
@@ -16,52 +16,6 @@ EPS = 1e-6
 columns = st.sampled_from([1, 7, 16, 48, 128, 131, 144, 512, 528, 600])
 long = [1000, 1024, 1030, 2048, 4096, 8192, 8208]
 scales = st.sampled_from([0.0, 1e-3, 1.0, 1e4])
-
-
-def wide(*operands):
-    return [t.double().cpu() for t in operands]
-
-
-def unit(t):
-    return torch.finfo(t.dtype).eps / 2
-
-
-def check(made, x, weight, eps=EPS):
-    """A sum of K squares; a quotient off by 4 units, eps added, the root off by 4: of them r has half and the 4.
-
-    Squares are of one sign, so that errors are shares of the truth; y has two products more.
-    """
-    y, r = made
-    truth, r_truth = reference.forward(*wide(x, weight), eps)
-    of_r = UNIT_FP32 * (x.shape[-1] ** 0.5 + 3 + 4)
-    assert y.dtype == x.dtype and r.dtype == torch.float32 and y.is_contiguous()
-    assert_within_bound(r.cpu(), r_truth, of_r * r_truth)
-    assert_within_bound(y.cpu(), truth, (of_r + 2 * UNIT_FP32 + unit(y)) * truth.abs())
-
-
-def check_backward(grads, d_y, x, weight, r, need_weight=True):
-    """Of r as the kernel gets it. dL/dx is a difference, which is rounded, and times r once more.
-
-    In its first part h is rounded; in its second n, twice, h, their product, a sum of K, a quotient off by 4 units,
-    and the product with n. dL/dw is a sum over rows of products with n, which is rounded.
-    """
-    g, x, w, r = wide(d_y, x, weight, r)
-    k = x.shape[-1]
-    truth, w_truth = reference.backward(g, x, w, r, True)
-    rows, h, row = x.reshape(-1, k), (g * w).reshape(-1, k).abs(), r[:, None]
-    first = row * h
-    second = rows.abs() * row**3 * (h * rows.abs()).sum(1, keepdim=True) / k
-    bound = UNIT_FP32 * (3 * first + (11 + 2 * k**0.5) * second)
-    d_x, d_weight = grads
-    assert d_x.dtype == d_y.dtype and d_x.is_contiguous()
-    assert_within_bound(d_x.cpu(), truth, bound.view(truth.shape) + unit(d_x) * truth.abs())
-    if not need_weight:
-        assert d_weight is None
-        return
-    magnitude = (g.reshape(-1, k) * rows * row).abs().sum(0)
-    assert d_weight.dtype == weight.dtype
-    bound = UNIT_FP32 * (2 + 2 * len(rows) ** 0.5) * magnitude + unit(d_weight) * w_truth.abs()
-    assert_within_bound(d_weight.cpu(), w_truth, bound)
 
 
 def operands(m, k, dtype, seed, scale=1.0):
@@ -76,19 +30,21 @@ def test_rms_norm_kernels_match_the_reference(m, k, dtype, scale, lie, need_weig
     x, d_y, (weight,) = operands(m, k, dtype, seed, scale)
     x, d_y = (laid_out(t, own) for t, own in zip((x, d_y), lie, strict=True))
     made = launch_rms_norm(x, weight, EPS)
-    check(made, x, weight)
+    bounds.check_rms_norm(*made, x, weight, EPS)
     grads = launch_rms_norm_backward(d_y, x, weight, made[1], need_weight, splits or None)
-    check_backward(grads, d_y, x, weight, made[1], need_weight)
+    assert (grads[1] is not None) == need_weight
+    bounds.check_rms_norm_backward(*grads, d_y, x, weight, made[1])
 
 
 @pytest.mark.parametrize("k", long)
 def test_rms_norm_kernels_of_long_rows_match_the_reference(k):
     x, d_y, (weight,) = operands(3, k, torch.bfloat16, 0)
     made = launch_rms_norm(x, weight, EPS)
-    check(made, x, weight)
+    bounds.check_rms_norm(*made, x, weight, EPS)
     for need_weight in (False, True):
         grads = launch_rms_norm_backward(d_y, x, weight, made[1], need_weight)
-        check_backward(grads, d_y, x, weight, made[1], need_weight)
+        assert (grads[1] is not None) == need_weight
+        bounds.check_rms_norm_backward(*grads, d_y, x, weight, made[1])
 
 
 def test_rms_norm_kernels_are_tried_with_rows_past_every_tile():
@@ -103,10 +59,10 @@ def test_rms_norm_kernels_bounds_reject_a_result_1_percent_off(dtype):
     d_x, d_weight = launch_rms_norm_backward(d_y, x, weight, r, True)
     for wrong in ((y * 1.01, r), (y, r * 1.01)):
         with pytest.raises(AssertionError, match="rounding bound|rms"):
-            check(wrong, x, weight)
+            bounds.check_rms_norm(*wrong, x, weight, EPS)
     for wrong in ((d_x * 1.01, d_weight), (d_x, d_weight * 1.01)):
         with pytest.raises(AssertionError, match="rounding bound|rms"):
-            check_backward(wrong, d_y, x, weight, r)
+            bounds.check_rms_norm_backward(*wrong, d_y, x, weight, r)
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (2, 1, 3, 64)], ids=str)
@@ -119,8 +75,8 @@ def test_rms_norm_kernels_take_any_dimensions_and_strides_and_change_nothing(sha
         y, r = launch_rms_norm(loose[0], weight, EPS)
         grads = launch_rms_norm_backward(loose[1], loose[0], weight, r, True)
     assert len(caplog.messages) == 2 and "copies" not in caplog.text
-    check((y, r), x, weight)
-    check_backward(grads, d_y, x, weight, r)
+    bounds.check_rms_norm(y, r, x, weight, EPS)
+    bounds.check_rms_norm_backward(*grads, d_y, x, weight, r)
     again = launch_rms_norm(loose[0], weight, EPS), launch_rms_norm_backward(loose[1], loose[0], weight, r, True)
     assert all(map(torch.equal, (y, r, *grads), (*again[0], *again[1])))
     assert all(map(torch.equal, (*loose, weight), before))
@@ -134,8 +90,8 @@ def test_rms_norm_kernels_copy_rows_that_lie_in_no_one_distance(caplog):
         made = launch_rms_norm(x, weight, EPS)
         grads = launch_rms_norm_backward(d_y, x, weight, made[1], True)
     assert caplog.messages == ["rms_norm: wide, copies 2 operands", "rms_norm_backward: wide, copies 3 operands"]
-    check(made, x, weight)
-    check_backward(grads, d_y, x, weight, made[1])
+    bounds.check_rms_norm(*made, x, weight, EPS)
+    bounds.check_rms_norm_backward(*grads, d_y, x, weight, made[1])
 
 
 @pytest.mark.parametrize("splits", [1, PARTS, PARTS + 1, 5 * PARTS])
@@ -144,7 +100,7 @@ def test_rms_norm_kernel_adds_the_parts_of_a_gradient(splits):
     x, d_y, (weight,) = operands(300, 1040, torch.float32, 0)
     r = launch_rms_norm(x, weight, EPS)[1]
     grads = launch_rms_norm_backward(d_y, x, weight, r, True, splits)
-    check_backward(grads, d_y, x, weight, r)
+    bounds.check_rms_norm_backward(*grads, d_y, x, weight, r)
 
 
 def test_rms_norm_kernels_read_nothing_beside_a_row():
@@ -161,9 +117,11 @@ def test_rms_norm_kernels_of_zeros_and_of_tiny_rows_are_finite():
     weight = torch.randn(64, device=DEVICE)
     for x, eps in ((torch.zeros(2, 64, device=DEVICE), EPS), (1e-15 * torch.randn(2, 64, device=DEVICE), 0.0)):
         made = launch_rms_norm(x, weight, eps)
-        check(made, x, weight, eps)
+        bounds.check_rms_norm(*made, x, weight, eps)
         d_y = torch.randn(2, 64, device=DEVICE)
-        check_backward(launch_rms_norm_backward(d_y, x, weight, made[1], True), d_y, x, weight, made[1])
+        bounds.check_rms_norm_backward(
+            *launch_rms_norm_backward(d_y, x, weight, made[1], True), d_y, x, weight, made[1]
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)], ids=str)

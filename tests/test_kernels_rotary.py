@@ -1,11 +1,11 @@
 """rotary: the kernel on a GPU or in the interpreter, forward and backward, within a bound of its roundings."""
 
+import elementwise_bounds as bounds
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, dtypes, seeds, values
-from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.rotary import launch_rotary, launch_rotary_backward
 from lora_core.reference import rotary as reference
@@ -36,23 +36,12 @@ def laid_out(t, layout):
     return t
 
 
+CHECKS = {False: bounds.check_rotary, True: bounds.check_rotary_backward}
+
+
 def angles(b, t, d, dtype, seed, scale=1.0):
     """Cosines and sines whose halves differ."""
     return (values(b * t * d, dtype, scale, seed + i).view(b, t, d).to(DEVICE) for i in (1, 2))
-
-
-def check(y, x, cos, sin, backward):
-    """Two products and their sum are rounded, each by a unit of what it is at most; then the result."""
-    wide = [t.double().cpu() for t in (x, cos, sin)]
-    run = BOTH[backward][1]
-    truth = run(*wide)
-    x, cos, sin = (t.abs() for t in wide)
-    # the products' signs are alike where the first half of the sines is negative
-    first, second = sin.chunk(2, -1)
-    magnitude = run(x, cos, torch.cat((-first, second), -1))
-    unit = torch.finfo(y.dtype).eps / 2
-    assert (y.transpose(1, 2) if backward else y).is_contiguous()
-    assert_within_bound(y.cpu(), truth, unit * truth.abs() + 2 * UNIT_FP32 * magnitude)
 
 
 @given(
@@ -64,7 +53,7 @@ def test_rotary_kernel_matches_the_reference(b, h, t, d, dtype, layout, scale, o
     for backward, (launch, _) in BOTH.items():
         y = launch(x, cos, sin)
         assert y.dtype == dtype and y.shape == x.shape
-        check(y, x, cos, sin, backward)
+        CHECKS[backward](y, x, cos, sin)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -74,7 +63,7 @@ def test_rotary_kernel_bound_rejects_a_result_1_percent_off(dtype, backward):
     cos, sin = angles(2, 3, 32, dtype, 0)
     for more in ((1.01, 1), (1, 1.01)):
         with pytest.raises(AssertionError, match="rounding bound|rms"):
-            check(BOTH[backward][0](x, cos * more[0], sin * more[1]), x, cos, sin, backward)
+            CHECKS[backward](BOTH[backward][0](x, cos * more[0], sin * more[1]), x, cos, sin)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -99,8 +88,8 @@ def test_rotary_kernel_reads_a_third_of_one_product_in_wide_loads(caplog):
     cos, sin = angles(1, 4, 64, torch.bfloat16, 0)
     one = x[:1, :, :1].as_strided((1, 8, 1, 64), (7, 64, 3, 1), x.storage_offset())
     with caplog.at_level("DEBUG", "lora_core.kernels"):
-        check(launch_rotary(x, cos, sin), x, cos, sin, backward=False)
-        check(launch_rotary(one, cos[:, :1], sin[:, :1]), one, cos[:, :1], sin[:, :1], backward=False)
+        bounds.check_rotary(launch_rotary(x, cos, sin), x, cos, sin)
+        bounds.check_rotary(launch_rotary(one, cos[:, :1], sin[:, :1]), one, cos[:, :1], sin[:, :1])
     assert caplog.messages == ["rotary: wide"] * 2
 
 

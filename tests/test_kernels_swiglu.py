@@ -1,17 +1,18 @@
 """swiglu: the kernels on a GPU or in the interpreter, forward and backward, within a bound of their roundings."""
 
+import functools
+
+import elementwise_bounds as bounds
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DTYPES, dtypes, laid_out, layouts, seeds, values
-from tolerance import UNIT_FP32, assert_within_bound
 
 from lora_core.kernels.swiglu import ELEMENTS, launch_swiglu, launch_swiglu_backward
 from lora_core.reference import swiglu as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY = torch.finfo(torch.float32).smallest_normal
 rows = st.sampled_from([1, 2, 7, 17])
 # within a program, just over one, rows that are read where they lie: multiples of 16 and others
 columns = st.sampled_from([1, 7, 48, 131, ELEMENTS, ELEMENTS + 3, ELEMENTS + 16])
@@ -19,44 +20,9 @@ columns = st.sampled_from([1, 7, 48, 131, ELEMENTS, ELEMENTS + 3, ELEMENTS + 16]
 scales = st.sampled_from([0.0, 1e-40, 1e-3, 1.0, 30.0, 1e4])
 
 
-def sigmoid_bounds(g):
-    """Return sigma(g) in float64, and the error that float32 may leave in it.
-
-    An exponential is off by a rounding of its argument times log2(e), of that constant, and 4 units by itself, in all
-    (2 |g| + 4) units; of it (1 - sigma) reaches 1 / (1 + e). The sum is rounded, and a quotient is off by 4 units at
-    most. What is no normal number of float32, or whose reciprocal is none, may become 0.
-    """
-    sigma = torch.sigmoid(g)
-    return sigma, sigma * UNIT_FP32 * ((1 - sigma) * (2 * g.abs() + 4) + 5) + TINY
-
-
-def unit(t):
-    return torch.finfo(t.dtype).eps / 2
-
-
-def check(y, gate, up):
-    """Two products more, and the result rounded."""
-    g, u = (t.double().cpu() for t in (gate, up))
-    sigma, off = sigmoid_bounds(g)
-    truth = reference.swiglu(g, u)
-    bound = (g * u).abs() * (off + 2 * UNIT_FP32 * sigma) + unit(y) * truth.abs()
-    assert y.dtype == gate.dtype and y.is_contiguous()
-    assert_within_bound(y.cpu(), truth, bound)
-
-
-def check_backward(grads, d_y, gate, up):
-    """The factor of dL/dgate is q = 1 + g (1 - sigma), whose difference, product and sum are rounded each."""
-    d, g, u = (t.double().cpu() for t in (d_y, gate, up))
-    sigma, off = sigmoid_bounds(g)
-    q = 1 + g * (1 - sigma)
-    off_q = g.abs() * (off + 2 * UNIT_FP32 * (1 - sigma)) + UNIT_FP32 * q.abs()
-    bounds = (
-        (d * u).abs() * (q.abs() * off + sigma * off_q + 3 * UNIT_FP32 * sigma * q.abs()),
-        (d * g).abs() * (off + 2 * UNIT_FP32 * sigma),
-    )
-    for got, truth, bound in zip(grads, reference.backward(d, g, u), bounds, strict=True):
-        assert got.dtype == gate.dtype and got.is_contiguous()
-        assert_within_bound(got.cpu(), truth, bound + unit(got) * truth.abs())
+# the kernels make an exponential of a power of two
+check = functools.partial(bounds.check_swiglu, powers_of_two=True)
+check_backward = functools.partial(bounds.check_swiglu_backward, powers_of_two=True)
 
 
 @given(rows, columns, dtypes, scales, scales, st.tuples(layouts, layouts, layouts), st.integers(0, 4), seeds)
@@ -64,7 +30,7 @@ def test_swiglu_kernels_match_the_reference(m, n, dtype, of_gate, of_up, lie, be
     made = (values(m * n + begin, dtype, s, seed + i).to(DEVICE) for i, s in enumerate((of_gate, of_up, 1.0)))
     gate, up, d_y = (laid_out(t[begin:].view(m, n), own) for t, own in zip(made, lie, strict=True))
     check(launch_swiglu(gate, up), gate, up)
-    check_backward(launch_swiglu_backward(d_y, gate, up), d_y, gate, up)
+    check_backward(*launch_swiglu_backward(d_y, gate, up), d_y, gate, up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +41,7 @@ def test_swiglu_kernels_bounds_reject_a_result_1_percent_off(dtype):
     for wrong in ((1.01, 1), (1, 1.01)):
         grads = launch_swiglu_backward(d_y, gate, up)
         with pytest.raises(AssertionError, match="rounding bound|rms"):
-            check_backward([g * factor for g, factor in zip(grads, wrong, strict=True)], d_y, gate, up)
+            check_backward(*(g * factor for g, factor in zip(grads, wrong, strict=True)), d_y, gate, up)
 
 
 @pytest.mark.parametrize("extra", [0, 3])
@@ -97,7 +63,7 @@ def test_swiglu_kernels_copy_what_has_no_rows_give_the_same_bits_twice_and_chang
     with caplog.at_level("DEBUG", "lora_core.kernels"):
         grads = launch_swiglu_backward(*loose)
     assert caplog.messages == ["swiglu_backward: rows, copies 3 operands"]
-    check_backward(grads, *loose)
+    check_backward(*grads, *loose)
     assert all(map(torch.equal, grads, launch_swiglu_backward(*loose)))
     assert all(map(torch.equal, loose, before))
 
@@ -106,14 +72,14 @@ def test_swiglu_kernels_take_a_gradient_that_is_one_number_for_all():
     """As that of a sum is."""
     gate, up = (torch.randn(3, ELEMENTS + 16, device=DEVICE) for _ in range(2))
     d_y = torch.ones((), device=DEVICE).expand(gate.shape)
-    check_backward(launch_swiglu_backward(d_y, gate, up), d_y, gate, up)
+    check_backward(*launch_swiglu_backward(d_y, gate, up), d_y, gate, up)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (3, 0), (2, 0, ELEMENTS), (1,), (2, 3, 1, 5)], ids=str)
 def test_swiglu_kernels_take_any_shape(shape):
     d_y, gate, up = (torch.randn(shape, device=DEVICE) for _ in range(3))
     check(launch_swiglu(gate, up), gate, up)
-    check_backward(launch_swiglu_backward(d_y, gate, up), d_y, gate, up)
+    check_backward(*launch_swiglu_backward(d_y, gate, up), d_y, gate, up)
 
 
 def test_swiglu_kernels_hand_on_what_is_no_finite_number_as_the_reference_does():

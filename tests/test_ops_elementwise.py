@@ -1,8 +1,11 @@
 """rms_norm, swiglu and rotary: their gradients, what they refuse, and how they go with the rest of PyTorch."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from lora_core.ops.rms_norm import rms_norm
@@ -24,7 +27,7 @@ def operands(dtype=torch.float64):
     up = drawn(2, 8, 3, dtype=dtype, seed=2).transpose(1, 2).requires_grad_()
     heads = drawn(2, 5, 3, 8, dtype=dtype, seed=3).transpose(1, 2).requires_grad_()
     cos, sin = drawn(2, 1, 5, 8, dtype=dtype, seed=4)
-    return {rms_norm: (x, weight, 1e-3), swiglu: (x, up), rotary: (heads, cos, sin)}
+    return {rms_norm: (x, weight, 0.5), swiglu: (x, up), rotary: (heads, cos, sin)}
 
 
 def board(x, weight, eps):
@@ -129,14 +132,85 @@ def test_norm_without_a_gradient_for_x_or_for_its_weight():
         torch.testing.assert_close(got, want[kept is weight])
 
 
+@ALL
+def test_a_gradient_that_may_be_differentiated_is_the_same(op):
+    """Which a check of second derivatives takes for granted."""
+    args = operands()[op]
+    tensors = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    grads = torch.autograd.grad(op(*args).square().sum(), tensors, create_graph=True)
+    truth = torch.autograd.grad(FORMULAS[op](*args).square().sum(), tensors)
+    for got, want in zip(grads, truth, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@ALL
+def test_tangents_outside_a_transform(op):
+    x, *rest = (a.detach() if isinstance(a, torch.Tensor) else a for a in operands()[op])
+    want = torch.func.jvp(lambda x: FORMULAS[op](x, *rest), (x,), (2 * x,))[1]
+    with forward_ad.dual_level():
+        y = op(forward_ad.make_dual(x, 2 * x), *rest)
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, want)
+
+
+def test_eps_may_be_nothing_and_a_whole_number():
+    x, weight, _ = operands()[rms_norm]
+    torch.testing.assert_close(rms_norm(x, weight, 0), board(x, weight, 0))
+
+
+def test_cosines_that_are_trained_elsewhere_are_taken_where_no_gradient_is_made():
+    x, cos, sin = operands()[rotary]
+    with torch.no_grad():
+        assert torch.equal(rotary(x, cos.clone().requires_grad_(), sin), rotary(x, cos, sin))
+
+
+class Kept(torch.autograd.Function):
+    """Hands on what it is given, and gives nothing back."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, d_y):
+        return None
+
+
+@ALL
+def test_an_output_whose_gradient_is_none_gives_nothing(op):
+    args = operands()[op]
+    x = args[0].detach().requires_grad_()
+    (Kept.apply(op(x, *args[1:])).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    if op is rms_norm:
+        assert args[1].grad is None
+
+
+def test_a_norm_has_no_gradient_through_the_roots_it_keeps():
+    y, r = OPS.rms_norm(*operands()[rms_norm])
+    assert y.requires_grad and not r.requires_grad
+
+
+def test_a_norm_whose_weight_is_frozen_makes_no_gradient_of_it(monkeypatch):
+    x, weight, eps = operands()[rms_norm]
+    module, asked = importlib.import_module("lora_core.ops.rms_norm"), []
+    run = module.gradients
+    monkeypatch.setattr(module, "gradients", lambda *given: asked.append(given[-1]) or run(*given))
+    for kept in (weight.detach(), weight):
+        rms_norm(x, kept, eps).sum().backward()
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
         (lambda x: rms_norm(x, x[0, 0, :4], 1e-6), ShapeError, r"weight \(4,\)"),
         (lambda x: rms_norm(x[0, 0, 0], x[0, 0], 1e-6), ShapeError, r"want x \[..., K\]"),
+        (lambda x: rms_norm(x[0, 0, 0], x[0, 0, 0], 1e-6), ShapeError, r"weight \(\)"),
+        (lambda x: rms_norm(x, x[0, 0, :, None].expand(8, 2), 1e-6), ShapeError, r"weight \(8, 2\)"),
         (lambda x: rms_norm(x[..., :0], x[0, 0, :0], 1e-6), ShapeError, "K at least 1"),
         (lambda x: rms_norm(x, x[0, 0], -1.0), ConfigError, "eps is -1.0"),
         (lambda x: rms_norm(x, x[0, 0], float("nan")), ConfigError, "eps is nan"),
+        (lambda x: rms_norm(x, x[0, 0], float("inf")), ConfigError, "eps is inf"),
         (lambda x: rms_norm(x, x[0, 0], "small"), ConfigError, "eps is 'small'"),
         (lambda x: rms_norm(x, x[0, 0].half(), 1e-6), DtypeError, "x torch.float32, weight torch.float16"),
         (lambda x: rms_norm(x.int(), x[0, 0].int(), 1e-6), DtypeError, "one floating dtype"),
@@ -144,11 +218,15 @@ def test_norm_without_a_gradient_for_x_or_for_its_weight():
         (lambda x: rms_norm(x, x[0, 0].to("meta"), 1e-6), DeviceError, "weight on meta"),
         (lambda x: swiglu(x, x[:1]), ShapeError, r"up \(1, 3, 8\)"),
         (lambda x: swiglu(x, x.double()), DtypeError, "up torch.float64"),
+        (lambda x: swiglu(*(torch.nested.nested_tensor([x[0], x[1]]),) * 2), DtypeError, "is nested"),
         (lambda x: swiglu(x.to_sparse(), x), DtypeError, r"to_dense\(\)"),
         (lambda x: rotary(x, x, x), ShapeError, r"x \(2, 3, 8\)"),
         (lambda x: rotary(x[None], x[:1], x), ShapeError, r"sin \(2, 3, 8\)"),
         (lambda x: rotary(x[None, ..., :7], x[:1, :, :7], x[:1, :, :7]), ShapeError, "D even"),
         (lambda x: rotary(x[None], x[:1].double(), x[:1]), DtypeError, "cos torch.float64"),
+        (lambda x: rotary(x[None, :, :2], x[:1], x[:1]), ShapeError, r"x \(1, 2, 2, 8\)"),
+        (lambda x: rotary(x[None].expand(3, 2, 3, 8), x, x), ShapeError, r"cos \(2, 3, 8\)"),
+        (lambda x: rotary(x[None], x[:1], x[:1].clone().requires_grad_()), ConfigError, r"\.detach\(\)"),
         (lambda x: rotary(x[None], x[:1].clone().requires_grad_(), x[:1]), ConfigError, r"\.detach\(\)"),
     ],
 )

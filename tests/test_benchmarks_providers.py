@@ -1,6 +1,8 @@
 """Providers of a case: each does the same work or is listed with its reason, and what their checks reject."""
 
 import dataclasses
+import functools
+import importlib
 import sys
 from types import ModuleType
 
@@ -9,7 +11,7 @@ import torch
 from test_benchmarks_timing import planted_case
 
 from benchmarks import asked, llama, modes, peers, run
-from benchmarks.case import is_rival
+from benchmarks.case import Claim, is_rival
 from benchmarks.cases import lora_linear, training_step
 from benchmarks.modes import Work
 from benchmarks.peers import Peer
@@ -94,6 +96,55 @@ def test_every_provider_of_a_case_passes_its_check(op, count, rivals, device, un
         for name in names:
             outcome = case.check(name)
             assert outcome.passed, (case.mode, case.block_size, name, outcome.reason)
+
+
+# one head of a rotation is 64 wide
+BETWEEN = {"M": 8, "N": 128, "K": 48}
+
+
+@pytest.mark.parametrize(
+    ("op", "rivals", "passes"),
+    [
+        ("rms_norm", {"torch", "torch rms_norm", "compiled"}, {"fwd": (2, 8 * 128), "bwd": (3, 8 * 128)}),
+        ("swiglu", {"torch", "compiled"}, {"fwd": (3, 8 * 48), "bwd": (5, 8 * 48)}),
+        ("rotary", {"torch", "compiled"}, {"fwd": (2, 8 * 128), "bwd": (2, 8 * 128)}),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_every_provider_of_what_stands_between_layers_passes_its_check(op, rivals, passes, device, uncompiled):
+    """In float32 on the CPU, and as "another device" in bfloat16; bytes are of the tensors that have to be moved."""
+    found = {case.mode: case for case in run.cases_of(op, BETWEEN, device)}
+    assert list(found) == list(modes.MODES)
+    size = 4 if device == "cpu" else 2
+    moved = {mode: size * tensors * elements for mode, (tensors, elements) in passes.items()}
+    moved["fwdbwd"] = sum(moved.values())
+    for mode, case in found.items():
+        assert case.bytes_moved == moved[mode] and case.dtype == ("float32" if device == "cpu" else "bfloat16")
+        names = [p.name for p in case.providers]
+        assert rivals == {name for name in names if is_rival(op, mode, name, "lora_core")}
+        assert case.claims == (Claim(against="torch", no_slower=True),)
+        for name in names:
+            outcome = case.check(name)
+            assert outcome.passed, (mode, name, outcome.reason)
+
+
+MISTAKEN = {
+    "3% too large": lambda run, *given: 1.03 * run(*given),
+    # of a product the gradients are right all the same
+    "something added": lambda run, x, *rest: run(x, *rest) + 0.1 * x.square(),
+    "an operand left out": lambda run, x, *rest: run(x, *(t * 0 for t in rest[:1]), *rest[1:]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKEN)
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "rotary"])
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_mistaken_operation_between_layers_does_not_pass_its_check(op, mistake, device, monkeypatch, uncompiled):
+    module = importlib.import_module(f"lora_core.ops.{op}")
+    monkeypatch.setattr(module, op, functools.partial(MISTAKEN[mistake], getattr(module, op)))
+    for case in run.cases_of(op, BETWEEN, device):
+        assert not case.check("lora_core").passed, case.mode
+        assert case.check("torch").passed, case.mode
 
 
 def test_layers_of_this_library_one_by_one_are_no_rival(uncompiled):

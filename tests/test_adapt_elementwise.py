@@ -547,6 +547,18 @@ def test_a_norm_of_another_dtype_is_computed_as_ever():
     assert want.dtype == torch.float32 and torch.equal(norm(x.bfloat16()), want)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda x: x.to("meta")], ids=["sparse", "meta"])
+def test_what_the_module_refuses_it_refuses_in_its_own_words(change):
+    norm, x = modeling_llama.LlamaRMSNorm(32), change(torch.randn(3, 32))
+    said = []
+    for _ in range(2):
+        with pytest.raises((RuntimeError, NotImplementedError)) as error:
+            norm(x)
+        said.append((error.type, str(error.value)))
+        lc.fuse(norm, elementwise=True)
+    assert said[0] == said[1]
+
+
 class Rotates(nn.Module):
     """Rotates as an attention does; its forward has defaults of every kind, and a cell."""
 
@@ -661,6 +673,10 @@ def test_what_is_recognised_and_what_is_not():
     assert found(SayingRMSNorm(4)) is FusedRMSNorm
     assert found(modeling_llama.LlamaMLP(config)) is FusedGatedMLP
     assert found(Rotates()) is FusedRotation
+    for silu in (nn.SiLU(), transformers.activations.SiLUActivation()):
+        mlp = modeling_llama.LlamaMLP(config)
+        mlp.act_fn = silu
+        assert found(mlp) is FusedGatedMLP
     patched = nn.Identity()
     patched.forward = lambda x: x
     assert found(some) is None and found(PlainNorm(4)) is None and found(patched) is None

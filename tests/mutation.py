@@ -54,6 +54,10 @@ COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD, SIXTEEN, SHAR
 )
 REACH, CROSSOVER = "kernels/reach.py", "kernels/crossover.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
+CPU_NORM, CPU_ROTARY, CPU_GATE, FLOATS = (
+    f"lora_core/cpu/compiled/{name}.py" for name in ("rms_norm", "rotary", "swiglu", "floats")
+)
+BETWEEN, RECOGNISED = "lora_core/layers/elementwise.py", "lora_core/adapt/elementwise.py"
 NORM, ROTARY, GATE = "kernels/rms_norm.py", "kernels/rotary.py", "kernels/swiglu.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -148,6 +152,7 @@ IN_CPU_GROUPED = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_keeps_an_infini
 IN_CPU_GROUPED_BACKWARD = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_gradients"
 IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
 IN_ADD_PRODUCT = "test_cpu_product.py::test_add_product_is"
+IN_OTHER_LLAMAS = "test_adapt_elementwise.py::test_a_llama_that_computes"
 IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
 
 MUTATIONS = (
@@ -471,6 +476,42 @@ MUTATIONS = (
         "(h >> FIFTEEN)",
         "(h >> SIXTEEN)",
         "test_cpu_dropout.py::test_drops_what",
+    ),
+    Mutation(
+        CPU_NORM,
+        "parts[m // rows]",
+        "parts[0]",
+        "test_cpu_elementwise.py::test_gradient_of_a_norms_weight",
+    ),
+    Mutation(CPU_NORM, "(h - n * mean)", "(h + n * mean)", "test_cpu_elementwise.py::test_rows_longer"),
+    Mutation(
+        CPU_ROTARY, "x1 * widened(c[i]) - x2", "x1 * widened(c[i]) + x2", "test_cpu_elementwise.py::test_bfloat16"
+    ),
+    Mutation(CPU_GATE, "g * (ONE - sigma)", "g * sigma", "test_cpu_elementwise.py::test_gates_of_every_size"),
+    Mutation(FLOATS, "WORD(0x7FFF)", "WORD(0x8000)", "test_cpu_elementwise.py::test_bfloat16"),
+    Mutation(FLOATS, "(5040, 720,", "(720,", "test_cpu_elementwise.py::test_logistic"),
+    Mutation(
+        "lora_core/ops/rms_norm.py",
+        "weight, ctx.eps)[1]",
+        "weight, 0.0)[1]",
+        "test_ops_elementwise.py::test_a_gradient_that_may_be_differentiated",
+    ),
+    Mutation(
+        "lora_core/ops/ready.py",
+        "not any(t.is_nested for t in tensors)\n        and forward_ad._current_level < 0",
+        "not any(t.is_nested for t in tensors)",
+        "test_ops_elementwise.py::test_tangents",
+    ),
+    Mutation(BETWEEN, "not rest and not options and", "not options and", "test_adapt_elementwise.py::test_rotations"),
+    Mutation(
+        BETWEEN, "else self.act_fn(gate) * up", "else self.act_fn(up) * gate", "test_adapt_elementwise.py::test_gates"
+    ),
+    Mutation(RECOGNISED, "llama.LlamaMLP.forward(mlp, x),", "swiglu(x, other),", IN_OTHER_LLAMAS),
+    Mutation(
+        "lora_core/adapt/fuse.py",
+        'module.__dict__.pop("forward", None)',
+        "pass",
+        "test_adapt_elementwise.py::test_a_forward_that_hooks",
     ),
     Mutation(
         "lora_core/adapt/merge.py",

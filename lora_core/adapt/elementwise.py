@@ -6,6 +6,7 @@ of it once, with numbers.
 """
 
 import ast
+import dis
 import functools
 import importlib
 import itertools
@@ -53,11 +54,17 @@ def _candidate(module: Any) -> type[Elementwise] | str | None:
         if not is_silu(module.act_fn):
             return f"its gate is {type(module.act_fn).__name__}, of which no operation is made, or has hooks"
         return FusedGatedMLP if _as_llama(forward, "LlamaMLP") else other
-    if ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        # a method of this name, or one imported in the forward, is no function of the module
-        rotation = forward.__globals__.get(ROTATION)
-        return FusedRotation if rotation is not None and _as_llama(rotation, ROTATION) else other
+    if _calls_global(forward, ROTATION):
+        return FusedRotation if _as_llama(forward.__globals__.get(ROTATION), ROTATION) else other
     return None
+
+
+def _calls_global(forward: Any, name: str) -> bool:
+    """Say whether a forward uses a function of its module, and not a method or what it imports itself."""
+    code = getattr(forward, "__code__", None)
+    if code is None or name not in code.co_names:
+        return False
+    return any(i.opname == "LOAD_GLOBAL" and i.argval == name for i in dis.get_instructions(code))
 
 
 def _as_llama(function: Any, name: str) -> bool:
@@ -79,6 +86,7 @@ def _is_the_same(function: Any, original: Any) -> bool:
     return all(itertools.starmap(_is_the_same, zip(*named, strict=True)))
 
 
+@remembered
 def _words(function: Any) -> str | None:
     """Return what a function takes and does, without annotations and docstring; None where it cannot be read.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lora_core.cpu.dropout import dropped, one_mask_each
-from lora_core.cpu.low_rank import a_gradient, b_gradient, expand, hidden_gradient, input_gradient, runs_here, shrink
+from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
 from lora_core.cpu.product import product
 from lora_core.ops.eager import register
 from lora_core.ops.lora_linear import backward_op, op
@@ -75,7 +75,7 @@ def gradients(
         if need_a and x is not None:
             d_lora_a = a_gradient(d_s, x, dropout, seed, drop)
         if need_x and weight is not None:
-            d_x = input_gradient(d_y, weight, d_s, lora_a, dropout, seed, drop)
+            d_x = add_low_rank(product(d_y, weight.T), d_s, lora_a, dropout, seed, drop)
     d_lora_b = b_gradient(d_y, hidden, scaling) if need_b else None
     d_weight = product(d_y.T, x.T) if need_weight and x is not None else None
     return d_x, d_weight, d_y.sum(0) if need_bias else None, d_lora_a, d_lora_b

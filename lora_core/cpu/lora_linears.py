@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_core.cpu.dropout import dropped, one_mask_each
-from lora_core.cpu.low_rank import a_gradient, b_gradient, expand, hidden_gradient, low_rank_gradient, runs_here, shrink
-from lora_core.cpu.product import add_product
+from lora_core.cpu.low_rank import a_gradient, add_low_rank, b_gradient, expand, hidden_gradient, runs_here, shrink
+from lora_core.cpu.product import add_product, product
 from lora_core.ops import lora_linears as ops
 from lora_core.ops.eager import register
 from lora_core.ops.packed import dense, unflatten
@@ -109,14 +109,15 @@ def _backward(
         else:
             d_lora_a = a_gradient(d_s, x)
     if need_x:
-        if any(dropouts):
-            alone = (low_rank_gradient(d, a, *mask) for d, a, mask in zip(parts, lora_as, masks, strict=True))
-            d_x = functools.reduce(Tensor.add_, alone)
-        else:
-            d_x = low_rank_gradient(d_s, torch.cat(tuple(lora_as)))
         each = iter(weights)
         for g in d_ys:
-            d_x = add_product(d_x, g, next(each).T)
+            d_x = product(g, next(each).T) if d_x is None else add_product(d_x, g, next(each).T)
+    if d_x is not None:
+        if any(dropouts):
+            for d, a, mask in zip(parts, lora_as, masks, strict=True):
+                add_low_rank(d_x, d, a, *mask)
+        else:
+            add_low_rank(d_x, d_s, torch.cat(tuple(lora_as)))
     return d_x, d_lora_a, d_lora_bs
 
 

@@ -1,17 +1,10 @@
-"""The steps of LoRA layers on the CPU, by the faster library's products; formulas of lora_core/reference/lora.py.
-
-A sum of a large product and a low-rank one is begun with the latter, where the library adds a product to what is there:
-then it is the large one that reads the result again, while it computes. The other way round a small product waits for
-memory: of [1024, 512] and [512, 1408], rank 16, both took 5.1 to 5.3 ms in place of 5.5, and the large one alone 4.9
-(two threads of an Intel Xeon, family 6 model 207, operands not in its caches).
-"""
+"""The steps of LoRA layers on the CPU, by the faster library's products; formulas of lora_core/reference/lora.py."""
 
 import torch
 from torch import Tensor
 
 from lora_core.cpu.dropout import dropped
-from lora_core.cpu.product import by_onednn, product, scaled_product
-from lora_core.ops.scaled import scaled
+from lora_core.cpu.product import product, scaled_product
 from lora_core.reference.dropout import Drop
 
 # columns of x or dL/dy, by a few of S or dS: with 256 to 1408 of them MKL took 0.5 to 1.15 times what oneDNN took, with
@@ -34,11 +27,7 @@ def shrink(x: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None 
 
 def expand(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """Return y = x W^T + b + s S B^T."""
-    if by_onednn(x, weight):
-        # which adds to what is there in another tensor
-        return product(x, weight, bias).addmm_(hidden, lora_b.T, alpha=scaling)
-    y = scaled(hidden, lora_b, scaling) if bias is None else torch.addmm(bias, hidden, lora_b.T, alpha=scaling)
-    return y.addmm_(x, weight.T)
+    return product(x, weight, bias).addmm_(hidden, lora_b.T, alpha=scaling)
 
 
 def hidden_gradient(d_y: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -65,28 +54,6 @@ def _rows_summed(narrow: Tensor, wide: Tensor, factor: float = 1.0) -> Tensor:
     return scaled_product(narrow.T, wide.T, factor, by_mkl=wide.shape[1] <= MANY)
 
 
-def input_gradient(
-    d_y: Tensor,
-    weight: Tensor,
-    d_s: Tensor,
-    lora_a: Tensor,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    drop: Drop = dropped,
-) -> Tensor:
-    """Return dx = G W + keep (dS A) / (1 - p)."""
-    if by_onednn(d_y, weight.T):
-        return add_low_rank(product(d_y, weight.T), d_s, lora_a, dropout, seed, drop)
-    return low_rank_gradient(d_s, lora_a, dropout, seed, drop).addmm_(d_y, weight)
-
-
-def low_rank_gradient(
-    d_s: Tensor, lora_a: Tensor, dropout: float = 0.0, seed: Tensor | None = None, drop: Drop = dropped
-) -> Tensor:
-    """Return keep (dS A) / (1 - p), a tensor of its own."""
-    return drop(product(d_s, lora_a.T), dropout, seed)
-
-
 def add_low_rank(
     d_x: Tensor,
     d_s: Tensor,
@@ -96,4 +63,4 @@ def add_low_rank(
     drop: Drop = dropped,
 ) -> Tensor:
     """Add keep (dS A) / (1 - p) to d_x in place; return it."""
-    return d_x.add_(low_rank_gradient(d_s, lora_a, dropout, seed, drop)) if dropout else d_x.addmm_(d_s, lora_a)
+    return d_x.add_(drop(product(d_s, lora_a.T), dropout, seed)) if dropout else d_x.addmm_(d_s, lora_a)

@@ -35,7 +35,7 @@ def onednn_is_faster() -> bool:
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias; a [M, K], b [N, K], bias [N]."""
-    if by_onednn(a, b):
+    if _by_onednn(a, b):
         return _onednns(a, b, bias)
     # the same product, which reaches MKL 1 to 8 us sooner where b is stored by columns
     return torch.mm(a, b.T) if bias is None else F.linear(a, b, bias)
@@ -43,7 +43,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def scaled_product(a: Tensor, b: Tensor, factor: float, by_mkl: bool = False) -> Tensor:
     """Return factor a b^T, by MKL whatever the size where the shape is known to suit it."""
-    if not by_mkl and by_onednn(a, b):
+    if not by_mkl and _by_onednn(a, b):
         y = _onednns(a, b)
         return y if factor == 1.0 else y.mul_(factor)
     return scaled(a, b, factor)
@@ -51,7 +51,7 @@ def scaled_product(a: Tensor, b: Tensor, factor: float, by_mkl: bool = False) ->
 
 def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return y + a b^T, y [M, N] perhaps changed in place."""
-    if by_onednn(a, b):
+    if _by_onednn(a, b):
         total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a, y, b, None, "add")
         return total
     return y.addmm_(a, b.T)
@@ -64,8 +64,7 @@ def _onednns(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Say whether a b^T is made by oneDNN."""
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
     if not onednn_is_faster():
         return False
     elements = b.numel()

@@ -46,8 +46,8 @@ def run_named(functions: dict[str, Any]) -> None:
     """Do what `apart` asks a process for."""
     set_up()
     functions[sys.argv[1]](Path(sys.argv[2]))
-    # autograd has a thread of its own for the device, which may still be letting go of what a backward held: where the
-    # interpreter ends meanwhile, it ends that thread inside C++, and once in fifteen times the process was aborted
+    # once in fifteen times the process was aborted at its end ("terminate called without an active exception"), most
+    # likely as the interpreter ended autograd's thread for the device, inside C++, while it let go of a backward
     sys.stdout.flush()
     os._exit(0)
 

@@ -498,8 +498,8 @@ MUTATIONS = (
     ),
     Mutation(
         "lora_core/ops/ready.py",
-        "not any(t.is_nested for t in tensors)\n        and forward_ad._current_level < 0",
-        "not any(t.is_nested for t in tensors)",
+        "and of_one_kind(*tensors)\n        and forward_ad._current_level < 0",
+        "and of_one_kind(*tensors)",
         "test_ops_elementwise.py::test_tangents",
     ),
     Mutation(BETWEEN, "not rest and not options and", "not options and", "test_adapt_elementwise.py::test_rotations"),

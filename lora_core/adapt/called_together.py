@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_core.adapt.remembered import remembered
 from lora_core.adapt.source import source_of
-from lora_core.layers.as_written import is_patched
+from lora_core.layers.as_written import is_patched, written_class
 
 
 def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -17,9 +17,7 @@ def called_together(parent: nn.Module) -> tuple[tuple[str, ...], ...]:
     Counted are calls self.child(x) in one block of statements, x a plain name that is not assigned in between. Where
     the source cannot be read or a forward is patched onto the module itself, there are none.
     """
-    # what a fused class calls, the one that it was made from does
-    kind: Any = getattr(type(parent), "fused_from", type(parent))
-    return () if is_patched(parent) else _groups(kind.forward)
+    return () if is_patched(parent) else _groups(written_class(parent).forward)
 
 
 @remembered

@@ -22,8 +22,7 @@ def is_sharded(weight: Any) -> bool:
 
 def runs_as_written(module: nn.Module, forward: Any) -> bool:
     """Say whether calling module means calling this forward: no subclass, hook or patch stands between."""
-    # a class that fuse made computes what the one that it was made from does
-    kind: Any = getattr(type(module), "fused_from", type(module))
+    kind = written_class(module)
     return (
         (kind.forward is forward or (forward is nn.Linear.forward and _is_linear_too(kind.forward)))
         and not is_patched(module)
@@ -34,6 +33,11 @@ def runs_as_written(module: nn.Module, forward: Any) -> bool:
         and not module._backward_pre_hooks
         and (type(weight := module._parameters.get("weight")) is nn.Parameter or not stands_for_others(weight))
     )
+
+
+def written_class(module: nn.Module) -> Any:
+    """Return the class a module was written with: one that fuse made computes what the one it was made from does."""
+    return getattr(type(module), "fused_from", type(module))
 
 
 def _is_linear_too(forward: Any) -> bool:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.dtypes import FLOATS
 from lora_core.layers.as_written import runs_as_written
 from lora_core.layers.fused import Fused
 from lora_core.ops.checks import LARGEST, is_transformed
-from lora_core.ops.ready import TENSORS
+from lora_core.ops.ready import of_one_kind
 from lora_core.ops.rms_norm import rms_norm
 from lora_core.ops.rotary import are_heads, rotary
 from lora_core.ops.swiglu import swiglu
@@ -116,14 +115,9 @@ def _rotating(forward: Any) -> Callable[..., Any]:
 
 def _fit(*tensors: Any) -> bool:
     """Say whether an operation takes these as they are, is worth its call, and runs now, not in a graph."""
-    if _in_a_graph() or not TENSORS.issuperset(map(type, tensors)):
+    if _in_a_graph() or not of_one_kind(*tensors):
         return False
-    dtype, device = tensors[0].dtype, tensors[0].device
-    if device.type == "cpu" and tensors[0].numel() < FEW:
-        return False
-    return dtype in FLOATS and all(
-        t.dtype == dtype and t.device == device and t.layout == torch.strided and not t.is_nested for t in tensors
-    )
+    return tensors[0].device.type != "cpu" or tensors[0].numel() >= FEW
 
 
 def _in_a_graph() -> bool:

@@ -51,17 +51,22 @@ def ready(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, scaling: Any
 
 def alike(*tensors: Any) -> bool:
     """Say whether check_alike would take these, and neither autocast nor a transform has to be thought of."""
-    if torch.compiler.is_compiling() or not TENSORS.issuperset(map(type, tensors)):
-        return False
-    first = tensors[0]
-    dtype, device = first.dtype, first.device
     return (
-        dtype in FLOATS
-        and all(t.dtype == dtype and t.device == device and t.layout == torch.strided for t in tensors)
-        and not any(t.is_nested for t in tensors)
+        not torch.compiler.is_compiling()
+        and of_one_kind(*tensors)
         and forward_ad._current_level < 0
         and not inside_functorch()
-        and not autocast_on(first)
+        and not autocast_on(tensors[0])
+    )
+
+
+def of_one_kind(*tensors: Any) -> bool:
+    """Say whether these are plain dense tensors of one floating dtype on one device."""
+    if not TENSORS.issuperset(map(type, tensors)):
+        return False
+    dtype, device = tensors[0].dtype, tensors[0].device
+    return dtype in FLOATS and all(
+        t.dtype == dtype and t.device == device and t.layout == torch.strided and not t.is_nested for t in tensors
     )
 
 

@@ -332,7 +332,7 @@ MUTATIONS = (
         "lora_core/layers/fused_lora.py", "return [version_of(t) for t in base], pairs", "return pairs", IN_CHANGED
     ),
     Mutation("lora_core/ops/lora_linears.py", "if grads[i] is not None]", "]", IN_UNUSED),
-    Mutation(EAGER, "type(made)(map(_without_view, made))", "made", IN_PLACE),
+    Mutation(EAGER, "type(made)(map(without_view, made))", "made", IN_PLACE),
     Mutation(EAGER, "like.new_empty(0) if t is None else t for t in made", "t for t in made", IN_NONE),
     Mutation(CHECKS, "forward_ad._current_level >= 0 or (", "(", IN_TRANSFORM),
     Mutation(

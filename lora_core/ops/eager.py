@@ -40,7 +40,7 @@ def register(operation: Any, device_type: str, implementation: Callable[..., Any
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         made = implementation(*args, **kwargs)
-        return made if isinstance(made, Tensor) else none_to_empty(_first(args), made)
+        return without_view(made) if isinstance(made, Tensor) else none_to_empty(_first(args), made)
 
     operation.register_kernel(device_type)(kernel)
     _implementations[operation, device_type] = implementation
@@ -136,7 +136,7 @@ def differentiable(operation: Any, save: Callable[..., None], backward: Callable
     def forward(ctx: Any, *args: Any) -> Any:
         # what another thread has taken back since is the dispatcher's to run
         made = _implementations.get((operation, _first(args).device.type), operation)(*args)
-        output = _without_view(made) if isinstance(made, Tensor) else type(made)(map(_without_view, made))
+        output = without_view(made) if isinstance(made, Tensor) else type(made)(map(without_view, made))
         save(ctx, args, output)
         return output
 
@@ -174,7 +174,7 @@ def _function(operation: Any, forward: Callable[..., Any], backward: Callable[..
     return super(torch.autograd.Function, function).apply
 
 
-def _without_view(result: Tensor) -> Tensor:
+def without_view(result: Tensor) -> Tensor:
     """Return a result that autograd does not take for a view: one of several may not be changed in place."""
     return torch.ops.aten._unsafe_view.default(result, result.shape) if result._is_view() else result
 

@@ -1,6 +1,7 @@
-"""What the comparisons of norms, gates and rotations have alike: forward, backward and both, beside PyTorch's ways."""
+"""What the comparisons of norms, gates, rotations and attention have alike: each mode, beside PyTorch's ways."""
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks import modes
@@ -24,7 +25,8 @@ def cases(
     leaves: tuple[Any, ...],
     magnitudes: Callable[..., tuple[Any, ...]],
     sums: int,
-    moved: dict[str, int],
+    moved: Mapping[str, int],
+    flops: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[Case]:
     """Yield one comparison a mode.
 
@@ -38,6 +40,7 @@ def cases(
             to without their signs.
         sums: products added in float32 for one element.
         moved: bytes by mode.
+        flops: likewise, where they count.
     """
     import torch
 
@@ -56,6 +59,7 @@ def cases(
             providers=made,
             check=_checker({p.name: p for p in made}, mode, written, leaves, d_y, magnitudes, sums),
             bytes_moved=moved[mode],
+            flops=flops.get(mode),
             claims=(Claim(against="torch", no_slower=True),),
             missing=missing,
         )

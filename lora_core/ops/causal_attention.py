@@ -3,6 +3,8 @@
 The mathematics stands in lora_core/reference/causal_attention.py.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,8 @@ from lora_core.reference import causal_attention as reference
 
 # types of devices where the operation runs; PyTorch's attention is fused on others
 OWN = ("cpu", "meta")
+# says for a type of device whether q, k, v and the scale are better left to this library than to PyTorch's attention
+better: dict[str, Callable[[Tensor, Tensor, Tensor, float], bool]] = {}
 
 
 @torch.library.custom_op("lora_core::causal_attention", mutates_args=())
@@ -66,6 +70,12 @@ def are_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[3] > 0
         and v.shape[3] > 0
     )
+
+
+def is_better(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Say whether causal_attention runs these, which it takes, by something faster than PyTorch's attention."""
+    found = better.get(q.device.type)
+    return found is not None and found(q, k, v, scale)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -73,6 +73,13 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(c, builder.fmul(a, b, flags=FUSED), flags=FUSED)
 
 
+def in_every_lane(builder: Any, number: Any, kind: Any) -> Any:
+    """Return the vector of this kind with a number in every lane."""
+    word = ir.IntType(32)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(word, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(word, kind.count), [0] * kind.count))
+
+
 def sum_of(builder: Any, left: Any) -> Any:
     """Return the sum of a vector's numbers, of one half and the other until one is left."""
     while left.type.count > 1:

@@ -7,9 +7,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from lora_core.cpu.compiled.emit import SINGLE
 from lora_core.cpu.compiled.jit import contracted
 
-SINGLE, WORD, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+WORD, HALF = ir.IntType(32), ir.IntType(16)
 # bits of a float32 below those of a bfloat16, whose arrays are of uint16
 BELOW = WORD(16)
 
@@ -51,12 +52,25 @@ def _power_of_two(_: Any, exponent: Any) -> Any:
     return (types.float32(exponent), generate) if exponent == types.float32 else None
 
 
-# in compiled code: (element), (array, number), (exponent)
+def _larger(_: Any, a: Any, b: Any) -> Any:
+    """Return the larger of two float32; where one is NaN, either. A chain of these LLVM makes vectors of."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # Numba's max says nothing of NaN and of the sign of 0, and then the order in which to compare is not free
+        free = ("nnan", "nsz")
+        return builder.select(builder.fcmp_ordered(">", *arguments, flags=free), *arguments, flags=free)
+
+    return (types.float32(a, b), generate) if a == b == types.float32 else None
+
+
+# in compiled code: (element), (array, number), (exponent), (number, number)
 widened: Any = intrinsic(_widened)
 rounded: Any = intrinsic(_rounded)
 _two_to: Any = intrinsic(_power_of_two)
+larger: Any = intrinsic(_larger)
 
-ONE, HALF_OF_ONE, LOG2_E = np.float32(1), np.float32(0.5), np.float32(1.4426950408889634)
+ZERO, ONE, HALF_OF_ONE = np.float32(0), np.float32(1), np.float32(0.5)
+LOG2_E = np.float32(1.4426950408889634)
 # ln 2 as the sum of a number of few bits, whose products with whole numbers up to 128 are exact, and the rest
 LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.42860682030941723e-6)
 # exp(r) - 1 - r over r^2, where |r| <= ln 2 / 2: the series of exp to the degree whose rest is below 2^-26
@@ -67,12 +81,21 @@ LEAST, MOST = np.float32(-87), np.float32(89)
 @contracted
 def logistic(x: Any) -> Any:
     """Return 1 / (1 + exp(-x)) of a float32 that is no NaN; 0 from where exp(-x) is no float32."""
-    z = min(max(-x, LEAST), MOST)
+    # 2^128 is no float32: a half of it, twice
+    half = half_of_exp(min(-x, MOST))
+    return ONE / (ONE + (half + half))
+
+
+@contracted
+def half_of_exp(x: Any) -> Any:
+    """Return exp(x) / 2 of a float32 that is at most 89: 0 where x is below -87, NaN where x is.
+
+    From 2^-126 down, where a float32 has fewer bits, it may be 0 already.
+    """
+    z = max(x, LEAST)
     n = np.floor(z * LOG2_E + HALF_OF_ONE)
     f = (z - n * LN2_HIGH) - n * LN2_LOW
     p = TERMS[0]
     for i in range(1, len(TERMS)):
         p = p * f + TERMS[i]
-    # 2^128 is no float32: a half of it, twice
-    half = (p * f * f + f + ONE) * _two_to(n - ONE)
-    return ONE / (ONE + (half + half))
+    return (p * f * f + f + ONE) * _two_to(n - ONE)

@@ -4,11 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_core.cpu.compiled.floats import ONE, rounded, widened
+from lora_core.cpu.compiled.floats import ONE, ZERO, rounded, widened
 from lora_core.cpu.compiled.jit import contracted, reordered
 from lora_core.cpu.compiled.share import share
-
-ZERO = np.float32(0)
 
 
 @reordered

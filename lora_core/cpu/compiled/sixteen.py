@@ -11,6 +11,7 @@ from numba.core.errors import TypingError
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from lora_core.cpu.compiled.emit import SINGLE, in_every_lane
 from lora_core.cpu.compiled.pick import LANES, WORD, every, pick
 from lora_core.cpu.compiled.stream import store
 from lora_core.quant.codebook import codebook
@@ -18,7 +19,6 @@ from lora_core.quant.codebook import codebook
 LEVELS = codebook("nf4").levels
 # what so many bytes, decoded at a time, stand for
 VALUES = 2 * LANES
-SINGLE = ir.FloatType()
 WORDS, SINGLES, PAIRS = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES), ir.VectorType(WORD, VALUES)
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 
@@ -51,16 +51,12 @@ decode_sixteen: Any = intrinsic(_decode_sixteen)
 
 def sixteen(builder: Any, entries_of: Any, scale: Any, bytes_at: Any) -> tuple[Any, Any]:
     """Return what the high and the low halves of 16 bytes stand for, as words."""
-    entries = entries_of(builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), in_every_lane(builder, scale)))
+    entries = entries_of(
+        builder, builder.fmul(ir.Constant(SINGLES, LEVELS.tolist()), in_every_lane(builder, scale, SINGLES))
+    )
     codes = builder.load(builder.bitcast(bytes_at, BYTES.as_pointer()), align=1)
     index = builder.zext(codes, WORDS)
     return pick(builder, entries, builder.lshr(index, every(4))), pick(builder, entries, builder.and_(index, every(15)))
-
-
-def in_every_lane(builder: Any, number: Any) -> Any:
-    """Return the vector with this float32 in every lane."""
-    first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), number, ir.Constant(WORD, 0))
-    return builder.shuffle_vector(first, first, every(0))
 
 
 def as_float32(builder: Any, products: Any) -> Any:

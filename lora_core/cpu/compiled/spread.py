@@ -11,10 +11,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lora_core.cpu.compiled.emit import SINGLE, check_arrays, for_count, load, multiply_add, numbers, row_major
+from lora_core.cpu.compiled.emit import (
+    SINGLE,
+    check_arrays,
+    for_count,
+    in_every_lane,
+    load,
+    multiply_add,
+    numbers,
+    row_major,
+)
 from lora_core.cpu.compiled.pick import LANES
 from lora_core.cpu.compiled.picked import SIDES, VECTOR, in_half, there, values_at
-from lora_core.cpu.compiled.sixteen import in_every_lane
 
 
 def _spread(
@@ -57,7 +65,7 @@ def _spread(
                 given = [builder.load(grads.at(builder.add(start, c))) for c in taken]
                 # of a row that is not there both are 0, as either may be infinite
                 kept = [builder.select(is_there, g, nothing) for is_there, g in zip(present, given, strict=True)]
-                factors.append([in_every_lane(builder, g) for g in kept])
+                factors.append([in_every_lane(builder, g, VECTOR) for g in kept])
             steps = builder.sdiv(builder.sub(last, first), number(LANES))
             with cgutils.for_range(builder, steps) as loop:
                 place = builder.add(first, builder.mul(loop.index, number(LANES)))

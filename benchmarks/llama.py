@@ -104,12 +104,12 @@ def ours(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
     return model.train()
 
 
-def ours_elementwise(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
+def ours_whole(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
     """Return the same with norms, gates and rotations fused, too."""
     import lora_core as lc
 
     model = ours(base, rank, start, four_bit)
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     return model
 
 

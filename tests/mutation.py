@@ -57,7 +57,7 @@ GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
 CPU_NORM, CPU_ROTARY, CPU_GATE, FLOATS = (
     f"lora_core/cpu/compiled/{name}.py" for name in ("rms_norm", "rotary", "swiglu", "floats")
 )
-BETWEEN, RECOGNISED = "lora_core/layers/elementwise.py", "lora_core/adapt/elementwise.py"
+BETWEEN, RECOGNISED = "lora_core/layers/blocks.py", "lora_core/adapt/blocks.py"
 NORM, ROTARY, GATE = "kernels/rms_norm.py", "kernels/rotary.py", "kernels/swiglu.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"

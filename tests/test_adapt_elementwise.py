@@ -1,4 +1,4 @@
-"""fuse(elementwise=True): norms, gates and rotations between a model's layers, the same results, the same objects."""
+"""fuse(blocks=True): norms, gates and rotations between a model's layers, the same results, the same objects."""
 
 import copy
 import functools
@@ -17,9 +17,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
 
 import lora_core as lc
-from lora_core.adapt import elementwise
-from lora_core.layers import elementwise as layers
-from lora_core.layers.elementwise import Elementwise, FusedGatedMLP, FusedRMSNorm, FusedRotation
+from lora_core.adapt import blocks
+from lora_core.layers import blocks as layers
+from lora_core.layers.blocks import BlockPart, FusedGatedMLP, FusedRMSNorm, FusedRotation
 from lora_core.layers.fused import Fused
 
 pytestmark = MARKS
@@ -103,12 +103,12 @@ def calls_of(monkeypatch):
 def test_the_same_results_by_fewer_operations(family, monkeypatch):
     model = adapted(model_of(family))
     want = results(model)
-    report = lc.fuse(model, elementwise=True)
+    report = lc.fuse(model, blocks=True)
     # of two layers, with two norms each and the last one; Qwen3 has one for queries and one for keys besides
     norms = 5 + 4 * (family == "Qwen3")
     assert len(kinds(model, FusedRMSNorm)) == norms
     assert len(kinds(model, FusedGatedMLP)) == len(kinds(model, FusedRotation)) == 2
-    assert report.elementwise == kinds(model, Elementwise)
+    assert report.blocks == kinds(model, BlockPart)
     assert len(report.shared) == 4
     assert f"{norms + 4} norms, gates and rotations" in str(report)
     seen = calls_of(monkeypatch)
@@ -119,7 +119,7 @@ def test_the_same_results_by_fewer_operations(family, monkeypatch):
 def test_without_being_asked_for_nothing_between_the_layers_changes():
     model = adapted(model_of())
     report = lc.fuse(model)
-    assert report.elementwise == [] and not kinds(model, Elementwise) and "norms" not in str(report)
+    assert report.blocks == [] and not kinds(model, BlockPart) and "norms" not in str(report)
 
 
 def test_keeps_objects_and_names_and_unfuse_gives_classes_back():
@@ -127,11 +127,11 @@ def test_keeps_objects_and_names_and_unfuse_gives_classes_back():
     want = results(model)
     modules, state = dict(model.named_modules()), model.state_dict()
     classes = {name: type(m) for name, m in modules.items()}
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     assert dict(model.named_modules()) == modules and list(model.state_dict()) == list(state)
     assert all(isinstance(m, classes[name]) for name, m in modules.items())
-    again = lc.fuse(model, elementwise=True)
-    assert again.elementwise == [] and {again.skipped[n] for n in kinds(model, Elementwise)} == {"it is fused already"}
+    again = lc.fuse(model, blocks=True)
+    assert again.blocks == [] and {again.skipped[n] for n in kinds(model, BlockPart)} == {"it is fused already"}
     bound = model.model.norm.forward
     attention = model.model.layers[0].self_attn.forward
     lc.unfuse(model)
@@ -145,7 +145,7 @@ def test_keeps_objects_and_names_and_unfuse_gives_classes_back():
 
 def test_layers_that_are_adapted_later_share_what_they_read():
     model = model_of()
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     adapted(model)
     want = results(model)
     report = lc.fuse(model)
@@ -155,7 +155,7 @@ def test_layers_that_are_adapted_later_share_what_they_read():
 
 def test_few_elements_on_a_cpu_are_left_to_the_model(monkeypatch):
     model = adapted(model_of())
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     seen = calls_of(monkeypatch)
     monkeypatch.setattr(layers, "FEW", TOKENS.numel() * SIZES["hidden_size"] + 1)
     want = results(model)
@@ -169,19 +169,19 @@ def test_few_elements_on_a_cpu_are_left_to_the_model(monkeypatch):
 
 def test_copies_and_pickles_are_fused_and_on_their_own():
     model = adapted(model_of())
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     want = results(model)
     kept = io.BytesIO()
     torch.save(model, kept)
     kept.seek(0)
     for other in (copy.deepcopy(model), torch.load(kept, weights_only=False)):
-        assert kinds(other, Elementwise) == kinds(model, Elementwise)
+        assert kinds(other, BlockPart) == kinds(model, BlockPart)
         with torch.no_grad():
             other.model.norm.weight.zero_()
         assert not results(other)[0].any()
         assert_same(results(model), want, 0, 0)
         assert not kinds(lc.unfuse(other), Fused)
-    assert kinds(model, Elementwise)
+    assert kinds(model, BlockPart)
 
 
 def test_bfloat16_is_rounded_less_often():
@@ -191,7 +191,7 @@ def test_bfloat16_is_rounded_less_often():
         model = adapted(model_of(seed=seed)).bfloat16()
         truth = results(copy.deepcopy(model).double())
         before += distance(results(model), truth)
-        lc.fuse(model, elementwise=True)
+        lc.fuse(model, blocks=True)
         made = results(model)
         assert {m.dtype for m in made if m.dim()} == {torch.bfloat16}
         after += distance(made, truth)
@@ -201,7 +201,7 @@ def test_bfloat16_is_rounded_less_often():
 def test_float64_stays_float64(monkeypatch):
     model = adapted(model_of()).double()
     want = results(model)
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     seen = calls_of(monkeypatch)
     # transformers' own norm is float32 in any case
     assert_same(results(model), want, 1e-4, 1e-6)
@@ -212,7 +212,7 @@ def test_float64_stays_float64(monkeypatch):
 def test_under_checkpointing(reentrant):
     model = adapted(model_of()).train()
     want = results(model)
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(results(model), want)
@@ -222,7 +222,7 @@ def test_under_autocast_mixed_dtypes_are_left_to_the_model(monkeypatch):
     model = adapted(model_of())
     with torch.autocast("cpu", torch.bfloat16):
         want = results(model)
-        lc.fuse(model, elementwise=True)
+        lc.fuse(model, blocks=True)
         seen = calls_of(monkeypatch)
         got = results(model)
     # queries are bfloat16, cosines float32
@@ -235,7 +235,7 @@ def test_under_autocast_mixed_dtypes_are_left_to_the_model(monkeypatch):
 def test_norms_that_are_trained_get_their_gradients():
     model = model_of()
     want = results(model)
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     got = results(model)
     assert len(got) == 2 + len(list(model.parameters()))
     assert_same(got, want)
@@ -245,7 +245,7 @@ def test_generates_the_same_tokens_with_a_cache():
     model = adapted(model_of())
     given = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 8, "do_sample": False}
     want = model.generate(**given)
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     assert torch.equal(model.generate(**given), want)
 
 
@@ -254,9 +254,9 @@ def test_peft_models_and_its_verbs():
     model = peft.get_peft_model(model_of(), config)
     randomise(model)
     want = results(model)
-    report = lc.fuse(model, elementwise=True)
+    report = lc.fuse(model, blocks=True)
     # each norm that is trained, and its original beside it
-    assert len([n for n in report.elementwise if "norm" in n]) == 10
+    assert len([n for n in report.blocks if "norm" in n]) == 10
     assert_same(results(model), want)
     with model.disable_adapter():
         assert model(input_ids=TOKENS).logits.isfinite().all()
@@ -267,7 +267,7 @@ def test_peft_models_and_its_verbs():
 
 def test_hooks_of_every_module_are_called_with_what_it_gets():
     model = adapted(model_of())
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     seen = []
     names = ["mlp", "mlp.gate_proj", "mlp.down_proj", "self_attn", "self_attn.q_proj", "input_layernorm"]
     for name in names:
@@ -280,7 +280,7 @@ def test_hooks_of_every_module_are_called_with_what_it_gets():
 @pytest.mark.parametrize("what", ["another activation", "a hook on it", "a hook that changes it"])
 def test_a_gate_that_became_another_one_is_called(what):
     model = adapted(model_of())
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     fused, own = model.model.layers[0].mlp, copy.deepcopy(model).model.layers[0].mlp
     lc.unfuse(own)
     for mlp in (fused, own):
@@ -295,7 +295,7 @@ def test_a_gate_that_became_another_one_is_called(what):
 def test_a_compiler_sees_the_model_as_it_was(monkeypatch):
     model = adapted(model_of())
     want = model(input_ids=TOKENS, use_cache=False).logits
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     seen = calls_of(monkeypatch)
     # tracing stops where transformers makes its mask, but nowhere in a layer
     compiled = torch.compile(model.model.layers[0].mlp, fullgraph=True, backend="aot_eager")
@@ -309,7 +309,7 @@ def test_a_compiler_sees_the_model_as_it_was(monkeypatch):
 
 def test_other_models_of_the_process_rotate_as_before(monkeypatch):
     fused, other = adapted(model_of()), adapted(model_of())
-    lc.fuse(fused, elementwise=True)
+    lc.fuse(fused, blocks=True)
     seen = calls_of(monkeypatch)
     results(other)
     assert seen == [] and modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
@@ -317,7 +317,7 @@ def test_other_models_of_the_process_rotate_as_before(monkeypatch):
 
 def test_what_a_module_calls_may_be_replaced_later(monkeypatch):
     model = model_of(attn_implementation="eager")
-    lc.fuse(model, elementwise=True)
+    lc.fuse(model, blocks=True)
     results(model)
     seen, attend, rotate = [], modeling_llama.eager_attention_forward, modeling_llama.apply_rotary_pos_emb
     with monkeypatch.context() as patch:
@@ -338,26 +338,26 @@ def test_what_a_module_calls_may_be_replaced_later(monkeypatch):
 def test_a_parametrized_norm_is_left():
     norm = modeling_llama.LlamaRMSNorm(12)
     nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
-    assert "parametrized" in lc.fuse(norm, elementwise=True).skipped[""]
+    assert "parametrized" in lc.fuse(norm, blocks=True).skipped[""]
     nn.utils.parametrize.remove_parametrizations(norm, "weight")
-    assert lc.fuse(norm, elementwise=True).elementwise == [""]
+    assert lc.fuse(norm, blocks=True).blocks == [""]
 
 
 def test_what_is_written_otherwise_is_left_and_said():
     gemma = model_of("Gemma", head_dim=8)
-    report = lc.fuse(gemma, elementwise=True)
+    report = lc.fuse(gemma, blocks=True)
     said = {name: reason for name, reason in report.skipped.items() if "proj" not in name and name != "lm_head"}
     assert said["model.norm"] == "GemmaRMSNorm is written otherwise than in transformers' Llama"
     assert said["model.layers.0.mlp"].startswith("its gate is GELUTanh")
     # its rotation is Llama's
-    assert report.elementwise == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert report.blocks == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
 def test_a_rotation_of_the_same_words_that_turns_the_other_way_is_left():
     """NanoChat's rotate_half is another one than Llama's, which the words of its rotation do not show."""
     model = adapted(model_of("NanoChat"))
     want = results(model)
-    report = lc.fuse(model, elementwise=True)
+    report = lc.fuse(model, blocks=True)
     assert "NanoChatAttention is written otherwise" in report.skipped["model.layers.0.self_attn"]
     assert_same(results(model), want)
 
@@ -372,7 +372,7 @@ def other_default(q, k, cos, sin, unsqueeze_dim=2):
 
 def test_a_rotation_of_the_same_words_with_another_default_is_left(monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other_default)
-    report = lc.fuse(model_of(), elementwise=True)
+    report = lc.fuse(model_of(), blocks=True)
     assert "model.layers.0.self_attn" in report.skipped
 
 
@@ -398,7 +398,7 @@ class DecoratedRMSNorm(modeling_llama.LlamaRMSNorm):
 def test_a_decorated_forward_is_left(make):
     module, x = make(), torch.randn(2, 32)
     want = module(x)
-    assert "Decorated" in lc.fuse(module, elementwise=True).skipped[""]
+    assert "Decorated" in lc.fuse(module, blocks=True).skipped[""]
     assert torch.equal(module(x), want)
 
 
@@ -412,8 +412,8 @@ class OwnMethod(nn.Module):
 
 def test_a_method_that_is_called_as_the_rotation_is_left():
     module = OwnMethod()
-    report = lc.fuse(module, elementwise=True)
-    assert report.elementwise == [] and report.skipped == {}
+    report = lc.fuse(module, blocks=True)
+    assert report.blocks == [] and report.skipped == {}
     assert torch.equal(module(torch.ones(2)), torch.full((2,), 2.0))
 
 
@@ -424,8 +424,8 @@ def test_pytorchs_norm_of_a_model_of_ones_own():
     )
     x = torch.randn(2, 3, 12)
     want = model(x)
-    report = lc.fuse(model, elementwise=True)
-    assert report.elementwise == ["0", "1"]
+    report = lc.fuse(model, blocks=True)
+    assert report.blocks == ["0", "1"]
     assert set(report.skipped.values()) == {"it has no weight, or normalises more than the last dimension"}
     torch.testing.assert_close(model(x), want)
     assert model[0].eps is None and model[1].eps == 0.1
@@ -439,7 +439,7 @@ def test_pytorchs_norm_chooses_what_it_adds(dtype):
     """In half precision that is not the dtype's own epsilon."""
     norm, x = nn.RMSNorm(12).to(dtype), (1e-3 * torch.arange(1, 37)).sin().view(3, 12).mul(1e-2).to(dtype)
     want = norm(x)
-    lc.fuse(norm, elementwise=True)
+    lc.fuse(norm, blocks=True)
     torch.testing.assert_close(norm(x), want)
 
 
@@ -448,14 +448,14 @@ def test_a_norm_that_adds_what_no_operation_takes(eps):
     norm, x = modeling_llama.LlamaRMSNorm(12), torch.arange(36.0).view(3, 12)
     norm.variance_epsilon = eps
     want = norm(x)
-    lc.fuse(norm, elementwise=True)
+    lc.fuse(norm, blocks=True)
     assert torch.equal(norm(x), want)
 
 
 def test_a_norm_that_learns_what_it_adds():
     norm, x = modeling_llama.LlamaRMSNorm(12), torch.arange(36.0).view(3, 12)
     norm.variance_epsilon = torch.tensor(0.1, requires_grad=True)
-    lc.fuse(norm, elementwise=True)
+    lc.fuse(norm, blocks=True)
     norm(x).square().sum().backward()
     assert norm.variance_epsilon.grad < 0
 
@@ -477,9 +477,9 @@ def test_a_gate_that_is_silu_by_name_or_descent_alone(act, later):
     own = copy.deepcopy(mlp)
     own.act_fn = act()
     if later:
-        lc.fuse(mlp, elementwise=True)
+        lc.fuse(mlp, blocks=True)
     mlp.act_fn = act()
-    assert lc.fuse(mlp, elementwise=True).elementwise == []
+    assert lc.fuse(mlp, blocks=True).blocks == []
     torch.testing.assert_close(mlp(x), own(x))
 
 
@@ -488,7 +488,7 @@ def test_a_gate_that_is_silu(act):
     mlp, x = modeling_llama.LlamaMLP(transformers.LlamaConfig(**SIZES)), torch.randn(2, 32)
     mlp.act_fn = act
     want = mlp(x)
-    assert lc.fuse(mlp, elementwise=True).elementwise == [""]
+    assert lc.fuse(mlp, blocks=True).blocks == [""]
     torch.testing.assert_close(mlp(x), want)
 
 
@@ -508,7 +508,7 @@ class Marked(torch.Tensor):
 def both_ways(module, *given, **options):
     """What a module returns before it is fused and after; what operations were called for is asked apart."""
     want = module(*given, **options)
-    assert lc.fuse(module, elementwise=True).elementwise == [""]
+    assert lc.fuse(module, blocks=True).blocks == [""]
     return want, module(*given, **options)
 
 
@@ -556,7 +556,7 @@ def test_what_the_module_refuses_it_refuses_in_its_own_words(change):
         with pytest.raises((RuntimeError, NotImplementedError)) as error:
             norm(x)
         said.append((error.type, str(error.value)))
-        lc.fuse(norm, elementwise=True)
+        lc.fuse(norm, blocks=True)
     assert said[0] == said[1]
 
 
@@ -606,14 +606,14 @@ def test_a_rotation_keeps_the_defaults_and_cells_of_its_forward(monkeypatch):
 
 def test_a_tracer_sees_the_norm_as_it_was():
     norm, x = nn.RMSNorm(12), torch.randn(3, 12)
-    lc.fuse(norm, elementwise=True)
+    lc.fuse(norm, blocks=True)
     graph = str(torch.jit.trace(norm, x).inlined_graph)
     assert "aten::rms_norm" in graph and "lora_core::" not in graph
 
 
 def test_a_transform_sees_the_gate_as_it_was(monkeypatch):
     mlp = model_of().model.layers[0].mlp
-    lc.fuse(mlp, elementwise=True)
+    lc.fuse(mlp, blocks=True)
     seen = calls_of(monkeypatch)
     torch.func.grad(lambda x: mlp(x).sum())(torch.randn(2, 32))
     assert seen == []
@@ -670,7 +670,7 @@ def test_what_is_recognised_and_what_is_not():
     other_rms = type("OtherRMSNorm", (NormOfOtherNames,), {})()
     gated, gelu = GatedAlike(config), modeling_llama.LlamaMLP(config)
     gelu.act_fn = nn.GELU()
-    found = elementwise.elementwise_class
+    found = blocks.block_part_class
     assert found(SayingRMSNorm(4)) is FusedRMSNorm
     assert found(modeling_llama.LlamaMLP(config)) is FusedGatedMLP
     assert found(Rotates()) is FusedRotation
@@ -689,7 +689,7 @@ def test_what_is_recognised_and_what_is_not():
 def test_a_forward_that_hooks_left_behind_does_not_run_instead(monkeypatch):
     norm = nn.RMSNorm(12)
     norm.forward = norm.forward
-    lc.fuse(norm, elementwise=True)
+    lc.fuse(norm, blocks=True)
     seen = calls_of(monkeypatch)
     norm(torch.randn(3, 12))
     assert seen == ["rms_norm"] and "forward" not in vars(norm)
@@ -700,16 +700,16 @@ def test_a_forward_on_the_module_itself_is_left():
     norm, mlp, attention = model.model.norm, model.model.layers[0].mlp, model.model.layers[1].self_attn
     for module in (norm, mlp, attention):
         module.forward = lambda *args, forward=module.forward, **kwargs: forward(*args, **kwargs)
-    report = lc.fuse(model, elementwise=True)
+    report = lc.fuse(model, blocks=True)
     for name in ("model.norm", "model.layers.0.mlp", "model.layers.1.self_attn"):
         assert "patched on the module itself" in report.skipped[name]
-    assert len(report.elementwise) == 9 - 3
+    assert len(report.blocks) == 9 - 3
 
 
 def test_a_rotation_that_somebody_replaced_is_left(monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
     model = model_of()
-    report = lc.fuse(model, elementwise=True)
+    report = lc.fuse(model, blocks=True)
     assert "LlamaAttention is written otherwise" in report.skipped["model.layers.0.self_attn"]
     assert not kinds(model, FusedRotation)
 
@@ -731,10 +731,10 @@ OTHER_LLAMAS = {
 def test_a_llama_that_computes_something_else_is_left(what, monkeypatch):
     """Another version of transformers may mean another thing by the same names."""
     model = model_of()
-    monkeypatch.setattr(elementwise, "_llama", elementwise._llama.__wrapped__)
+    monkeypatch.setattr(blocks, "_llama", blocks._llama.__wrapped__)
     monkeypatch.setattr(*OTHER_LLAMAS[what])
-    assert elementwise._llama() == {}
-    assert lc.fuse(model, elementwise=True).elementwise == []
+    assert blocks._llama() == {}
+    assert lc.fuse(model, blocks=True).blocks == []
 
 
 def test_without_transformers_there_is_pytorchs_norm():
@@ -743,11 +743,11 @@ def test_without_transformers_there_is_pytorchs_norm():
         "class OtherRMSNorm(nn.Module):\n"
         "    weight, variance_epsilon = torch.ones(4), 1\n"
         "    def forward(self, x): return x\n"
-        "report = lc.fuse(nn.Sequential(nn.RMSNorm(4), OtherRMSNorm()), elementwise=True)\n"
-        "print(report.elementwise, report.skipped, 'transformers' in sys.modules)\n"
+        "report = lc.fuse(nn.Sequential(nn.RMSNorm(4), OtherRMSNorm()), blocks=True)\n"
+        "print(report.blocks, report.skipped, 'transformers' in sys.modules)\n"
         # what was found before it came holds no longer
         "from transformers.models.llama.modeling_llama import LlamaRMSNorm\n"
-        "print(lc.fuse(nn.Sequential(LlamaRMSNorm(4)), elementwise=True).elementwise)"
+        "print(lc.fuse(nn.Sequential(LlamaRMSNorm(4)), blocks=True).blocks)"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     before, after = ran.stdout.strip().splitlines()
@@ -758,6 +758,6 @@ def test_without_transformers_there_is_pytorchs_norm():
 def test_fusing_draws_no_random_numbers():
     model = model_of()
     before = torch.get_rng_state()
-    elementwise._llama.cache_clear()
-    lc.fuse(model, elementwise=True)
+    blocks._llama.cache_clear()
+    lc.fuse(model, blocks=True)
     assert torch.equal(torch.get_rng_state(), before)

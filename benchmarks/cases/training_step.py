@@ -45,7 +45,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
         peer, needs = llama.peer_of(four_bit)
         rest = (shape["R"], start, four_bit)
         builders = {
-            "lora_core": partial(_build, llama.ours_elementwise, rest),
+            "lora_core": partial(_build, llama.ours_whole, rest),
             "lora_core layers": partial(_build, llama.ours, rest),
             peer: partial(_build, llama.pefts, rest),
         }

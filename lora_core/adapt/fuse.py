@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from lora_core.adapt.blocks import block_part_class
 from lora_core.adapt.called_together import called_together
-from lora_core.adapt.elementwise import elementwise_class
 from lora_core.adapt.kinds import has_pefts_adapter, is_transposed_linear
 from lora_core.adapt.walk import named_modules
 from lora_core.errors import AdapterError
 from lora_core.layers.adapter import AdapterLayer
 from lora_core.layers.as_written import is_patched, is_sharded
 from lora_core.layers.bitsandbytes_weight import is_four_bit, why_unreadable
-from lora_core.layers.elementwise import Elementwise
+from lora_core.layers.blocks import BlockPart
 from lora_core.layers.fused import Fused, fused_class
 from lora_core.layers.fused_lora import FusedLora
 from lora_core.layers.fused_peft import FusedBitsandbytes, FusedPeft, is_as_written, oddity, own_forward
@@ -36,13 +36,13 @@ class FuseReport:
         skipped: why each other linear, adapted or quantised layer was not swapped now, by name; one that was fused
             before is among them.
         shared: groups of the swapped layers that their parent calls with one x, which they read once together.
-        elementwise: names of the modules between the layers whose norm, gate or rotation is one operation from now on.
+        blocks: names of the modules between the layers whose norm, gate or rotation is one operation from now on.
     """
 
     swapped: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     shared: list[tuple[str, ...]] = field(default_factory=list)
-    elementwise: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} layers fused, {len(self.skipped)} left as they are"]
@@ -50,12 +50,12 @@ class FuseReport:
             lines.append(
                 f"  {sum(map(len, self.shared))} of them in {len(self.shared)} groups that read their input once"
             )
-        if self.elementwise:
-            lines.append(f"  {len(self.elementwise)} norms, gates and rotations between them fused")
+        if self.blocks:
+            lines.append(f"  {len(self.blocks)} norms, gates and rotations between them fused")
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.skipped.items())])
 
 
-def fuse(model: nn.Module, share: bool = True, elementwise: bool = False) -> FuseReport:
+def fuse(model: nn.Module, share: bool = True, blocks: bool = False) -> FuseReport:
     """Make a model's layers run one operation for base weight, adapter, dropout and bias, in place.
 
     Takes this library's adapters and NF4 layers, PEFT's LoRA on nn.Linear, transformers' Conv1D and bitsandbytes'
@@ -67,15 +67,16 @@ def fuse(model: nn.Module, share: bool = True, elementwise: bool = False) -> Fus
     and up, read it once together: the first called computes for all of them, and each returns its own output when it is
     called. Their backward is one, too: where losses of their outputs go backward one after the other, pass share=False.
 
-    With elementwise=True, what stands between the layers is fused as well: RMS norms, the gate of an MLP, the rotation
-    of queries and keys, each by one operation that keeps its inputs alone for the backward. Taken are torch.nn.RMSNorm
-    and what is written word for word as in transformers' Llama; torch.compile, which fuses these itself, is let. On a
-    CPU a few thousand elements, as of one token, are left to PyTorch's operations.
+    With blocks=True, what stands between the linear layers of a transformer's blocks is fused as well: RMS norms, the
+    gate of an MLP, the rotation of queries and keys, each by one operation that keeps its inputs alone for the
+    backward. Taken are torch.nn.RMSNorm and what is written word for word as in transformers' Llama; torch.compile,
+    which fuses these itself, is let. On a CPU a few thousand elements, as of one token, are left to PyTorch's
+    operations.
 
     Args:
         model: any module; layers already fused are left so.
         share: whether layers of one input read it together; what shares already goes on.
-        elementwise: whether to fuse norms, gates and rotations, too.
+        blocks: whether to fuse what stands between the linear layers of a transformer's blocks, too.
     Returns:
         What was swapped, and why each other layer was not.
     Raises:
@@ -96,9 +97,9 @@ def fuse(model: nn.Module, share: bool = True, elementwise: bool = False) -> Fus
         _swap(report, report.swapped, name, module, found)
     for name, module in model.named_modules() if share else ():
         report.shared.extend(_share(name, module))
-    for name, module in named_modules(model) if elementwise else ():
-        if (found := elementwise_class(module)) is not None:
-            _swap(report, report.elementwise, name, module, found)
+    for name, module in named_modules(model) if blocks else ():
+        if (found := block_part_class(module)) is not None:
+            _swap(report, report.blocks, name, module, found)
     return report
 
 
@@ -115,7 +116,7 @@ def _swap(report: FuseReport, names: list[str], name: str, module: Any, found: t
 
 def _share(name: str, parent: nn.Module) -> Iterator[tuple[str, ...]]:
     """Make siblings of the adapted layers that parent calls with one x; yield their names."""
-    if isinstance(parent, Fused) and not isinstance(parent, Elementwise):
+    if isinstance(parent, Fused) and not isinstance(parent, BlockPart):
         return
     for children in called_together(parent):
         found = {f"{name}.{child}" if name else child: getattr(parent, child, None) for child in children}
@@ -157,7 +158,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 def _mixin(module: nn.Module) -> type[Fused] | str | None:
     """Return what fuses this layer, why nothing does, or None for a module that is no such layer."""
-    if isinstance(module, Elementwise):
+    if isinstance(module, BlockPart):
         return None
     if isinstance(module, Fused):
         return "it is fused already"

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lora_core.adapt.remembered import remembered
 from lora_core.adapt.source import source_of
 from lora_core.layers.as_written import is_patched
-from lora_core.layers.elementwise import ROTATION, Elementwise, FusedGatedMLP, FusedRMSNorm, FusedRotation, is_silu
+from lora_core.layers.blocks import ROTATION, BlockPart, FusedGatedMLP, FusedRMSNorm, FusedRotation, is_silu
 from lora_core.ops.rms_norm import rms_norm
 from lora_core.ops.rotary import rotary
 from lora_core.ops.swiglu import swiglu
@@ -30,9 +30,9 @@ from lora_core.ops.swiglu import swiglu
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-def elementwise_class(module: nn.Module) -> type[Elementwise] | str | None:
+def block_part_class(module: nn.Module) -> type[BlockPart] | str | None:
     """Return what fuses this module, why nothing does, or None for one that is no norm, gated MLP or attention."""
-    if isinstance(module, Elementwise):
+    if isinstance(module, BlockPart):
         return "it is fused already"
     found = _candidate(module)
     if isinstance(found, type) and is_patched(module):
@@ -42,7 +42,7 @@ def elementwise_class(module: nn.Module) -> type[Elementwise] | str | None:
     return found
 
 
-def _candidate(module: Any) -> type[Elementwise] | str | None:
+def _candidate(module: Any) -> type[BlockPart] | str | None:
     kind, forward = type(module), type(module).forward
     other = f"{kind.__name__} is written otherwise than in transformers' Llama"
     if kind is nn.RMSNorm:

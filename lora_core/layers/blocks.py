@@ -29,11 +29,11 @@ ROTATION = "apply_rotary_pos_emb"
 SILU_TOO = ("transformers.activations", "SiLUActivation.forward")
 
 
-class Elementwise(Fused):
-    """A module that computes nothing of a linear layer itself."""
+class BlockPart(Fused):
+    """A part of a transformer's block that computes nothing of a linear layer itself."""
 
 
-class FusedRMSNorm(Elementwise):
+class FusedRMSNorm(BlockPart):
     """An RMS norm with a weight for each column, as torch.nn.RMSNorm and transformers' Llama have it."""
 
     def alone(self: Any, x: Tensor) -> Tensor | None:
@@ -42,7 +42,7 @@ class FusedRMSNorm(Elementwise):
         return None if eps is None else rms_norm(x, self.weight, eps)
 
 
-class FusedGatedMLP(Elementwise):
+class FusedGatedMLP(BlockPart):
     """down_proj(silu(gate_proj(x)) * up_proj(x)), as in transformers' Llama; the three layers are called as ever."""
 
     def alone(self: Any, x: Tensor) -> Tensor | None:
@@ -54,7 +54,7 @@ class FusedGatedMLP(Elementwise):
         return y
 
 
-class FusedRotation(Elementwise):
+class FusedRotation(BlockPart):
     """An attention whose forward rotates queries and keys by apply_rotary_pos_emb, as transformers' Llama has it."""
 
     rotation: Any

@@ -154,6 +154,12 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     return forbid
 
 
+@pytest.fixture
+def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let operations between layers run on small models, whose few elements would be left to PyTorch's."""
+    monkeypatch.setattr("lora_core.layers.blocks.FEW", 0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -152,7 +152,7 @@ IN_CPU_GROUPED = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_keeps_an_infini
 IN_CPU_GROUPED_BACKWARD = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_gradients"
 IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
 IN_ADD_PRODUCT = "test_cpu_product.py::test_add_product_is"
-IN_OTHER_LLAMAS = "test_adapt_elementwise.py::test_a_llama_that_computes"
+IN_OTHER_LLAMAS = "test_adapt_blocks_recognised.py::test_a_llama_that_computes"
 IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
 
 MUTATIONS = (
@@ -502,16 +502,21 @@ MUTATIONS = (
         "and of_one_kind(*tensors)",
         "test_ops_elementwise.py::test_tangents",
     ),
-    Mutation(BETWEEN, "not rest and not options and", "not options and", "test_adapt_elementwise.py::test_rotations"),
     Mutation(
-        BETWEEN, "else self.act_fn(gate) * up", "else self.act_fn(up) * gate", "test_adapt_elementwise.py::test_gates"
+        BETWEEN, "not rest and not options and", "not options and", "test_adapt_blocks_fall_back.py::test_rotations"
+    ),
+    Mutation(
+        BETWEEN,
+        "else self.act_fn(gate) * up",
+        "else self.act_fn(up) * gate",
+        "test_adapt_blocks_fall_back.py::test_gates",
     ),
     Mutation(RECOGNISED, "llama.LlamaMLP.forward(mlp, x),", "swiglu(x, other),", IN_OTHER_LLAMAS),
     Mutation(
         "lora_core/adapt/fuse.py",
         'module.__dict__.pop("forward", None)',
         "pass",
-        "test_adapt_elementwise.py::test_a_forward_that_hooks",
+        "test_adapt_blocks_recognised.py::test_a_forward_that_hooks",
     ),
     Mutation(
         "lora_core/adapt/merge.py",

@@ -105,7 +105,7 @@ def ours(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
 
 
 def ours_whole(base: Any, rank: int, start: Start, four_bit: bool = False) -> Any:
-    """Return the same with norms, gates and rotations fused, too."""
+    """Return the same with norms, gates and attentions fused, too."""
     import lora_core as lc
 
     model = ours(base, rank, start, four_bit)

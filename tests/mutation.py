@@ -58,6 +58,7 @@ CPU_NORM, CPU_ROTARY, CPU_GATE, FLOATS = (
     f"lora_core/cpu/compiled/{name}.py" for name in ("rms_norm", "rotary", "swiglu", "floats")
 )
 BETWEEN, RECOGNISED = "lora_core/layers/blocks.py", "lora_core/adapt/blocks.py"
+ATTENDING = "lora_core/layers/block_attention.py"
 NORM, ROTARY, GATE = "kernels/rms_norm.py", "kernels/rotary.py", "kernels/swiglu.py"
 
 IN_DEQUANTIZE = "test_kernels_nf4_dequantize.py::test_nf4_dequantize_kernel_gives_the_references_bits"
@@ -153,6 +154,7 @@ IN_CPU_GROUPED_BACKWARD = "test_cpu_grouped_lora.py::test_cpu_mixed_batch_gradie
 IN_PRODUCT = "test_cpu_product.py::test_product_is_the_formula"
 IN_ADD_PRODUCT = "test_cpu_product.py::test_add_product_is"
 IN_OTHER_LLAMAS = "test_adapt_blocks_recognised.py::test_a_llama_that_computes"
+OF_ATTENTION, OF_ATTENDING = "test_adapt_blocks_attention.py", "test_adapt_blocks_attends.py"
 IN_FUSE = "test_adapt_fuse.py::test_fused_layers_compute_the_formula"
 
 MUTATIONS = (
@@ -503,13 +505,30 @@ MUTATIONS = (
         "test_ops_elementwise.py::test_tangents",
     ),
     Mutation(
-        BETWEEN, "not rest and not options and", "not options and", "test_adapt_blocks_fall_back.py::test_rotations"
+        ATTENDING, "not rest and not options and", "not options and", "test_adapt_blocks_fall_back.py::test_rotations"
     ),
     Mutation(
         BETWEEN,
         "else self.act_fn(gate) * up",
         "else self.act_fn(up) * gate",
         "test_adapt_blocks_fall_back.py::test_gates",
+    ),
+    Mutation(ATTENDING, "if found is self._attend else found", "", f"{OF_ATTENTION}::test_a_function_of_ones_own"),
+    Mutation(ATTENDING, " and forward is kind.fused_forward", "", f"{OF_ATTENTION}::test_a_forward_that_takes"),
+    Mutation(ATTENDING, "{*loads(forward, REGISTRY)} == {ASKED}", "True", f"{OF_ATTENDING}::test_what_asks"),
+    Mutation(ATTENDING, "if causal is None else causal", "", f"{OF_ATTENTION}::test_what_masks"),
+    Mutation(ATTENDING, "and query.shape[2] > 1", "", f"{OF_ATTENDING}::test_what_is_left"),
+    Mutation(
+        ATTENDING,
+        "for name, value in options.items() if name in heeded",
+        "for value in ()",
+        f"{OF_ATTENDING}::test_what_is_left",
+    ),
+    Mutation(
+        ATTENDING,
+        "if own and not hasattr",
+        "if found and not hasattr",
+        f"{OF_ATTENDING}::test_a_function_of_transformers",
     ),
     Mutation(RECOGNISED, "llama.LlamaMLP.forward(mlp, x),", "swiglu(x, other),", IN_OTHER_LLAMAS),
     Mutation(

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lora_core as lc
-from lora_core.layers import blocks as layers
+from lora_core.layers import block_attention, blocks
 
 # of the files that test such models
 MARKS = [*fusible.MARKS, pytest.mark.usefixtures("however_few")]
@@ -24,14 +24,21 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+# of models that rotate a part of each head, or not at all
+OWN_SIZES = {
+    "GPT2": {"n_positions": 64, "n_inner": 48, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "GPTNeoX": {"rotary_pct": 0.5},
+    "Phi": {},
+}
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
 TOKENS = torch.arange(1, 25).view(2, 12)
 
 
 def model_of(family="Llama", seed=0, **fields):
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **fields})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **OWN_SIZES.get(family, {}), **fields})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         # a weight of ones hides itself
         for name, p in model.named_parameters():
@@ -74,10 +81,25 @@ def kinds(model, kind):
 def calls_of(monkeypatch):
     """Count what the operations are called for."""
     seen = []
-    for name in ("rms_norm", "swiglu", "rotary"):
-        run = getattr(layers, name)
-        monkeypatch.setattr(layers, name, lambda *args, name=name, run=run: seen.append(name) or run(*args))
+    called_by = {"rms_norm": blocks, "swiglu": blocks, "rotary": block_attention, "causal_attention": block_attention}
+    for name, module in called_by.items():
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, run=run: seen.append(name) or run(*args))
     return seen
+
+
+def attentions(monkeypatch):
+    """Return what says how often the operation attended since it was asked last."""
+    # this compares it with transformers' function once
+    block_attention.pytorchs()
+    seen = calls_of(monkeypatch)
+
+    def count():
+        found = seen.count("causal_attention")
+        seen.clear()
+        return found
+
+    return count
 
 
 def both_ways(module, *given, **options):

@@ -34,12 +34,17 @@ def test_few_elements_on_a_cpu_are_left_to_the_model(monkeypatch):
     seen = calls_of(monkeypatch)
     monkeypatch.setattr(layers, "FEW", TOKENS.numel() * SIZES["hidden_size"] + 1)
     want = results(model)
-    # the gate is wider than that
-    assert seen == ["swiglu"] * 2
+    # the gate is wider than that; what attends is asked of its loops
+    assert [name for name in seen if name != "causal_attention"] == ["swiglu"] * 2
     monkeypatch.setattr(layers, "FEW", TOKENS.numel() * SIZES["hidden_size"])
     assert_same(results(model), want)
     # queries have as many elements, keys of fewer heads go with them
-    assert {name: seen.count(name) for name in seen} == {"rms_norm": 5, "swiglu": 4, "rotary": 4}
+    assert {name: seen.count(name) for name in seen} == {
+        "rms_norm": 5,
+        "swiglu": 4,
+        "rotary": 4,
+        "causal_attention": 4,
+    }
 
 
 def test_under_autocast_mixed_dtypes_are_left_to_the_model(monkeypatch):

@@ -1,4 +1,4 @@
-"""fuse(blocks=True): norms, gates and rotations between a model's layers, the same results, the same objects."""
+"""fuse(blocks=True): norms, gates and attentions between a model's layers, the same results, the same objects."""
 
 import copy
 import io
@@ -22,7 +22,8 @@ from small_transformers import (
 from transformers.models.llama import modeling_llama
 
 import lora_core as lc
-from lora_core.layers.blocks import BlockPart, FusedGatedMLP, FusedRMSNorm, FusedRotation
+from lora_core.layers.block_attention import FusedRotatingAttention
+from lora_core.layers.blocks import BlockPart, FusedGatedMLP, FusedRMSNorm
 from lora_core.layers.fused import Fused
 
 pytestmark = MARKS
@@ -36,13 +37,18 @@ def test_the_same_results_by_fewer_operations(family, monkeypatch):
     # of two layers, with two norms each and the last one; Qwen3 has one for queries and one for keys besides
     norms = 5 + 4 * (family == "Qwen3")
     assert len(kinds(model, FusedRMSNorm)) == norms
-    assert len(kinds(model, FusedGatedMLP)) == len(kinds(model, FusedRotation)) == 2
+    assert len(kinds(model, FusedGatedMLP)) == len(kinds(model, FusedRotatingAttention)) == 2
     assert report.blocks == kinds(model, BlockPart)
     assert len(report.shared) == 4
-    assert f"{norms + 4} norms, gates and rotations" in str(report)
+    assert f"{norms + 4} norms, gates and attentions" in str(report)
     seen = calls_of(monkeypatch)
     assert_same(results(model), want)
-    assert {name: seen.count(name) for name in seen} == {"rms_norm": norms, "swiglu": 2, "rotary": 4}
+    assert {name: seen.count(name) for name in seen} == {
+        "rms_norm": norms,
+        "swiglu": 2,
+        "rotary": 4,
+        "causal_attention": 2,
+    }
 
 
 def test_without_being_asked_for_nothing_between_the_layers_changes():
@@ -178,7 +184,7 @@ def test_hooks_of_every_module_are_called_with_what_it_gets():
     assert sorted(seen) == sorted(names)
 
 
-def test_other_models_of_the_process_rotate_as_before(monkeypatch):
+def test_other_models_of_the_process_rotate_and_attend_as_before(monkeypatch):
     fused, other = adapted(model_of()), adapted(model_of())
     lc.fuse(fused, blocks=True)
     seen = calls_of(monkeypatch)

@@ -1,4 +1,4 @@
-"""Which norms, gates and rotations fuse(blocks=True) knows, and which it leaves, saying why."""
+"""Which norms, gates and attentions fuse(blocks=True) knows, and which it leaves, saying why."""
 
 import copy
 import functools
@@ -15,7 +15,9 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 import lora_core as lc
 from lora_core.adapt import blocks
-from lora_core.layers.blocks import FusedGatedMLP, FusedRMSNorm, FusedRotation
+from lora_core.layers import block_attention
+from lora_core.layers.block_attention import FusedAttention, FusedRotatingAttention
+from lora_core.layers.blocks import FusedGatedMLP, FusedRMSNorm
 
 pytestmark = MARKS
 
@@ -74,7 +76,7 @@ def test_what_is_recognised_and_what_is_not():
     found = blocks.block_part_class
     assert found(SayingRMSNorm(4)) is FusedRMSNorm
     assert found(modeling_llama.LlamaMLP(config)) is FusedGatedMLP
-    assert found(Rotates()) is FusedRotation
+    assert found(Rotates()) is FusedRotatingAttention
     for silu in (nn.SiLU(), transformers.activations.SiLUActivation()):
         mlp = modeling_llama.LlamaMLP(config)
         mlp.act_fn = silu
@@ -97,13 +99,17 @@ def test_what_is_written_otherwise_is_left_and_said():
     assert report.blocks == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
-def test_a_rotation_of_the_same_words_that_turns_the_other_way_is_left():
+def test_a_rotation_of_the_same_words_that_turns_the_other_way_is_left(monkeypatch):
     """NanoChat's rotate_half is another one than Llama's, which the words of its rotation do not show."""
     model = adapted(model_of("NanoChat"))
     want = results(model)
     report = lc.fuse(model, blocks=True)
-    assert "NanoChatAttention is written otherwise" in report.skipped["model.layers.0.self_attn"]
+    # what attends after it is as everywhere
+    assert kinds(model, FusedAttention) == [n for n in report.blocks if n.endswith("self_attn")] != []
+    assert not kinds(model, FusedRotatingAttention)
+    seen = calls_of(monkeypatch)
     assert_same(results(model), want)
+    assert "rotary" not in seen and seen.count("causal_attention") == 2
 
 
 def other_default(q, k, cos, sin, unsqueeze_dim=2):
@@ -116,8 +122,9 @@ def other_default(q, k, cos, sin, unsqueeze_dim=2):
 
 def test_a_rotation_of_the_same_words_with_another_default_is_left(monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other_default)
-    report = lc.fuse(model_of(), blocks=True)
-    assert "model.layers.0.self_attn" in report.skipped
+    model = model_of()
+    lc.fuse(model, blocks=True)
+    assert kinds(model, FusedAttention) and not kinds(model, FusedRotatingAttention)
 
 
 def doubled(forward):
@@ -241,9 +248,12 @@ def test_a_forward_on_the_module_itself_is_left():
 def test_a_rotation_that_somebody_replaced_is_left(monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
     model = model_of()
-    report = lc.fuse(model, blocks=True)
+    lc.fuse(model, blocks=True)
+    assert not kinds(model, FusedRotatingAttention)
+    # without what attends there is nothing left
+    monkeypatch.setattr(block_attention, "PYTORCHS", ("transformers", "nothing_of_this_name"))
+    report = lc.fuse(model_of(), blocks=True)
     assert "LlamaAttention is written otherwise" in report.skipped["model.layers.0.self_attn"]
-    assert not kinds(model, FusedRotation)
 
 
 def fewer(q, k):
@@ -266,7 +276,9 @@ def test_a_llama_that_computes_something_else_is_left(what, monkeypatch):
     monkeypatch.setattr(blocks, "_llama", blocks._llama.__wrapped__)
     monkeypatch.setattr(*OTHER_LLAMAS[what])
     assert blocks._llama() == {}
-    assert lc.fuse(model, blocks=True).blocks == []
+    # but for what attends, which is not Llama's
+    assert lc.fuse(model, blocks=True).blocks == kinds(model, FusedAttention)
+    assert not kinds(model, FusedRotatingAttention)
 
 
 def test_without_transformers_there_is_pytorchs_norm():

@@ -2,11 +2,10 @@
 
 Most of transformers' models were derived from it and repeat its norm, its MLP and its rotation word for word. So a
 module is recognised by its source, and by that of what it calls. That Llama's computes what the operations do is asked
-of it once, with numbers.
+of it once, with numbers. Of an attention no more has to be known than that it asks transformers for what attends.
 """
 
 import ast
-import dis
 import functools
 import importlib
 import itertools
@@ -22,7 +21,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from lora_core.adapt.remembered import remembered
 from lora_core.adapt.source import source_of
 from lora_core.layers.as_written import is_patched
-from lora_core.layers.blocks import ROTATION, BlockPart, FusedGatedMLP, FusedRMSNorm, FusedRotation, is_silu
+from lora_core.layers.block_attention import ROTATION, FusedAttention, FusedRotatingAttention, asks, pytorchs
+from lora_core.layers.blocks import BlockPart, FusedGatedMLP, FusedRMSNorm, is_silu
+from lora_core.layers.loaded import loads
 from lora_core.ops.rms_norm import rms_norm
 from lora_core.ops.rotary import rotary
 from lora_core.ops.swiglu import swiglu
@@ -54,17 +55,13 @@ def _candidate(module: Any) -> type[BlockPart] | str | None:
         if not is_silu(module.act_fn):
             return f"its gate is {type(module.act_fn).__name__}, of which no operation is made, or has hooks"
         return FusedGatedMLP if _as_llama(forward, "LlamaMLP") else other
-    if _calls_global(forward, ROTATION):
-        return FusedRotation if _as_llama(forward.__globals__.get(ROTATION), ROTATION) else other
-    return None
-
-
-def _calls_global(forward: Any, name: str) -> bool:
-    """Say whether a forward uses a function of its module, and not a method or what it imports itself."""
-    code = getattr(forward, "__code__", None)
-    if code is None or name not in code.co_names:
-        return False
-    return any(i.opname == "LOAD_GLOBAL" and i.argval == name for i in dis.get_instructions(code))
+    rotates = any(True for _ in loads(forward, ROTATION))
+    if rotates and _as_llama(forward.__globals__.get(ROTATION), ROTATION):
+        return FusedRotatingAttention
+    # what never attends to earlier tokens alone, as in an encoder, has nothing to fuse
+    if asks(forward) and getattr(module, "is_causal", True) and pytorchs() is not None:
+        return FusedAttention
+    return other if rotates else None
 
 
 def _as_llama(function: Any, name: str) -> bool:

@@ -36,7 +36,8 @@ class FuseReport:
         skipped: why each other linear, adapted or quantised layer was not swapped now, by name; one that was fused
             before is among them.
         shared: groups of the swapped layers that their parent calls with one x, which they read once together.
-        blocks: names of the modules between the layers whose norm, gate or rotation is one operation from now on.
+        blocks: names of the modules between the layers whose norm, gate, rotation or attention is one operation from
+            now on.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -51,7 +52,7 @@ class FuseReport:
                 f"  {sum(map(len, self.shared))} of them in {len(self.shared)} groups that read their input once"
             )
         if self.blocks:
-            lines.append(f"  {len(self.blocks)} norms, gates and rotations between them fused")
+            lines.append(f"  {len(self.blocks)} norms, gates and attentions between them fused")
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.skipped.items())])
 
 
@@ -71,7 +72,9 @@ def fuse(model: nn.Module, share: bool = True, blocks: bool = False) -> FuseRepo
     gate of an MLP, the rotation of queries and keys, each by one operation that keeps its inputs alone for the
     backward. Taken are torch.nn.RMSNorm and what is written word for word as in transformers' Llama; torch.compile,
     which fuses these itself, is let. On a CPU a few thousand elements, as of one token, are left to PyTorch's
-    operations.
+    operations. There causal attention is an operation, too, in float32, wherever one of transformers' modules would
+    have PyTorch's scaled_dot_product_attention attend by is_causal alone: without a mask, as none is made where no
+    token is padding, without dropout, and not to tokens of a cache.
 
     Args:
         model: any module; layers already fused are left so.

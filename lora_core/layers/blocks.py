@@ -1,11 +1,10 @@
-"""What stands between a model's linear layers, fused: norms, the gate of an MLP, the rotation of queries and keys.
+"""What stands between the linear layers of a transformer's blocks, fused: norms, the gate of an MLP, attention's parts.
 
 Each of them is a handful of PyTorch's operations, which read and write what they work on again and again and keep much
 of it for the backward. Here each is one operation with a backward of its own. A compiler fuses them itself, and is let.
+Attention has a file of its own, block_attention.py.
 """
 
-import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,15 +15,12 @@ from lora_core.layers.fused import Fused
 from lora_core.ops.checks import LARGEST, is_transformed
 from lora_core.ops.ready import of_one_kind
 from lora_core.ops.rms_norm import rms_norm
-from lora_core.ops.rotary import are_heads, rotary
 from lora_core.ops.swiglu import swiglu
 
 # elements below which, on a CPU, the call of an operation takes longer than it saves, as of one token: with 2^12 a norm
 # took 29 us where PyTorch's operations took 20, a gate 19 and 5, queries and keys to rotate 43 and 35; with 2^16 they
 # took 36 and 37, 38 and 27, 69 and 131 (two threads of an Intel Xeon, family 6 model 207)
 FEW = 2**15
-# what the attention of transformers' models calls
-ROTATION = "apply_rotary_pos_emb"
 # a forward that computes nn.SiLU's formula in other words, by module and name
 SILU_TOO = ("transformers.activations", "SiLUActivation.forward")
 
@@ -37,7 +33,7 @@ class FusedRMSNorm(BlockPart):
     """An RMS norm with a weight for each column, as torch.nn.RMSNorm and transformers' Llama have it."""
 
     def alone(self: Any, x: Tensor) -> Tensor | None:
-        fit = _fit(x, self.weight) and x.shape[-1:] == self.weight.shape != (0,)
+        fit = fits(x, self.weight) and x.shape[-1:] == self.weight.shape != (0,)
         eps = _epsilon(self, x) if fit else None
         return None if eps is None else rms_norm(x, self.weight, eps)
 
@@ -46,33 +42,12 @@ class FusedGatedMLP(BlockPart):
     """down_proj(silu(gate_proj(x)) * up_proj(x)), as in transformers' Llama; the three layers are called as ever."""
 
     def alone(self: Any, x: Tensor) -> Tensor | None:
-        if _in_a_graph() or not is_silu(self.act_fn):
+        if in_a_graph() or not is_silu(self.act_fn):
             return None
         gate, up = self.gate_proj(x), self.up_proj(x)
-        fit = _fit(gate, up) and gate.shape == up.shape
+        fit = fits(gate, up) and gate.shape == up.shape
         y: Tensor = self.down_proj(swiglu(gate, up) if fit else self.act_fn(gate) * up)
         return y
-
-
-class FusedRotation(BlockPart):
-    """An attention whose forward rotates queries and keys by apply_rotary_pos_emb, as transformers' Llama has it."""
-
-    rotation: Any
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        fused_from: Any = cls.fused_from
-        cls.rotation = staticmethod(fused_from.forward.__globals__[ROTATION])
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = type(self)
-        if not isinstance(self, Fused):
-            # bound while the module was fused, and called after unfuse
-            return kind.forward(self, *args, **kwargs)
-        forward = kind.fused_from.forward
-        # another one may have been put in its place
-        fused = not _in_a_graph() and forward.__globals__.get(ROTATION) is kind.rotation
-        return (_rotating(forward) if fused else forward)(self, *args, **kwargs)
 
 
 def is_silu(module: Any) -> bool:
@@ -93,33 +68,13 @@ def _epsilon(norm: Any, x: Tensor) -> float | None:
     return eps if isinstance(eps, (int, float)) and 0 <= eps <= LARGEST else None
 
 
-def _rotating(forward: Any) -> Callable[..., Any]:
-    """Return a forward that calls the operation where it called ROTATION; no other model sees any of it.
-
-    Made at every call, in some microseconds, of what the names of its module mean by then.
-    """
-    own = forward.__globals__[ROTATION]
-
-    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        plain = not rest and not options and _fit(q, k, cos, sin) and not (cos.requires_grad or sin.requires_grad)
-        if plain and are_heads(q, cos, sin) and are_heads(k, cos, sin):
-            return rotary(q, cos, sin), rotary(k, cos, sin)
-        found: tuple[Tensor, Tensor] = own(q, k, cos, sin, *rest, **options)
-        return found
-
-    names = {**forward.__globals__, ROTATION: rotated}
-    made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
-
-
-def _fit(*tensors: Any) -> bool:
+def fits(*tensors: Any) -> bool:
     """Say whether an operation takes these as they are, is worth its call, and runs now, not in a graph."""
-    if _in_a_graph() or not of_one_kind(*tensors):
+    if in_a_graph() or not of_one_kind(*tensors):
         return False
     return tensors[0].device.type != "cpu" or tensors[0].numel() >= FEW
 
 
-def _in_a_graph() -> bool:
+def in_a_graph() -> bool:
     """Say whether a compiler or a tracer looks on, or a transform, for which a formula of PyTorch's is better."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()

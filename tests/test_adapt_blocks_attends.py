@@ -1,10 +1,13 @@
 """What a fused attention computes by the operation and what it leaves, and which attentions are known."""
 
+from unittest import mock
+
 import pytest
 import torch
 import transformers
 from small_transformers import MARKS, SIZES, attentions, calls_of, model_of
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -119,6 +122,24 @@ def test_what_is_no_faster_is_left_to_transformers_function(monkeypatch):
         assert torch.equal(attend(*given, **options)[0], sdpa_attention_forward(*given, None, **options)[0])
         assert asked.pop() == scale
     assert count() == 0
+
+
+def told_to_attend_otherwise():
+    """The ways to tell PyTorch, which watch its own function or forbid what it would choose."""
+    own = torch.nn.functional.scaled_dot_product_attention
+    yield mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **o: own(*a, **o))
+    yield sdpa_kernel(SDPBackend.MATH)
+
+
+def test_where_pytorch_is_told_how_to_attend_it_does(monkeypatch):
+    given = Attention(), *operands()
+    count = attentions(monkeypatch)
+    for told in told_to_attend_otherwise():
+        with told:
+            assert torch.equal(attend(*given)[0], sdpa_attention_forward(*given, None)[0])
+        assert count() == 0
+    attend(*given)
+    assert count() == 1
 
 
 REFUSED = {

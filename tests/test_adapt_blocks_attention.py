@@ -24,8 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import lora_core as lc
+from lora_core.cpu import compiled
+from lora_core.layers import block_attention
 from lora_core.layers.block_attention import FusedAttention
 from lora_core.layers.fused import Fused
+from lora_core.ops import causal_attention
 
 pytestmark = MARKS
 
@@ -197,6 +200,28 @@ def test_one_token_is_attended_to_by_the_model(monkeypatch):
     count = attentions(monkeypatch)
     model(TOKENS[:, :1], use_cache=False)
     assert count() == 0
+    # of which nothing is made that would be of use to more of them
+    monkeypatch.setattr(block_attention, "_with_others", None)
+    model(TOKENS[:, :1], use_cache=False)
+    with pytest.raises(TypeError):
+        model(TOKENS[:, :2], use_cache=False)
+
+
+def test_compiled_loops_attend_where_heads_are_as_wide_as_their_vectors(monkeypatch):
+    """Not in a small model's first steps: they are loaded when they are worth it."""
+    pytest.importorskip("numba")
+    loops = compiled.load("causal_attention")
+    sizes = {"hidden_size": 4 * loops.LANES, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = adapted(model_of(**sizes)).train()
+    want = results(model)
+    monkeypatch.setattr(block_attention, "is_better", causal_attention.is_better)
+    seen = []
+    for way in ("forward", "backward"):
+        run = getattr(loops, way)
+        monkeypatch.setattr(loops, way, lambda *args, way=way, run=run: seen.append(way) or run(*args))
+    lc.fuse(model, blocks=True)
+    assert_same(results(model), want)
+    assert seen == ["forward", "forward", "backward", "backward"]
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])

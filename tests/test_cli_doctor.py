@@ -17,7 +17,7 @@ from lora_core.doctor.report import self_check
 def test_doctor_finds_every_operation_sound(capsys):
     cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] and len(report["checks"]) == 20
+    assert report["healthy"] and len(report["checks"]) == 22
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
     runs = {c["operation"]: c["implementation"] for c in report["checks"]}
     assert (
@@ -30,12 +30,13 @@ def test_doctor_finds_every_operation_sound(capsys):
     [
         *("nf4_quantize", "nf4_dequantize", "absmax_quantize", "absmax_dequantize"),
         *("lora_linear", "nf4_lora_linear", "lora_linears", "dora_norm", "grouped_lora"),
-        *("rms_norm", "swiglu", "rotary"),
+        *("rms_norm", "swiglu", "rotary", "causal_attention"),
     ],
 )
 def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
     """A result 1% off, or codes one off, is a failure and the exit status says so."""
-    right = getattr(checks, broken)
+    module = sys.modules[checks.CHECKS[broken].__module__]
+    right = getattr(module, broken)
 
     def wrong(*args):
         result = right(*args)
@@ -43,7 +44,7 @@ def test_doctor_finds_a_broken_operation(monkeypatch, capsys, broken):
             return [1.01 * y for y in result]
         return (result[0] + 1, result[1]) if isinstance(result, tuple) else result * 1.01
 
-    monkeypatch.setattr(checks, broken, wrong)
+    monkeypatch.setattr(module, broken, wrong)
     assert broken in {check.operation for check in self_check("cpu") if not check.passed}
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor"])

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_core as lc
 import lora_core.ops.flops
+from lora_core.ops.causal_attention import causal_attention
 
 WIDTH, ROWS, RANK = 16, 80, 3
 
@@ -79,3 +80,16 @@ def test_operations_of_a_fused_model_are_those_of_pefts():
             either(torch.randn(ROWS, WIDTH, requires_grad=True)).sum().backward()
         found.append(counter.get_total_flops())
     assert found == [FORWARD + BACKWARD] * 2
+
+
+def test_operations_of_causal_attention_are_those_of_what_tokens_see():
+    """Of the backward those that make scores anew as well."""
+    heads, groups, tokens, d, e = 4, 2, 5, 6, 3
+    shapes = (heads, tokens, d), (groups, tokens, d), (groups, tokens, e)
+    q, k, v = (torch.randn(1, *shape, requires_grad=True) for shape in shapes)
+    pairs = heads * tokens * (tokens + 1) // 2
+    with FlopCounterMode(display=False) as counter:
+        o = causal_attention(q, k, v)
+        assert counter.get_total_flops() == 2 * pairs * (d + e)
+        o.sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (d + e + 3 * d + 2 * e)

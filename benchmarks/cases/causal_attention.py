@@ -15,8 +15,6 @@ GPU_SHAPES = ()
 
 SEQUENCES, HEAD = 2, 64
 SCALE = HEAD**-0.5
-# roundings of a probability that do not grow with anything: of its exponential, its sum, and the quotient
-OF_A_PROBABILITY = 10
 
 
 def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
@@ -24,6 +22,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     import torch
 
     from lora_core.ops.causal_attention import causal_attention
+    from lora_core.reference import causal_attention as reference
 
     m, n = shape["M"], shape["N"]
     tokens = m // SEQUENCES
@@ -34,22 +33,11 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     def fused(q: Any, k: Any, v: Any) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
 
-    def scores(q: Any, k: Any) -> Any:
-        return (SCALE * q @ k.mT).masked_fill(later, -torch.inf)
-
     def written(q: Any, k: Any, v: Any) -> Any:
-        return scores(q, k).softmax(-1) @ v
+        return (SCALE * q @ k.mT).masked_fill(later, -torch.inf).softmax(-1) @ v
 
     def magnitudes(q: Any, k: Any, v: Any, d_o: Any) -> tuple[Any, ...]:
-        s = scores(q, k)
-        p = s.softmax(-1)
-        # a probability is off by its score's rounding, which may be that of all its products, and by its own
-        off = 2 * HEAD**0.5 * SCALE * q.abs() @ k.abs().mT + 3 * (s.amax(-1, keepdim=True) - s) + OF_A_PROBABILITY
-        p_off = p * off.masked_fill(later, 0)
-        d_p, most = d_o @ v.mT, d_o.abs() @ v.abs().mT
-        less = (d_p - (p * d_p).sum(-1, keepdim=True)).abs()
-        s_off = SCALE * (p_off * less + p * HEAD**0.5 * most + p * (p_off * most).sum(-1, keepdim=True))
-        return p_off @ v.abs(), s_off @ k.abs(), s_off.mT @ q.abs(), p_off.mT @ d_o.abs()
+        return reference.magnitudes(d_o, q, k, v, SCALE)
 
     size = q.element_size() * m * n
     product = m * (tokens + 1) * n

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_core.doctor.agreement import Disagreement, double, magnitude_of, on_cpu, require, require_close, within
+from lora_core.doctor.block_checks import BLOCK_CHECKS
 from lora_core.doctor.cases import CASES, SCALING, Case, Operands, operands
 from lora_core.ops.absmax_dequantize import absmax_dequantize
 from lora_core.ops.absmax_quantize import absmax_quantize
@@ -18,17 +19,9 @@ from lora_core.ops.nf4_dequantize import nf4_dequantize
 from lora_core.ops.nf4_lora_linear import nf4_lora_linear
 from lora_core.ops.nf4_quantize import nf4_quantize
 from lora_core.ops.packed import Packed
-from lora_core.ops.rms_norm import rms_norm
-from lora_core.ops.rotary import rotary
-from lora_core.ops.swiglu import swiglu
 from lora_core.quant import QuantizedWeight, quantize_nf4
 from lora_core.quant import double as scales
 from lora_core.reference import dora, grouped, lora, nf4
-from lora_core.reference import rms_norm as norms
-from lora_core.reference import rotary as rotation
-from lora_core.reference import swiglu as gates
-
-EPS = 1e-6
 
 
 def check(operation: str, device: str) -> str:
@@ -222,93 +215,6 @@ def _check_grouped_backward(device: str, case: Case) -> str:
     return "gradients within rounding"
 
 
-def _check_norm(device: str, case: Case) -> str:
-    x, weight = (t.requires_grad_() for t in _rows(device, case)[:2])
-    y = rms_norm(x, weight, EPS)
-    truth = norms.rms_norm(double(x), double(weight), EPS)
-    # squares are of one sign: of their sum, too, the error is a share of the truth
-    require(within(y, truth, truth.abs(), case.k), "outside the rounding bound")
-    return "within rounding"
-
-
-def _check_norm_backward(device: str, case: Case) -> str:
-    x, weight, d_y = _rows(device, case)
-    got = torch.autograd.grad(rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS), (x, weight), d_y)
-    r = norms.forward(double(x), double(weight), EPS)[1]
-    truth = norms.backward(double(d_y), double(x), double(weight), r, True)
-    n, g, w = (magnitude_of(t) for t in (x, d_y, weight))
-    n = n * r[:, None]
-    # both terms of the gradient of x, which is a difference
-    magnitude = r[:, None] * (g * w + n * (g * w * n).mean(1, keepdim=True)), (g * n).sum(0)
-    for name, own, t, m in zip(("x", "weight"), got, truth, magnitude, strict=True):
-        # an error of r, which is that of a sum, is in the gradient three times
-        right = t is not None and within(own, t, m, 9 * case.k + case.m)
-        require(right, f"d_{name} is outside the rounding bound")
-    return "gradients within rounding"
-
-
-def _rows(device: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x [M, K], w [K] and dL/dy [M, K]."""
-    o = operands(device, case)
-    return o.x, o.weight[0], o.x.flip(1)
-
-
-def _check_gate(device: str, case: Case) -> str:
-    gate, up, _ = _gates(device, case)
-    truth = gates.swiglu(double(gate), double(up))
-    # an exponential's error is a share of its argument
-    magnitude = (1 + magnitude_of(gate)) * truth.abs()
-    require(within(swiglu(gate, up), truth, magnitude, case.k), "outside the rounding bound")
-    return "within rounding"
-
-
-def _check_gate_backward(device: str, case: Case) -> str:
-    gate, up, d_y = _gates(device, case)
-    got = torch.autograd.grad(swiglu(gate.requires_grad_(), up.requires_grad_()), (gate, up), d_y)
-    truth = gates.backward(*map(double, (d_y, gate, up)))
-    g, u, d = (magnitude_of(t) for t in (gate, up, d_y))
-    magnitude = d * u * (1 + g) ** 2, (1 + g) * truth[1].abs()
-    for name, own, t, m in zip(("gate", "up"), got, truth, magnitude, strict=True):
-        require(within(own, t, m, case.k), f"d_{name} is outside the rounding bound")
-    return "gradients within rounding"
-
-
-def _gates(device: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gate, up and dL/dy, of one shape."""
-    x = operands(device, case).x
-    return x, x.flip(0), x.flip(1)
-
-
-def _check_rotary(device: str, case: Case) -> str:
-    x, cos, sin = _turned(device, case)
-    truth = rotation.rotary(double(x), double(cos), double(sin))
-    require(within(rotary(x, cos, sin), truth, _turned_magnitude(x, cos, sin), 2), "outside the rounding bound")
-    return "within rounding"
-
-
-def _check_rotary_backward(device: str, case: Case) -> str:
-    x, cos, sin = _turned(device, case)
-    d_y = x.flip(2)
-    (got,) = torch.autograd.grad(rotary(x.requires_grad_(), cos, sin), (x,), d_y)
-    truth = rotation.backward(double(d_y), double(cos), double(sin))
-    require(within(got, truth, _turned_magnitude(d_y, cos, sin), 2), "d_x is outside the rounding bound")
-    return "gradient within rounding"
-
-
-def _turned(device: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x [1, 2, M, K], which lies token by token, and cosines and sines [1, M, K], of halves that are alike."""
-    o = operands(device, case)
-    angles = torch.cat((o.x[:, : case.k // 2],) * 2, 1)[None].float()
-    x = torch.stack((o.x, o.x.flip(0)), 1)[None].transpose(1, 2)
-    return x, angles.cos().to(o.x.dtype), angles.sin().to(o.x.dtype)
-
-
-def _turned_magnitude(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the sum of both products' magnitudes: of one sign where the first half of the sines is negative."""
-    first, second = magnitude_of(sin).chunk(2, -1)
-    return rotation.rotary(magnitude_of(x), magnitude_of(cos), torch.cat((-first, second), -1))
-
-
 # of each operation, by name: what says how its result on a device, of a case, agrees with the reference, or raises
 CHECKS: dict[str, Callable[[str, Case], str]] = {
     "nf4_quantize": _check_quantize,
@@ -325,10 +231,5 @@ CHECKS: dict[str, Callable[[str, Case], str]] = {
     "nf4_dora_norm": _check_nf4_dora_norm,
     "grouped_lora": _check_grouped,
     "grouped_lora_backward": _check_grouped_backward,
-    "rms_norm": _check_norm,
-    "rms_norm_backward": _check_norm_backward,
-    "swiglu": _check_gate,
-    "swiglu_backward": _check_gate_backward,
-    "rotary": _check_rotary,
-    "rotary_backward": _check_rotary_backward,
+    **BLOCK_CHECKS,
 }

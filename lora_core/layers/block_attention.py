@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.layers.blocks import BlockPart, fits, in_a_graph
@@ -27,6 +28,8 @@ from lora_core.ops.rotary import are_heads, rotary
 ROTATION, REGISTRY, ASKED = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "get_interface"
 # that function where PyTorch's scaled_dot_product_attention is chosen, by module and name
 PYTORCHS = ("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
+# what that calls, unless another has been put in its place, as those who watch it do
+PYTORCHS_OWN = F.scaled_dot_product_attention
 # the options that are understood here; of the others, what that function looks at has to be absent
 UNDERSTOOD = frozenset({"dropout", "scaling", "is_causal"})
 
@@ -57,8 +60,8 @@ class FusedAttention(BlockPart):
             # bound while the module was fused, and called after unfuse
             return kind.forward(self, *args, **kwargs)
         forward = kind.fused_from.forward
-        # another one may have been put in its place
-        if not in_a_graph() and forward is kind.fused_forward:
+        # another one may have been put in its place; and one token is too little for any operation
+        if not in_a_graph() and forward is kind.fused_forward and not _are_single(*args, *kwargs.values()):
             forward = _with_others(forward, kind.fused_functions)
         return forward(self, *args, **kwargs)
 
@@ -67,6 +70,12 @@ class FusedRotatingAttention(FusedAttention):
     """One that also rotates queries and keys by apply_rotary_pos_emb, as transformers' Llama has it."""
 
     fused_rotates = True
+
+
+def _are_single(*given: Any) -> bool:
+    """Say whether the first tensor of these holds no more than one token of each sequence, on a CPU."""
+    first = next((t for t in given if isinstance(t, Tensor)), None)
+    return first is not None and first.device.type == "cpu" and first.dim() > 1 and first.shape[-2] == 1
 
 
 def asks(forward: Any) -> bool:
@@ -150,9 +159,14 @@ def _are_causal(module: Any, options: dict[str, Any], heeded: frozenset[str]) ->
 
 
 def _are_taken(module: Any, query: Any, key: Any, value: Any) -> bool:
-    """Say whether the operation takes these as they are now, and the module's own function would, in groups as many."""
+    """Say whether the operation takes these as they are now, and the module's own function would, in groups as many.
+
+    Not where PyTorch was told to attend in another way than by what it would choose.
+    """
     return (
         not in_a_graph()
+        and F.scaled_dot_product_attention is PYTORCHS_OWN
+        and torch.backends.cuda.flash_sdp_enabled()
         and alike(query, key, value)
         and belong_together(query, key, value)
         and query.shape[1] == key.shape[1] * getattr(module, "num_key_value_groups", 1)

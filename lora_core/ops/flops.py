@@ -1,8 +1,8 @@
-"""How many operations the linear layers' operations make, for torch.utils.flop_counter: a product of m x k x n is 2mkn.
+"""How many operations what multiplies matrices makes, for torch.utils.flop_counter: a product of m x k x n is 2mkn.
 
 Import this module before a FlopCounterMode is made, which counts nothing of what it does not know. lora_core itself
 does not import it: PyTorch's counter imports Triton. grouped_lora is not counted: its work depends on which rows have
-an adapter.
+an adapter. Of causal attention what tokens see is counted, where PyTorch counts for its own what they do not, too.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 # importing them makes torch.ops know them
-from lora_core.ops import lora_linear, lora_linears, nf4_lora_linear  # noqa: F401
+from lora_core.ops import causal_attention, lora_linear, lora_linears, nf4_lora_linear  # noqa: F401
 
 Shape = Sequence[int]
 
@@ -75,3 +75,20 @@ def _(
     need_x, need_pairs = rest[-2:]
     each = zip(d_ys, lora_as, strict=True)
     return sum(_backward(d_y, a, need_x, False, need_pairs, need_pairs) for d_y, a in each)
+
+
+@register_flop_formula(torch.ops.lora_core.causal_attention)
+def _(q: Shape, k: Any, v: Shape, *rest: Any, **out: Any) -> int:
+    return _seen(q) * (q[-1] + v[-1])
+
+
+@register_flop_formula(torch.ops.lora_core.causal_attention_backward)
+def _(d_o: Any, q: Shape, k: Any, v: Shape, *rest: Any, **out: Any) -> int:
+    # scores once more, dQ and dK; dP and dV
+    return _seen(q) * (3 * q[-1] + 2 * v[-1])
+
+
+def _seen(q: Shape) -> int:
+    """Return twice as many as there are pairs of a query and a key that it sees."""
+    b, h, t, _ = q
+    return b * h * t * (t + 1)

@@ -27,6 +27,9 @@ for heads that share keys; Dao et al. 2022 (arXiv 2205.14135), section 3.1, for 
 import torch
 from torch import Tensor
 
+# of a probability, beside those of its score: its exponential's, its sum's, the quotient's
+ROUNDINGS = 10
+
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return softmax(scale q k^T, of what comes no later) v, head by head.
@@ -57,6 +60,32 @@ def backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tupl
     d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True))
     d_q, d_k = scale * (d_s @ keys), scale * (d_s.mT @ rows)
     return _by_token(d_q, q, q.shape[-1]), _by_token(d_k, k, k.shape[-1]), _by_token(d_v, v, v.shape[-1])
+
+
+def magnitudes(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the rounding errors of o, dL/dq, dL/dk and dL/dv are shares of: the formula on absolute values.
+
+    A probability stands in it as often as its score, which is rounded as the products that it is a sum of, its
+    distance to the largest, and what is made of it may each add a rounding of it. Arguments are those of backward.
+    """
+    rows, grads, keys, values = _by_key_head(q, k), _by_key_head(d_o, k), _wide(k), _wide(v)
+    p, scores = _softmax(rows, keys, scale), scale * (rows @ keys.mT)
+    least = scores.masked_fill(p == 0, -torch.inf).amax(-1, keepdim=True) - scores
+    products = abs(scale) * (rows.abs() @ keys.abs().mT)
+    p_off = p * (2 * q.shape[-1] ** 0.5 * products + 3 * least + ROUNDINGS)
+    d_p, most = grads @ values.mT, grads.abs() @ values.abs().mT
+    d_s = abs(scale) * (
+        p_off * (d_p - (p * d_p).sum(-1, keepdim=True)).abs()
+        + p * (v.shape[-1] ** 0.5 * most + (p_off * most).sum(-1, keepdim=True))
+    )
+    found = (
+        (p_off @ values.abs(), q, v),
+        (d_s @ keys.abs(), q, q),
+        (d_s.mT @ rows.abs(), k, k),
+        (p_off.mT @ grads.abs(), v, v),
+    )
+    of_o, of_q, of_k, of_v = (_by_token(t, like, size.shape[-1]) for t, like, size in found)
+    return of_o, of_q, of_k, of_v
 
 
 def _softmax(rows: Tensor, keys: Tensor, scale: float) -> Tensor:

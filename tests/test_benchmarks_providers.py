@@ -108,6 +108,7 @@ BETWEEN = {"M": 8, "N": 128, "K": 48}
         ("rms_norm", {"torch", "torch rms_norm", "compiled"}, {"fwd": (2, 8 * 128), "bwd": (3, 8 * 128)}),
         ("swiglu", {"torch", "compiled"}, {"fwd": (3, 8 * 48), "bwd": (5, 8 * 48)}),
         ("rotary", {"torch", "compiled"}, {"fwd": (2, 8 * 128), "bwd": (2, 8 * 128)}),
+        ("causal_attention", {"torch", "compiled"}, {"fwd": (4, 8 * 128), "bwd": (7, 8 * 128)}),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
@@ -137,7 +138,7 @@ MISTAKEN = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKEN)
-@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "rotary"])
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "rotary", "causal_attention"])
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 def test_a_mistaken_operation_between_layers_does_not_pass_its_check(op, mistake, device, monkeypatch, uncompiled):
     module = importlib.import_module(f"lora_core.ops.{op}")

@@ -71,12 +71,12 @@ def test_is_within_its_bounds(batch, groups, shared, length, d, e, scale, factor
 @pytest.mark.parametrize("scores", [2**8, 2**12])
 def test_few_queries_are_taken_at_a_time_where_there_are_many_keys(scores, monkeypatch):
     """As of thousands of tokens: the scores of all queries that are taken at a time are to stay in a cache."""
-    queries, columns = LOOPS._sizes.py_func(10_000)
+    queries, columns = LOOPS._taken_at_once.py_func(10_000)
     assert queries % LOOPS.ROWS == 0 and queries * columns <= LOOPS.SCORES < (queries + LOOPS.ROWS) * columns
-    assert LOOPS._sizes.py_func(10**6)[0] == LOOPS.ROWS
+    assert LOOPS._taken_at_once.py_func(10**6)[0] == LOOPS.ROWS
     # compiled code has these numbers in it: so many tokens are few queries at a time
     length = 2 * LOOPS.SCORES // LOOPS.QUERIES
-    assert LOOPS._sizes.py_func(length)[0] < LOOPS.QUERIES
+    assert LOOPS._taken_at_once.py_func(length)[0] < LOOPS.QUERIES
     q, k, v, d_o = (heads(1, 1, length, LOOPS.LANES, 1.0, i, False) for i in range(4))
     o, grads = both(q, k, v, d_o, 0.25)
     bounds.check_forward(o, q, k, v, 0.25)

@@ -21,10 +21,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     loops = loops_for(q, v, scale)
     if loops is None:
         return reference.causal_attention(q, k, v, scale)
-    b, h, t, _ = q.shape
-    o = torch.empty(b, t, h, v.shape[3], dtype=q.dtype)
-    _share(loops.forward, q, k, v.transpose(1, 2), np.float32(scale), o)
-    return o.transpose(1, 2)
+    o = _by_token(q, v.shape[3])
+    _share(loops, loops.forward, q, k, v, np.float32(scale), o)
+    return o
 
 
 def causal_attention_backward(
@@ -34,9 +33,9 @@ def causal_attention_backward(
     loops = loops_for(q, v, scale)
     if loops is None:
         return reference.backward(d_o, q, k, v, scale)
-    d_q, d_k, d_v = (torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (q, k, v))
-    _share(loops.backward, q, k, v.transpose(1, 2), np.float32(scale), d_o.transpose(1, 2), d_q, d_k, d_v)
-    return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2)
+    d_q, d_k, d_v = (_by_token(t, t.shape[3]) for t in (q, k, v))
+    _share(loops, loops.backward, q, k, v, np.float32(scale), d_o, d_q, d_k, d_v)
+    return d_q, d_k, d_v
 
 
 def loops_for(q: Tensor, v: Tensor, scale: float) -> Any:
@@ -55,9 +54,25 @@ def is_better(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     return tasks >= BUSY * threads * -(-tasks // threads) and loops_for(q, v, scale) is not None
 
 
-def _share(loop: Any, q: Tensor, k: Tensor, *arguments: Any) -> None:
-    arrays = (a.contiguous().numpy(force=True) if isinstance(a, Tensor) else a for a in (q, k, *arguments))
-    share(loop, k.shape[0] * k.shape[1], 1, 1, *arrays)
+def _by_token(like: Tensor, size: int) -> Tensor:
+    b, h, t, _ = like.shape
+    return torch.empty(b, t, h, size, dtype=like.dtype).transpose(1, 2)
+
+
+def _share(loops: Any, loop: Any, q: Tensor, k: Tensor, v: Tensor, scale: Any, *rest: Tensor) -> None:
+    b, h, t, d = q.shape
+    g, e = v.shape[1], v.shape[3]
+    heads = [_heads(loops, x) for x in (q, k, v, *rest)]
+    share(loop, b * g, 1, 1, loops.Sizes(b, h, g, t, d, e), *heads[:3], scale, *heads[3:])
+
+
+def _heads(loops: Any, x: Tensor) -> Any:
+    """Return a tensor [B, H, T, N] for the loops, where it lies if they can read it there."""
+    x = x.resolve_neg()
+    x = x if x.stride(3) == 1 else x.contiguous()
+    strides = x.stride()
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    return loops.Heads(x.as_strided((length,), (1,)).numpy(force=True), *strides[:3])
 
 
 register(op, "cpu", causal_attention)

@@ -4,27 +4,73 @@ Scores of some queries stay in the cache of the thread that makes them until the
 the last of these queries nothing is computed: about half of all there is.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_core.cpu.compiled.floats import ONE, ZERO, half_of_exp, larger
 from lora_core.cpu.compiled.jit import contracted, reordered
-from lora_core.cpu.compiled.panel import LANES, ROWS, WIDTH, Matrix, multiply
+from lora_core.cpu.compiled.panel import LANES, ROWS, WIDTH, Matrix, by_rows, multiply, transposed
 from lora_core.cpu.compiled.share import share
 
 # queries whose scores are made together, and scores that this is to keep them below
 QUERIES, SCORES = 64, 2**16
 
 
+class Heads(NamedTuple):
+    """A row of numbers side by side for each head and token of each sequence: memory, and how far apart they lie."""
+
+    data: Any
+    batch: int
+    head: int
+    token: int
+
+
+class Sizes(NamedTuple):
+    """Sequences, heads of queries and of keys, tokens, and elements of a query or key and of a value."""
+
+    batch: int
+    heads: int
+    groups: int
+    tokens: int
+    width: int
+    size: int
+
+
 @contracted
-def _sizes(tokens: int) -> Any:
+def _taken_at_once(tokens: int) -> Any:
     """Return how many queries are taken at a time, and the columns of a matrix with one for each key.
 
     Those are whole panels, and LANES more: rows that lie a large power of two apart would share few lines of a cache.
     """
     columns = -(-tokens // WIDTH) * WIDTH + LANES
     return min(QUERIES, max(SCORES // columns // ROWS, 1) * ROWS), columns
+
+
+@contracted
+def _row(x: Heads, b: int, h: int, t: int, size: int) -> np.ndarray:
+    place = b * x.batch + h * x.head + t * x.token
+    return x.data[place : place + size]
+
+
+@contracted
+def _copy(x: np.ndarray, out: np.ndarray) -> None:
+    for i in range(x.size):
+        out[i] = x[i]
+
+
+@contracted
+def _gather(x: Heads, b: int, h: int, first: int, last: int, out: np.ndarray) -> None:
+    """Write rows of a head, of some tokens, to the first ones of out."""
+    for t in range(first, last):
+        _copy(_row(x, b, h, t, out.shape[1]), out[t - first])
+
+
+@contracted
+def _scatter(x: np.ndarray, b: int, h: int, out: Heads) -> None:
+    """Write all rows of x to a head."""
+    for t in range(len(x)):
+        _copy(x[t], _row(out, b, h, t, x.shape[1]))
 
 
 @contracted
@@ -97,81 +143,80 @@ def _gradient(row: np.ndarray, grad: np.ndarray, seen: int, scale: Any) -> None:
 
 
 @contracted
-def _forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: Any, o: np.ndarray, first: int, last: int) -> None:
-    heads, tokens, width = q.shape[1:]
-    groups, size = v.shape[2:]
-    queries, columns = _sizes(tokens)
-    # zeros for keys beyond the last, with which whole panels are filled
-    keys, values = np.zeros((width, columns), np.float32), np.empty((tokens, size), np.float32)
-    scores, inverses = np.empty((queries, columns), np.float32), np.empty(queries, np.float32)
+def _forward(sizes: Sizes, q: Heads, k: Heads, v: Heads, scale: Any, o: Heads, first: int, last: int) -> None:
+    _, heads, groups, tokens, width, size = sizes
+    queries, columns = _taken_at_once(tokens)
+    keys, values = np.empty((tokens, width), np.float32), np.empty((tokens, size), np.float32)
+    # zeros for keys beyond the last, with which panels are filled
+    turned_keys = np.zeros((width, columns), np.float32)
+    asking, scores = np.empty((queries, width), np.float32), np.empty((queries, columns), np.float32)
+    inverses = np.empty(queries, np.float32)
     for task in range(first, last):
         b, g = task // groups, task % groups
-        _transpose(k[b, g], keys)
-        for t in range(tokens):
-            values[t] = v[b, t, g]
+        _gather(k, b, g, 0, tokens, keys)
+        _gather(v, b, g, 0, tokens, values)
+        _transpose(keys, turned_keys)
         for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
             for start in range(0, tokens, queries):
                 end = min(start + queries, tokens)
-                rows = end - start
-                asking = Matrix(q, ((b * heads + h) * tokens + start) * width, width, 1)
-                made = Matrix(scores, 0, columns, 1)
-                out = Matrix(o, ((b * tokens + start) * heads + h) * size, heads * size, 1)
-                multiply(asking, Matrix(keys, 0, columns, 1), made, rows, -(-end // WIDTH) * WIDTH, width, False)
+                rows, panels = end - start, -(-end // WIDTH) * WIDTH
+                _gather(q, b, h, start, end, asking)
+                multiply(by_rows(asking), by_rows(turned_keys), by_rows(scores), rows, panels, width, False)
                 for i in range(rows):
                     inverses[i] = _unnormalised(scores[i, :end], start + i + 1, scale)
-                multiply(made, Matrix(values, 0, size, 1), out, rows, size, end, False)
+                out = Matrix(o.data, b * o.batch + h * o.head + start * o.token, o.token, 1)
+                multiply(by_rows(scores), by_rows(values), out, rows, size, end, False)
                 for i in range(rows):
-                    line = o[b, start + i, h]
+                    row = _row(o, b, h, start + i, size)
                     for d in range(size):
-                        line[d] *= inverses[i]
+                        row[d] *= inverses[i]
 
 
 @contracted
 def _backward(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
+    sizes: Sizes,
+    q: Heads,
+    k: Heads,
+    v: Heads,
     scale: Any,
-    d_o: np.ndarray,
-    d_q: np.ndarray,
-    d_k: np.ndarray,
-    d_v: np.ndarray,
+    d_o: Heads,
+    d_q: Heads,
+    d_k: Heads,
+    d_v: Heads,
     first: int,
     last: int,
 ) -> None:
-    heads, tokens, width = q.shape[1:]
-    groups, size = v.shape[2:]
-    queries, columns = _sizes(tokens)
-    keys, values = np.zeros((width, columns), np.float32), np.zeros((size, columns), np.float32)
+    _, heads, groups, tokens, width, size = sizes
+    queries, columns = _taken_at_once(tokens)
+    keys, values = np.empty((tokens, width), np.float32), np.empty((tokens, size), np.float32)
+    turned_keys, turned_values = np.zeros((width, columns), np.float32), np.zeros((size, columns), np.float32)
+    of_keys, of_values = np.empty_like(keys), np.empty_like(values)
+    asking, arrived = np.empty((queries, width), np.float32), np.empty((queries, size), np.float32)
     scores, grads = np.empty((queries, columns), np.float32), np.empty((queries, columns), np.float32)
-    of_keys, of_values = np.empty((tokens, width), np.float32), np.empty((tokens, size), np.float32)
-    given = np.empty((queries, size), np.float32)
     for task in range(first, last):
         b, g = task // groups, task % groups
-        _transpose(k[b, g], keys)
-        _transpose(v[b, :, g], values)
+        _gather(k, b, g, 0, tokens, keys)
+        _gather(v, b, g, 0, tokens, values)
+        _transpose(keys, turned_keys)
+        _transpose(values, turned_values)
         of_keys[:] = ZERO
         of_values[:] = ZERO
         for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
             for start in range(0, tokens, queries):
                 end = min(start + queries, tokens)
                 rows, panels = end - start, -(-end // WIDTH) * WIDTH
-                for i in range(rows):
-                    given[i] = d_o[b, start + i, h]
-                asking = Matrix(q, ((b * heads + h) * tokens + start) * width, width, 1)
-                out = Matrix(d_q, ((b * tokens + start) * heads + h) * width, heads * width, 1)
-                arrived, p, s = Matrix(given, 0, size, 1), Matrix(scores, 0, columns, 1), Matrix(grads, 0, columns, 1)
-                multiply(asking, Matrix(keys, 0, columns, 1), p, rows, panels, width, False)
-                multiply(arrived, Matrix(values, 0, columns, 1), s, rows, panels, size, False)
+                _gather(q, b, h, start, end, asking)
+                _gather(d_o, b, h, start, end, arrived)
+                multiply(by_rows(asking), by_rows(turned_keys), by_rows(scores), rows, panels, width, False)
+                multiply(by_rows(arrived), by_rows(turned_values), by_rows(grads), rows, panels, size, False)
                 for i in range(rows):
                     _gradient(scores[i, :end], grads[i, :end], start + i + 1, scale)
-                multiply(s, Matrix(k, (b * groups + g) * tokens * width, width, 1), out, rows, width, end, False)
-                p, s = Matrix(scores, 0, 1, columns), Matrix(grads, 0, 1, columns)
-                multiply(p, arrived, Matrix(of_values, 0, size, 1), end, size, rows, True)
-                multiply(s, asking, Matrix(of_keys, 0, width, 1), end, width, rows, True)
-        for t in range(tokens):
-            d_k[b, t, g] = of_keys[t]
-            d_v[b, t, g] = of_values[t]
+                out = Matrix(d_q.data, b * d_q.batch + h * d_q.head + start * d_q.token, d_q.token, 1)
+                multiply(by_rows(grads), by_rows(keys), out, rows, width, end, False)
+                multiply(transposed(scores), by_rows(arrived), by_rows(of_values), end, size, rows, True)
+                multiply(transposed(grads), by_rows(asking), by_rows(of_keys), end, width, rows, True)
+        _scatter(of_keys, b, g, d_k)
+        _scatter(of_values, b, g, d_v)
 
 
 @contracted
@@ -179,11 +224,10 @@ def forward(openmp: int, threads: int, counter: np.ndarray, step: int, count: in
     """Write o for ranges of the keys' heads, of which all in a batch are counted.
 
     Arguments:
-        q: float32 [B, H, T, D], D a multiple of LANES.
-        k: float32 [B, G, T, D], H a multiple of G.
-        v: float32 [B, T, G, E], E a multiple of LANES.
+        sizes: width and size are multiples of LANES.
+        q, k, v: float32.
         scale: float32, above 0.
-        o: float32 [B, T, H, E].
+        o: float32.
     """
     share(_forward, openmp, threads, counter, step, count, arguments)
 
@@ -193,8 +237,8 @@ def backward(openmp: int, threads: int, counter: np.ndarray, step: int, count: i
     """Write d_q, d_k and d_v for ranges of the keys' heads.
 
     Arguments:
-        q, k, v, scale: as in forward.
-        d_o: float32 [B, T, H, E].
-        d_q, d_k, d_v: float32 [B, T, H, D], [B, T, G, D] and [B, T, G, E].
+        sizes, q, k, v, scale: as in forward.
+        d_o: float32.
+        d_q, d_k, d_v: float32.
     """
     share(_backward, openmp, threads, counter, step, count, arguments)

@@ -7,6 +7,7 @@ transposed: its numbers are loaded one by one anyway.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -108,6 +109,18 @@ def panel(vectors: int, lanes: int = LANES) -> Any:
 
 
 _wide, _narrow = panel(COLUMNS), panel(1)
+
+
+@contracted
+def by_rows(x: np.ndarray) -> Matrix:
+    """Return a contiguous array as a matrix."""
+    return Matrix(x, 0, x.shape[1], 1)
+
+
+@contracted
+def transposed(x: np.ndarray) -> Matrix:
+    """Return the transpose of a contiguous array."""
+    return Matrix(x, 0, 1, x.shape[1])
 
 
 @contracted

@@ -14,7 +14,7 @@ from lora_core.cpu.compiled.panel import LANES, ROWS, WIDTH, Matrix, by_rows, mu
 from lora_core.cpu.compiled.share import share
 
 # queries whose scores are made together, and scores that this is to keep them below
-QUERIES, SCORES = 64, 2**16
+QUERIES, SCORES = 32, 2**16
 
 
 class Heads(NamedTuple):

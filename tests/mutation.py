@@ -54,8 +54,9 @@ COMPILED_PRODUCT, COMPILED_TILE, COMPILED_PICKED, COMPILED_SPREAD, SIXTEEN, SHAR
 )
 REACH, CROSSOVER = "kernels/reach.py", "kernels/crossover.py"
 GROUPS, EXPAND = "kernels/groups.py", "kernels/gather_expand.py"
-CPU_NORM, CPU_ROTARY, CPU_GATE, FLOATS = (
-    f"lora_core/cpu/compiled/{name}.py" for name in ("rms_norm", "rotary", "swiglu", "floats")
+CPU_NORM, CPU_ROTARY, CPU_GATE, FLOATS, CPU_ATTENTION, PANEL = (
+    f"lora_core/cpu/compiled/{name}.py"
+    for name in ("rms_norm", "rotary", "swiglu", "floats", "causal_attention", "panel")
 )
 BETWEEN, RECOGNISED = "lora_core/layers/blocks.py", "lora_core/adapt/blocks.py"
 ATTENDING = "lora_core/layers/block_attention.py"
@@ -98,6 +99,8 @@ IN_NF4_COLUMNS = "test_kernels_nf4_lora_linear.py::test_nf4_backward_kernels_in_
 IN_NF4_ADDED = "test_kernels_nf4_lora_linear.py::test_nf4_input_gradient_is_added"
 IN_DORA = "test_kernels_dora_norm.py::test_dora_norm_kernel_matches"
 IN_NF4_DORA = "test_kernels_dora_norm.py::test_nf4_dora_norm_kernel_matches"
+IN_ATTENTION = "test_cpu_causal_attention.py::test_is_within"
+IN_PANEL, IN_PANELS_OF = (f"test_cpu_panel.py::{name}" for name in ("test_panel_is", "test_products_of"))
 IN_NORM = "test_kernels_rms_norm.py::test_rms_norm_kernels_match"
 IN_ROTARY = "test_kernels_rotary.py::test_rotary_kernel_matches"
 IN_GATE = "test_kernels_swiglu.py::test_swiglu_kernels_match"
@@ -492,6 +495,15 @@ MUTATIONS = (
     Mutation(CPU_GATE, "g * (ONE - sigma)", "g * sigma", "test_cpu_elementwise.py::test_gates_of_every_size"),
     Mutation(FLOATS, "WORD(0x7FFF)", "WORD(0x8000)", "test_cpu_elementwise.py::test_bfloat16"),
     Mutation(FLOATS, "(5040, 720,", "(720,", "test_cpu_elementwise.py::test_logistic"),
+    Mutation(CPU_ATTENTION, "multiply(transposed(grads)", "multiply(transposed(scores)", IN_ATTENTION),
+    Mutation(CPU_ATTENTION, "* inverse\n    for j in range(p.size)", "\n    for j in range(p.size)", IN_ATTENTION),
+    Mutation(CPU_ATTENTION, "(g[j] - mean) * scale", "g[j] - mean", IN_ATTENTION),
+    Mutation(CPU_ATTENTION, "    _clear(grad[seen:])\n", "", IN_ATTENTION),
+    Mutation(CPU_ATTENTION, "_scatter(of_keys, b, g, d_k)", "_scatter(of_keys, b, 0, d_k)", IN_ATTENTION),
+    Mutation(CPU_ATTENTION, "_largest(part)", "part[0]", "test_cpu_causal_attention.py::test_what_is_below"),
+    Mutation(PANEL, "with builder.if_then(add):", "with builder.if_then(builder.not_(add)):", IN_PANEL),
+    Mutation(PANEL, "b.at(builder.add(begin, j))", "b.at(begin)", IN_PANEL),
+    Mutation(PANEL, "for j in range(wide, n, LANES)", "for j in range(wide, n - LANES, LANES)", IN_PANELS_OF),
     Mutation(
         "lora_core/ops/rms_norm.py",
         "weight, ctx.eps)[1]",

@@ -499,7 +499,7 @@ MUTATIONS = (
     Mutation(CPU_ATTENTION, "* inverse\n    for j in range(p.size)", "\n    for j in range(p.size)", IN_ATTENTION),
     Mutation(CPU_ATTENTION, "(g[j] - mean) * scale", "g[j] - mean", IN_ATTENTION),
     Mutation(CPU_ATTENTION, "    _clear(grad[seen:])\n", "", IN_ATTENTION),
-    Mutation(CPU_ATTENTION, "_scatter(of_keys, b, g, d_k)", "_scatter(of_keys, b, 0, d_k)", IN_ATTENTION),
+    Mutation(CPU_ATTENTION, "scatter(of_keys, b, g, d_k)", "scatter(of_keys, b, 0, d_k)", IN_ATTENTION),
     Mutation(CPU_ATTENTION, "_largest(part)", "part[0]", "test_cpu_causal_attention.py::test_what_is_below"),
     Mutation(PANEL, "with builder.if_then(add):", "with builder.if_then(builder.not_(add)):", IN_PANEL),
     Mutation(PANEL, "b.at(builder.add(begin, j))", "b.at(begin)", IN_PANEL),

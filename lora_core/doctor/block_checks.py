@@ -112,8 +112,8 @@ def _check_attention(device: str, case: Case) -> str:
     if device not in OWN:
         return "PyTorch's own"
     q, k, v, d_o = _heads(device, case)
-    wide = [double(t) for t in (q, k, v)]
-    truth, magnitude = attention.causal_attention(*wide, SCALE), attention.magnitudes(double(d_o), *wide, SCALE)[0]
+    d, x, y, z = (double(t) for t in (d_o, q, k, v))
+    truth, magnitude = attention.causal_attention(x, y, z, SCALE), attention.magnitudes(d, x, y, z, SCALE)[0]
     require(within(causal_attention(q, k, v, SCALE), truth, magnitude, case.m), "outside the rounding bound")
     return "within rounding"
 
@@ -122,9 +122,11 @@ def _check_attention_backward(device: str, case: Case) -> str:
     if device not in OWN:
         return "PyTorch's own"
     q, k, v, d_o = _heads(device, case)
-    wide = [double(t) for t in (d_o, q, k, v)]
-    got = torch.autograd.grad(causal_attention(*(t.requires_grad_() for t in (q, k, v)), SCALE), (q, k, v), d_o)
-    truth, magnitude = attention.backward(*wide, SCALE), attention.magnitudes(*wide, SCALE)[1:]
+    d, x, y, z = (double(t) for t in (d_o, q, k, v))
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+    got = torch.autograd.grad(causal_attention(q, k, v, SCALE), (q, k, v), d_o)
+    truth, magnitude = attention.backward(d, x, y, z, SCALE), attention.magnitudes(d, x, y, z, SCALE)[1:]
     for name, own, t, m in zip("qkv", got, truth, magnitude, strict=True):
         require(within(own, t, m, 2 * case.m), f"d_{name} is outside the rounding bound")
     return "gradients within rounding"

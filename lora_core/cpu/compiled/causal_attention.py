@@ -9,21 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_core.cpu.compiled.floats import ONE, ZERO, half_of_exp, larger
+from lora_core.cpu.compiled.heads import Heads, gather, place, row, scatter, transpose
 from lora_core.cpu.compiled.jit import contracted, reordered
 from lora_core.cpu.compiled.panel import LANES, ROWS, WIDTH, Matrix, by_rows, multiply, transposed
 from lora_core.cpu.compiled.share import share
 
 # queries whose scores are made together, and scores that this is to keep them below
 QUERIES, SCORES = 32, 2**16
-
-
-class Heads(NamedTuple):
-    """A row of numbers side by side for each head and token of each sequence: memory, and how far apart they lie."""
-
-    data: Any
-    batch: int
-    head: int
-    token: int
 
 
 class Sizes(NamedTuple):
@@ -45,45 +37,6 @@ def _taken_at_once(tokens: int) -> Any:
     """
     columns = -(-tokens // WIDTH) * WIDTH + LANES
     return min(QUERIES, max(SCORES // columns // ROWS, 1) * ROWS), columns
-
-
-@contracted
-def _row(x: Heads, b: int, h: int, t: int, size: int) -> np.ndarray:
-    place = b * x.batch + h * x.head + t * x.token
-    return x.data[place : place + size]
-
-
-@contracted
-def _copy(x: np.ndarray, out: np.ndarray) -> None:
-    for i in range(x.size):
-        out[i] = x[i]
-
-
-@contracted
-def _gather(x: Heads, b: int, h: int, first: int, last: int, out: np.ndarray) -> None:
-    """Write rows of a head, of some tokens, to the first ones of out."""
-    for t in range(first, last):
-        _copy(_row(x, b, h, t, out.shape[1]), out[t - first])
-
-
-@contracted
-def _scatter(x: np.ndarray, b: int, h: int, out: Heads) -> None:
-    """Write all rows of x to a head."""
-    for t in range(len(x)):
-        _copy(x[t], _row(out, b, h, t, x.shape[1]))
-
-
-@contracted
-def _transpose(x: np.ndarray, out: np.ndarray) -> None:
-    """Write the rows of x to the first columns of out."""
-    tokens, size = x.shape
-    for begin in range(0, tokens, LANES):
-        end = min(begin + LANES, tokens)
-        some = x[begin:end]
-        for d in range(size):
-            row = out[d, begin:end]
-            for t in range(row.size):
-                row[t] = some[t, d]
 
 
 @contracted
@@ -153,23 +106,23 @@ def _forward(sizes: Sizes, q: Heads, k: Heads, v: Heads, scale: Any, o: Heads, f
     inverses = np.empty(queries, np.float32)
     for task in range(first, last):
         b, g = task // groups, task % groups
-        _gather(k, b, g, 0, tokens, keys)
-        _gather(v, b, g, 0, tokens, values)
-        _transpose(keys, turned_keys)
+        gather(k, b, g, 0, tokens, keys)
+        gather(v, b, g, 0, tokens, values)
+        transpose(keys, turned_keys)
         for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
             for start in range(0, tokens, queries):
                 end = min(start + queries, tokens)
                 rows, panels = end - start, -(-end // WIDTH) * WIDTH
-                _gather(q, b, h, start, end, asking)
+                gather(q, b, h, start, end, asking)
                 multiply(by_rows(asking), by_rows(turned_keys), by_rows(scores), rows, panels, width, False)
                 for i in range(rows):
                     inverses[i] = _unnormalised(scores[i, :end], start + i + 1, scale)
-                out = Matrix(o.data, b * o.batch + h * o.head + start * o.token, o.token, 1)
+                out = Matrix(o.data, place(o, b, h, start), o.token, 1)
                 multiply(by_rows(scores), by_rows(values), out, rows, size, end, False)
                 for i in range(rows):
-                    row = _row(o, b, h, start + i, size)
+                    line = row(o, b, h, start + i, size)
                     for d in range(size):
-                        row[d] *= inverses[i]
+                        line[d] *= inverses[i]
 
 
 @contracted
@@ -195,28 +148,28 @@ def _backward(
     scores, grads = np.empty((queries, columns), np.float32), np.empty((queries, columns), np.float32)
     for task in range(first, last):
         b, g = task // groups, task % groups
-        _gather(k, b, g, 0, tokens, keys)
-        _gather(v, b, g, 0, tokens, values)
-        _transpose(keys, turned_keys)
-        _transpose(values, turned_values)
+        gather(k, b, g, 0, tokens, keys)
+        gather(v, b, g, 0, tokens, values)
+        transpose(keys, turned_keys)
+        transpose(values, turned_values)
         of_keys[:] = ZERO
         of_values[:] = ZERO
         for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
             for start in range(0, tokens, queries):
                 end = min(start + queries, tokens)
                 rows, panels = end - start, -(-end // WIDTH) * WIDTH
-                _gather(q, b, h, start, end, asking)
-                _gather(d_o, b, h, start, end, arrived)
+                gather(q, b, h, start, end, asking)
+                gather(d_o, b, h, start, end, arrived)
                 multiply(by_rows(asking), by_rows(turned_keys), by_rows(scores), rows, panels, width, False)
                 multiply(by_rows(arrived), by_rows(turned_values), by_rows(grads), rows, panels, size, False)
                 for i in range(rows):
                     _gradient(scores[i, :end], grads[i, :end], start + i + 1, scale)
-                out = Matrix(d_q.data, b * d_q.batch + h * d_q.head + start * d_q.token, d_q.token, 1)
+                out = Matrix(d_q.data, place(d_q, b, h, start), d_q.token, 1)
                 multiply(by_rows(grads), by_rows(keys), out, rows, width, end, False)
                 multiply(transposed(scores), by_rows(arrived), by_rows(of_values), end, size, rows, True)
                 multiply(transposed(grads), by_rows(asking), by_rows(of_keys), end, width, rows, True)
-        _scatter(of_keys, b, g, d_k)
-        _scatter(of_values, b, g, d_v)
+        scatter(of_keys, b, g, d_k)
+        scatter(of_values, b, g, d_v)
 
 
 @contracted

@@ -43,11 +43,12 @@ def _rounded(_: Any, array: Any, number: Any) -> Any:
 
 
 def _power_of_two(_: Any, exponent: Any) -> Any:
-    """Return 2 to a whole number in [-126, 127], given as float32."""
+    """Return half of 2 to a whole number in [-125, 128], given as that and WHOLE in float32; 0 of -126."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        biased = builder.add(builder.fptosi(arguments[0], WORD), WORD(127))
-        return builder.bitcast(builder.shl(biased, WORD(23)), SINGLE)
+        # the number is what the last bits say, and half of the power has 126 and it as its exponent
+        exponent = builder.shl(builder.bitcast(arguments[0], WORD), WORD(23))
+        return builder.bitcast(builder.add(exponent, WORD(126 << 23)), SINGLE)
 
     return (types.float32(exponent), generate) if exponent == types.float32 else None
 
@@ -66,10 +67,12 @@ def _larger(_: Any, a: Any, b: Any) -> Any:
 # in compiled code: (element), (array, number), (exponent), (number, number)
 widened: Any = intrinsic(_widened)
 rounded: Any = intrinsic(_rounded)
-_two_to: Any = intrinsic(_power_of_two)
+_half_of_two_to: Any = intrinsic(_power_of_two)
 larger: Any = intrinsic(_larger)
 
-ZERO, ONE, HALF_OF_ONE = np.float32(0), np.float32(1), np.float32(0.5)
+ZERO, ONE = np.float32(0), np.float32(1)
+# a float32 as large has no places behind the point: added, it rounds a small number to a whole one
+WHOLE = np.float32(3 * 2**22)
 LOG2_E = np.float32(1.4426950408889634)
 # ln 2 as the sum of a number of few bits, whose products with whole numbers up to 128 are exact, and the rest
 LN2_HIGH, LN2_LOW = np.float32(0.693145751953125), np.float32(1.42860682030941723e-6)
@@ -93,9 +96,10 @@ def half_of_exp(x: Any) -> Any:
     From 2^-126 down, where a float32 has fewer bits, it may be 0 already.
     """
     z = max(x, LEAST)
-    n = np.floor(z * LOG2_E + HALF_OF_ONE)
+    shifted = z * LOG2_E + WHOLE
+    n = shifted - WHOLE
     f = (z - n * LN2_HIGH) - n * LN2_LOW
     p = TERMS[0]
     for i in range(1, len(TERMS)):
         p = p * f + TERMS[i]
-    return (p * f * f + f + ONE) * _two_to(n - ONE)
+    return (p * f * f + f + ONE) * _half_of_two_to(shifted)

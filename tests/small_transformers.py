@@ -91,7 +91,7 @@ def calls_of(monkeypatch):
 def attentions(monkeypatch):
     """Return what says how often the operation attended since it was asked last."""
     # this compares it with transformers' function once
-    block_attention.pytorchs()
+    block_attention.sdpa_forward()
     seen = calls_of(monkeypatch)
 
     def count():

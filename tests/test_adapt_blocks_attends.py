@@ -1,5 +1,7 @@
 """What a fused attention computes by the operation and what it leaves, and which attentions are known."""
 
+import functools
+import warnings
 from unittest import mock
 
 import pytest
@@ -142,6 +144,50 @@ def test_where_pytorch_is_told_how_to_attend_it_does(monkeypatch):
     assert count() == 1
 
 
+def test_pytorchs_attention_that_was_replaced_before_is_seen():
+    """By those who watch it from before this library was imported on."""
+    assert block_attention.SDPA is torch.nn.functional.scaled_dot_product_attention
+    assert block_attention.SDPA is torch._C._nn.scaled_dot_product_attention
+
+
+def test_what_keeps_pytorch_from_attending_now_is_asked_about_again():
+    block_attention._attends_causally.cache_clear()
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        assert block_attention.sdpa_forward() is None
+    assert block_attention.sdpa_forward() is sdpa_attention_forward
+
+
+def test_a_wrapped_function_of_transformers_is_left_and_taken_again_when_it_is_bare(monkeypatch):
+    module, given = Asks(), operands(heads=2)
+    count = attentions(monkeypatch)
+    lc.fuse(module, blocks=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa_attention, "sdpa_attention_forward", functools.wraps(sdpa_attention_forward)(lambda: None))
+        module(*given)
+        assert count() == 0
+    module(*given)
+    assert count() == 1
+
+
+def test_a_warning_is_given_once():
+    module = Warns()
+    q, k, v = operands(heads=2)
+    lc.fuse(module, blocks=True)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            module(q, k, v)
+    assert [str(w.message) for w in given] == ["attends"]
+
+
+def test_what_comes_first_may_be_no_rows_of_tokens():
+    assert not block_attention._are_single(torch.ones(3)) and not block_attention._are_single(1, None)
+    assert block_attention._are_single(None, torch.ones(2, 1, 4)) and not block_attention._are_single(
+        torch.ones(2, 2, 4)
+    )
+    assert not block_attention._are_single(torch.ones(2, 1, 4, device="meta"))
+
+
 REFUSED = {
     "a cap": lambda q, k, v: ((Attention(), q, k, v, None), {"softcap": 30.0}),
     "dtypes that differ": lambda q, k, v: ((Attention(), q, k.double(), v, None), {}),
@@ -202,6 +248,12 @@ class Asks(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)(self, q, k, v, None, scaling=scaling)[0]
 
 
+class Warns(Asks):
+    def forward(self, q, k, v):
+        warnings.warn("attends", stacklevel=1)
+        return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)(self, q, k, v, None)[0]
+
+
 class NeverCausal(Asks):
     is_causal = False
 
@@ -233,16 +285,16 @@ def test_a_function_of_transformers_that_computes_something_else_is_left(of_its_
         return (2 * found[0] if of_its_name else found[0]), None
 
     if of_its_name:
-        other.__module__, other.__qualname__ = block_attention.PYTORCHS
+        other.__module__, other.__qualname__ = block_attention.SDPA_FORWARD
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", other)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", other)
-    assert block_attention.pytorchs() is None
+    assert block_attention.sdpa_forward() is None
     model = model_of("GPT2")
     assert lc.fuse(model, blocks=True).blocks == []
 
 
 def test_without_a_function_that_attends_a_rotation_is_fused_alone(monkeypatch):
-    monkeypatch.setattr(block_attention, "PYTORCHS", ("transformers", "nothing_of_this_name"))
+    monkeypatch.setattr(block_attention, "SDPA_FORWARD", ("transformers", "nothing_of_this_name"))
     # a class of its own: those that were made are kept
     kind = type("Another", (modeling_llama.LlamaAttention,), {})
     layer = kind(transformers.LlamaConfig(**SIZES, attn_implementation="sdpa"), 0)

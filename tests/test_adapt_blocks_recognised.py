@@ -251,7 +251,7 @@ def test_a_rotation_that_somebody_replaced_is_left(monkeypatch):
     lc.fuse(model, blocks=True)
     assert not kinds(model, FusedRotatingAttention)
     # without what attends there is nothing left
-    monkeypatch.setattr(block_attention, "PYTORCHS", ("transformers", "nothing_of_this_name"))
+    monkeypatch.setattr(block_attention, "SDPA_FORWARD", ("transformers", "nothing_of_this_name"))
     report = lc.fuse(model_of(), blocks=True)
     assert "LlamaAttention is written otherwise" in report.skipped["model.layers.0.self_attn"]
 

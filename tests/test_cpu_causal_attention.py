@@ -100,7 +100,9 @@ def test_what_is_below_the_least_number_is_0_and_nothing_overflows():
     q[..., 0], k[0, 0, :, 0] = 1, torch.tensor([100.0, -1e30, 1e30, 1e30])
     v[0, 0, :, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     o, grads = both(q, k, v, v, 1.0)
-    assert o[0, 0, :, 0].tolist() == [1.0, 1.0, 3.0, 3.5]
+    # the scores times a larger scale would be no float32
+    for made in (o, causal_attention.causal_attention(q, k, v, 1e9)):
+        assert made[0, 0, :, 0].tolist() == [1.0, 1.0, 3.0, 3.5]
     assert all(g.isfinite().all() for g in grads)
 
 
@@ -151,10 +153,19 @@ def test_takes_a_sign_that_is_a_bit_a_stride_of_0_and_another_default_dtype():
     bounds.check_backward(grads, d_o, q, k.resolve_neg(), v, 0.2)
 
 
+def test_takes_heads_whose_numbers_do_not_lie_side_by_side():
+    q, k, v = (heads(2, 2, 9, LOOPS.LANES, 1.0, i, False).mT.contiguous().mT for i in range(3))
+    # as the gradient of a sum
+    d_o = torch.ones(()).expand(2, 2, 9, LOOPS.LANES)
+    o, grads = both(q, k, v, d_o, 0.2)
+    bounds.check_forward(o, q, k, v, 0.2)
+    bounds.check_backward(grads, d_o, q, k, v, 0.2)
+
+
 def test_says_what_the_loops_take():
     q = torch.randn(2, 4, 5, LOOPS.LANES)
     assert causal_attention.loops_for(q, q, 0.1) is LOOPS
-    assert causal_attention.loops_for(q, q, -0.1) is None and causal_attention.loops_for(q, q, 0.0) is None
+    assert all(causal_attention.loops_for(q, q, scale) is None for scale in (-0.1, 0.0, 1e39, float("nan")))
     assert causal_attention.loops_for(q.bfloat16(), q.bfloat16(), 0.1) is None
     assert causal_attention.loops_for(q[:, :, :0], q[:, :, :0], 0.1) is None
     odd = q[..., : LOOPS.LANES - 1]
@@ -167,10 +178,22 @@ def test_says_what_the_loops_take():
 def test_is_left_to_pytorch_where_threads_would_wait(batch, threads, better, monkeypatch):
     """They share heads of keys, of which there may be few."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    q, k = torch.randn(batch, 4, 5, LOOPS.LANES), torch.randn(batch, 1, 5, LOOPS.LANES)
+    q, k = torch.randn(batch, 4, 256, 64), torch.randn(batch, 1, 256, 64)
     assert is_better(q, k, k, 0.1) == better
     assert not is_better(q.double(), k.double(), k.double(), 0.1)
     assert not is_better(*(t.to("meta") for t in (q, k, k)), 0.1)
+
+
+def test_is_left_to_pytorch_by_sizes_alone(monkeypatch):
+    """Not by whether loops are loaded: a checkpointed forward that is made anew has to keep what it kept before."""
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(compiled, "load_for", lambda name, scores: asked.append(scores) or LOOPS)
+    few, some = (torch.randn(2, 4, length, 64) for length in (181, 182))
+    assert not is_better(few, few, few, 0.1) and not is_better(some, some, some[..., :48], 0.1) and not asked
+    assert is_better(some, some, some, 0.1) and asked == [2 * 4 * 182**2]
+    # from so many on they are loaded at once
+    assert asked[0] >= compiled.WORTHWHILE
 
 
 def test_operation_runs_the_loops_and_their_gradients():

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from lora_core.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from lora_core.ops import eager
-from lora_core.ops.causal_attention import are_heads, causal_attention
+from lora_core.ops.causal_attention import causal_attention, fit_together
 from lora_core.reference import causal_attention as reference
 
 OPS = torch.ops.lora_core
@@ -429,11 +429,11 @@ def test_bounds_stay_bounds_where_scores_are_all_rounding():
 
 def test_says_which_shapes_fit():
     q, k, v = operands()
-    assert are_heads(q, k, v) and are_heads(q, k[:, :1], v[:, :1]) and are_heads(q[:, :2], k, v)
+    assert fit_together(q, k, v) and fit_together(q, k[:, :1], v[:, :1]) and fit_together(q[:, :2], k, v)
     for wrong in ((q[:, :3], k, v), (q, k[:, :0], v[:, :0]), (q[:, :1], k, v), (q[:, :0], k, v), (q[0], k[0], v[0]),
                   (q[:1], k, v), (q[:, :, :1], k, v), (q[..., :1], k, v), (q, k[:, :1], v), (q, k, v[:, :, :1]),
                   (q, k, v[:1]), (q[..., :0], k[..., :0], v), (q, k, v[..., :0]), (q, k, v[0])):  # fmt: skip
-        assert not are_heads(*wrong)
+        assert not fit_together(*wrong)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lora_core.adapt.remembered import remembered
 from lora_core.adapt.source import source_of
 from lora_core.layers.as_written import is_patched
-from lora_core.layers.block_attention import ROTATION, FusedAttention, FusedRotatingAttention, asks, pytorchs
+from lora_core.layers.block_attention import ROTATION, FusedAttention, FusedRotatingAttention, asks, sdpa_forward
 from lora_core.layers.blocks import BlockPart, FusedGatedMLP, FusedRMSNorm, is_silu
 from lora_core.layers.loaded import loads
 from lora_core.ops.rms_norm import rms_norm
@@ -59,7 +59,7 @@ def _candidate(module: Any) -> type[BlockPart] | str | None:
     if rotates and _as_llama(forward.__globals__.get(ROTATION), ROTATION):
         return FusedRotatingAttention
     # what never attends to earlier tokens alone, as in an encoder, has nothing to fuse
-    if asks(forward) and getattr(module, "is_causal", True) and pytorchs() is not None:
+    if asks(forward) and getattr(module, "is_causal", True) and sdpa_forward() is not None:
         return FusedAttention
     return other if rotates else None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_core import backends
+from lora_core.cpu import compiled
 from lora_core.doctor.checks import CHECKS, check
 
 PACKAGES = ("lora-core", "torch", "triton", "numba", "numpy", "scipy", "safetensors")
@@ -70,6 +71,9 @@ def examine() -> Examination:
 
 def self_check(device: str) -> list[SelfCheck]:
     """Return one result for each operation on this device; an exception counts as a failure."""
+    if device == "cpu":
+        # by themselves they come when there is much to do
+        compiled.load_all()
     with _sums_in_float32():
         return [_run(operation, device) for operation in CHECKS]
 

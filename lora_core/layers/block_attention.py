@@ -4,6 +4,7 @@ Both are called by names of the forward's module. A fused forward is the same co
 names for itself alone. It is made at every call, in some microseconds, of what the names mean by then.
 """
 
+import contextlib
 import functools
 import sys
 import types
@@ -18,8 +19,7 @@ from torch import Tensor
 from lora_core.layers.blocks import BlockPart, fits, in_a_graph
 from lora_core.layers.fused import Fused
 from lora_core.layers.loaded import loads
-from lora_core.ops.causal_attention import are_heads as belong_together
-from lora_core.ops.causal_attention import causal_attention, is_better
+from lora_core.ops.causal_attention import causal_attention, fit_together, is_better
 from lora_core.ops.checks import LARGEST
 from lora_core.ops.ready import alike
 from lora_core.ops.rotary import are_heads, rotary
@@ -27,9 +27,9 @@ from lora_core.ops.rotary import are_heads, rotary
 # what the attention of transformers' models calls, and where it asks for the function that attends
 ROTATION, REGISTRY, ASKED = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "get_interface"
 # that function where PyTorch's scaled_dot_product_attention is chosen, by module and name
-PYTORCHS = ("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
+SDPA_FORWARD = ("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
 # what that calls, unless another has been put in its place, as those who watch it do
-PYTORCHS_OWN = F.scaled_dot_product_attention
+SDPA = torch._C._nn.scaled_dot_product_attention
 # the options that are understood here; of the others, what that function looks at has to be absent
 UNDERSTOOD = frozenset({"dropout", "scaling", "is_causal"})
 
@@ -37,9 +37,10 @@ UNDERSTOOD = frozenset({"dropout", "scaling", "is_causal"})
 class FusedAttention(BlockPart):
     """An attention that asks transformers for the function that attends: where that is PyTorch's, an operation may."""
 
-    # the forward that the class was made of, and what can be done for it, by names of its module
+    # the forward that the class was made of, whether it asks, and what it rotates by, if that is known
     fused_forward: Any = None
-    fused_functions: ClassVar[dict[str, Any]] = {}
+    fused_asks: ClassVar[bool] = False
+    fused_rotation: Any = None
     fused_rotates: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -48,11 +49,9 @@ class FusedAttention(BlockPart):
         if fused_from is None:
             return
         forward = fused_from.forward
-        found = {REGISTRY: pytorchs() if asks(forward) else None}
+        cls.fused_forward, cls.fused_asks = staticmethod(forward), asks(forward)
         if cls.fused_rotates:
-            found[ROTATION] = forward.__globals__.get(ROTATION)
-        cls.fused_forward = staticmethod(forward)
-        cls.fused_functions = {name: function for name, function in found.items() if function is not None}
+            cls.fused_rotation = staticmethod(forward.__globals__[ROTATION])
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kind = type(self)
@@ -62,7 +61,7 @@ class FusedAttention(BlockPart):
         forward = kind.fused_from.forward
         # another one may have been put in its place; and one token is too little for any operation
         if not in_a_graph() and forward is kind.fused_forward and not _are_single(*args, *kwargs.values()):
-            forward = _with_others(forward, kind.fused_functions)
+            forward = _with_others(forward, kind.fused_asks, kind.fused_rotation)
         return forward(self, *args, **kwargs)
 
 
@@ -83,24 +82,31 @@ def asks(forward: Any) -> bool:
     return {*loads(forward, REGISTRY)} == {ASKED}
 
 
-def pytorchs() -> Any:
+def sdpa_forward() -> Any:
     """Return transformers' function that calls PyTorch's attention; None where it is not there, or means another."""
-    module, name = PYTORCHS
+    module, name = SDPA_FORWARD
     found = getattr(sys.modules.get(module), name, None)
-    own = isinstance(found, types.FunctionType) and (found.__module__, found.__qualname__) == PYTORCHS
-    return found if own and not hasattr(found, "__wrapped__") and _attends_causally(found) else None
+    own = isinstance(found, types.FunctionType) and (found.__module__, found.__qualname__) == SDPA_FORWARD
+    with contextlib.suppress(RuntimeError):
+        return found if own and not hasattr(found, "__wrapped__") and _attends_causally(found) else None
+    # it was told not to, as by sdpa_kernel, and is asked again
+    return None
 
 
 @functools.cache
 def _attends_causally(function: Any) -> bool:
-    """Ask it once, with numbers, whether it computes what causal_attention does."""
+    """Ask it once, with numbers, whether it computes what causal_attention does.
+
+    Raises:
+        RuntimeError: if it does not compute, as things are.
+    """
     q = torch.linspace(-9, 9, 240, dtype=torch.float64, device="cpu").sin().view(2, 4, 5, 6)
     k, v = q[:, :2].flip(2), q[:, 2:].flip(3)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     try:
         theirs = function(module, q, k, v, None, dropout=0.0, scaling=0.7)[0]
         return torch.allclose(theirs, causal_attention(q, k, v, 0.7).transpose(1, 2), rtol=1e-5, atol=1e-5)
-    except (TypeError, AttributeError, RuntimeError, IndexError):
+    except (TypeError, AttributeError, IndexError):
         # another version of transformers
         return False
 
@@ -164,11 +170,10 @@ def _are_taken(module: Any, query: Any, key: Any, value: Any) -> bool:
     Not where PyTorch was told to attend in another way than by what it would choose.
     """
     return (
-        not in_a_graph()
-        and F.scaled_dot_product_attention is PYTORCHS_OWN
+        F.scaled_dot_product_attention is SDPA
         and torch.backends.cuda.flash_sdp_enabled()
         and alike(query, key, value)
-        and belong_together(query, key, value)
+        and fit_together(query, key, value)
         and query.shape[1] == key.shape[1] * getattr(module, "num_key_value_groups", 1)
         and query.shape[0] > 0
         and query.shape[2] > 1
@@ -188,14 +193,16 @@ def _rotating(own: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return rotated
 
 
-def _with_others(forward: Any, functions: dict[str, Any]) -> Callable[..., Any]:
-    """Return a forward that runs the operations where it called these functions; no other model sees any of it."""
+def _with_others(forward: Any, asks: bool, rotation: Any) -> Callable[..., Any]:
+    """Return a forward that runs the operations where it called other functions; no other model sees any of it."""
+    # Python keeps which warnings it has given there, and makes it where it is not
+    forward.__globals__.setdefault("__warningregistry__", {})
     names = dict(forward.__globals__)
     # another function may have been put in its place
-    if (rotation := functions.get(ROTATION)) is not None and names.get(ROTATION) is rotation:
+    if rotation is not None and names.get(ROTATION) is rotation:
         names[ROTATION] = _rotating(rotation)
-    if REGISTRY in functions and REGISTRY in names:
-        names[REGISTRY] = _Registry(names[REGISTRY], functions[REGISTRY])
+    if asks and (attend := sdpa_forward()) is not None:
+        names[REGISTRY] = _Registry(names[REGISTRY], attend)
     made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.errors import ConfigError, ShapeError
-from lora_core.ops.checks import LARGEST, check_alike, is_transformed, outside_autocast
+from lora_core.ops.checks import LARGEST, check_alike, is_transformed, outside_autocast, plain_number
 from lora_core.ops.eager import differentiable, gradients, without_view
 from lora_core.ops.ready import alike
 from lora_core.reference import causal_attention as reference
@@ -58,7 +58,7 @@ def _backward(ctx, d_o: Tensor):  # type: ignore[no-untyped-def]
 _run = differentiable(op, _save, _backward)
 
 
-def are_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def fit_together(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Say whether causal_attention takes tensors of these shapes."""
     return (
         q.dim() == k.dim() == v.dim() == 4
@@ -83,7 +83,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
 
     Differentiable, also twice, in q, k and v, which are all that is kept for it. Inside torch.func's transforms and
     under forward mode the plain formula runs. Computed in float32, or in float64 where the operands are, and rounded
-    once; also under autocast.
+    once; also under autocast. On a CPU the formula runs, with T^2 numbers a head, where compiled loops do not take the
+    operands: without Numba, in another dtype than float32, and where D or E is no whole number of vectors.
 
     On other devices than the CPU PyTorch's scaled_dot_product_attention runs, which is fused there: what it rounds on
     the way, the strides of its result and whether it has a second derivative are PyTorch's.
@@ -105,17 +106,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     plain = alike(q, k, v)
     if not plain:
         check_alike("causal_attention", {"q": q, "k": k, "v": v})
-    if not are_heads(q, k, v):
+    if not fit_together(q, k, v):
         raise ShapeError(
             "causal_attention: want q [B, H, T, D], k [B, G, T, D] and v [B, G, T, E], H a multiple of G, D and E at "
             f"least 1; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}{_misfit(q, k, v)}"
         )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    number = q.shape[-1] ** -0.5 if scale is None else plain_number(scale)
     # NaN is within no bounds
-    elif not isinstance(scale, (int, float)) or not -LARGEST <= scale <= LARGEST:
+    if not isinstance(number, (int, float)) or not -LARGEST <= number <= LARGEST:
         raise ConfigError(f"causal_attention: scale is {scale!r}; want a finite number, or None for 1 / sqrt(D)")
-    scale = float(scale)
+    scale = float(number)
     if plain and q.device.type in OWN:
         o: Tensor = _run(q, k, v, scale)
         return o

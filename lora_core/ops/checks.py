@@ -38,14 +38,14 @@ def check_kinds(op: str, tensors: dict[str, object], bias: object, scaling: obje
         raise DtypeError(f"{op}: bias is a {type(bias).__name__}; want a torch.Tensor or None")
     if isinstance(bias, Tensor):
         _check_layout(op, "bias", bias)
-    number = _plain(scaling)
+    number = plain_number(scaling)
     # NaN is within no bounds
     if not isinstance(number, (int, float)) or not -LARGEST <= number <= LARGEST:
         raise ConfigError(f"{op}: scaling is {scaling!r}; want a finite number, alpha / r")
     return number
 
 
-def _plain(number: object) -> object:
+def plain_number(number: object) -> object:
     """Return NumPy's numbers and fractions as floats; a SymFloat that torch.compile traces stays as it is."""
     return float(number) if isinstance(number, numbers.Real) and not isinstance(number, (int, float)) else number
 
@@ -130,7 +130,7 @@ def check_devices(op: str, tensors: dict[str, Tensor | None]) -> None:
 
 def check_dropout(op: str, dropout: object, seed: object) -> float:
     """Return dropout as a float; raise ConfigError unless it is a probability below 1, with a seed where positive."""
-    number = _plain(dropout)
+    number = plain_number(dropout)
     if not isinstance(number, (int, float)) or not 0 <= number < 1:
         raise ConfigError(f"{op}: dropout is {dropout!r}; want a probability in [0, 1)")
     if seed is not None and not isinstance(seed, Tensor):

@@ -2,7 +2,7 @@
 
 Import this module before a FlopCounterMode is made, which counts nothing of what it does not know. lora_core itself
 does not import it: PyTorch's counter imports Triton. grouped_lora is not counted: its work depends on which rows have
-an adapter. Of causal attention what tokens see is counted, where PyTorch counts for its own what they do not, too.
+an adapter. Of causal attention what tokens see is counted.
 """
 
 import math

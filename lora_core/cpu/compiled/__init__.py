@@ -31,6 +31,12 @@ def load_for(name: str, elements: int) -> Any:
     return load(name)
 
 
+def load_all() -> None:
+    """Load the loops of every operation, as those who want to know whether they are right do."""
+    for name in ("causal_attention", "dropout", "nf4", "nf4_product", "rms_norm", "rotary", "swiglu"):
+        load(name)
+
+
 @functools.cache
 def load(name: str) -> Any:
     """Return a module of this folder, or None where Numba is not installed or does not run."""

@@ -54,12 +54,13 @@ def _power_of_two(_: Any, exponent: Any) -> Any:
 
 
 def _larger(_: Any, a: Any, b: Any) -> Any:
-    """Return the larger of two float32; where one is NaN, either. A chain of these LLVM makes vectors of."""
+    """Return the larger of two float32, NaN if one is. LLVM makes vectors of a chain of these, not of max."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # Numba's max says nothing of NaN and of the sign of 0, and then the order in which to compare is not free
-        free = ("nnan", "nsz")
-        return builder.select(builder.fcmp_ordered(">", *arguments, flags=free), *arguments, flags=free)
+        kind = ir.FunctionType(SINGLE, [SINGLE, SINGLE])
+        maximum = builder.module.declare_intrinsic("llvm.maximum", [SINGLE], kind)
+        # of zeros either: of which sign would take longer to tell
+        return builder.call(maximum, arguments, fastmath=("nsz",))
 
     return (types.float32(a, b), generate) if a == b == types.float32 else None
 

@@ -191,6 +191,8 @@ def test_is_left_to_pytorch_by_sizes_alone(monkeypatch):
     monkeypatch.setattr(compiled, "load_for", lambda name, scores: asked.append(scores) or LOOPS)
     few, some = (torch.randn(2, 4, length, 64) for length in (181, 182))
     assert not is_better(few, few, few, 0.1) and not is_better(some, some, some[..., :48], 0.1) and not asked
+    short = torch.randn(9, 2, causal_attention.LONG - 1, 64)
+    assert not is_better(short, short, short, 0.1) and not asked
     assert is_better(some, some, some, 0.1) and asked == [2 * 4 * 182**2]
     # from so many on they are loaded at once
     assert asked[0] >= compiled.WORTHWHILE

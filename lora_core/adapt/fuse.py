@@ -74,8 +74,8 @@ def fuse(model: nn.Module, share: bool = True, blocks: bool = False) -> FuseRepo
     which fuses these itself, is let. On a CPU a few thousand elements, as of one token, are left to PyTorch's
     operations. There causal attention is an operation, too, in float32, wherever one of transformers' modules would
     have PyTorch's scaled_dot_product_attention attend by is_causal alone: without a mask, as none is made where no
-    token is padding, without dropout, and not to tokens of a cache. That takes Numba, 160 tokens, heads of whole vectors
-    of the processor, 64 numbers at least, and as many of them as keep all threads busy.
+    token is padding, without dropout, and not to tokens of a cache. That takes Numba, 160 tokens, heads of whole
+    vectors of the processor, 64 numbers at least, and as many of them as keep all threads busy.
 
     Args:
         model: any module; layers already fused are left so.

@@ -44,6 +44,7 @@ def measure(case: Case, options: argparse.Namespace, progress: Any) -> bool:
         except Exception as error:
             raised[provider.name] = told(error)
         progress.advance(task, 2)
+        progress.refresh()
     sound = [p for p in case.providers if p.name in peaks]
     timings = _timings(sound, ours, options, progress, task, raised)
     progress.remove_task(task)
@@ -92,6 +93,7 @@ def _timings(
             for rounds, so_far in enumerate(taken, 1):
                 timings = so_far
                 progress.advance(task)
+                progress.refresh()
                 if rounds >= LEAST_SAMPLES and time.monotonic() - began > CASE_SECONDS:
                     break
             return timings

@@ -85,7 +85,8 @@ def _measured(jobs: Sequence[Job], given: argparse.Namespace, suite: str) -> int
     console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
     given.where = machine.describe(given.device)
     sound, raised = True, []
-    with Progress(*COLUMNS, console=console, transient=True) as progress:
+    # drawn between samples: a thread would draw during them, and fail where garbage is looked through for tensors
+    with Progress(*COLUMNS, console=console, transient=True, auto_refresh=False) as progress:
         # by cost, not by count: else the time left is that of the small shapes
         whole = progress.add_task(f"{suite} suite", total=sum(shapes.cost(shape) for _, shape in jobs))
         for op, shape in jobs:

@@ -11,7 +11,6 @@ from benchmarks import elementwise
 from benchmarks.case import Case
 
 SHAPES = ({"M": 1024, "N": 512},)
-GPU_SHAPES = ()
 
 SEQUENCES, HEAD = 2, 64
 SCALE = HEAD**-0.5
@@ -27,7 +26,7 @@ def cases(shape: dict[str, int], device: str) -> Iterator[Case]:
     m, n = shape["M"], shape["N"]
     tokens = m // SEQUENCES
     made = elementwise.operands(device, *((SEQUENCES, tokens, n // HEAD, HEAD),) * 3)
-    q, k, v = (t.detach().transpose(1, 2).requires_grad_() for t in made)
+    q, k, v = (t.detach().float().transpose(1, 2).requires_grad_() for t in made)
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
 
     def fused(q: Any, k: Any, v: Any) -> Any:

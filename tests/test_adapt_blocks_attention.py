@@ -210,7 +210,7 @@ def test_one_token_is_attended_to_by_the_model(monkeypatch):
 def test_compiled_loops_attend_where_heads_are_as_wide_as_their_vectors(monkeypatch):
     pytest.importorskip("numba")
     monkeypatch.setattr(compiled, "WORTHWHILE", 0)
-    for name in ("LONG", "WIDE"):
+    for name in ("LONG", "WIDE", "BUSY"):
         monkeypatch.setattr(f"lora_core.cpu.causal_attention.{name}", 0)
     loops = compiled.load("causal_attention")
     sizes = {"hidden_size": 4 * loops.LANES, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_core.cpu import compiled
 from lora_core.cpu.chunks import share
-from lora_core.ops.causal_attention import backward_op, better, op
+from lora_core.ops.causal_attention import backward_op, better, empty_by_token, op
 from lora_core.ops.eager import register
 from lora_core.reference import causal_attention as reference
 
@@ -28,7 +28,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     loops = loops_for(q, v, scale)
     if loops is None:
         return reference.causal_attention(q, k, v, scale)
-    o = _by_token(q, v.shape[3])
+    o = empty_by_token(q, v.shape[3])
     _share(loops, loops.forward, q, k, v, np.float32(scale), o)
     return o
 
@@ -40,7 +40,7 @@ def causal_attention_backward(
     loops = loops_for(q, v, scale)
     if loops is None:
         return reference.backward(d_o, q, k, v, scale)
-    d_q, d_k, d_v = (_by_token(t, t.shape[3]) for t in (q, k, v))
+    d_q, d_k, d_v = (empty_by_token(t, t.shape[3]) for t in (q, k, v))
     _share(loops, loops.backward, q, k, v, np.float32(scale), d_o, d_q, d_k, d_v)
     return d_q, d_k, d_v
 
@@ -65,11 +65,6 @@ def is_better(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     enough = q.shape[:3].numel() * q.shape[2] >= compiled.WORTHWHILE
     fit = enough and q.shape[2] >= LONG and q.shape[3] + v.shape[3] >= WIDE
     return fit and tasks >= BUSY * threads * -(-tasks // threads) and loops_for(q, v, scale) is not None
-
-
-def _by_token(like: Tensor, size: int) -> Tensor:
-    b, h, t, _ = like.shape
-    return torch.empty(b, t, h, size, dtype=like.dtype).transpose(1, 2)
 
 
 def _share(loops: Any, loop: Any, q: Tensor, k: Tensor, v: Tensor, scale: Any, *rest: Tensor) -> None:

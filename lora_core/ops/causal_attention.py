@@ -33,15 +33,16 @@ def backward_op(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> t
 
 @op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _by_token(q, v.shape[-1])
+    return empty_by_token(q, v.shape[-1])
 
 
 @backward_op.register_fake
 def _(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_token(q, q.shape[-1]), _by_token(k, k.shape[-1]), _by_token(v, v.shape[-1])
+    return empty_by_token(q, q.shape[-1]), empty_by_token(k, k.shape[-1]), empty_by_token(v, v.shape[-1])
 
 
-def _by_token(like: Tensor, size: int) -> Tensor:
+def empty_by_token(like: Tensor, size: int) -> Tensor:
+    """Return an uninitialised tensor [B, H, T, size] for one like [B, H, T, any], token by token in memory."""
     b, h, t, _ = like.shape
     return like.new_empty(b, t, h, size).transpose(1, 2)
 

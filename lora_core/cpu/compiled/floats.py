@@ -1,4 +1,4 @@
-"""Elements of arrays as float32 and back, and a logistic function that LLVM makes vectors of."""
+"""Elements of arrays as float32 and back, and functions of them that LLVM makes vectors of."""
 
 from typing import Any
 
